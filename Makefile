@@ -1,0 +1,29 @@
+# make demo   environment, real data, two-process training, evaluation on unseen identities, report
+# make test   environment, lint, the whole suite
+# make soak   what takes longer than a suite may
+PYTHON ?= python3
+# A font set that `partial-fc prepare glyphs` knows by name, or a folder of TTF/OTF files.
+FONTS ?= small
+BIN := .venv/bin
+# One thread a process: several ranks share the cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint soak clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+test: lint
+	$(BIN)/python -m pytest
+
+soak: .venv/installed
+	PARTIAL_FC_SOAK=1 $(BIN)/python -m pytest -m soak
+
+clean:
+	rm -rf data runs .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""The partitioned head: class centers over all ranks, any margin, streaming softmax, fused update."""

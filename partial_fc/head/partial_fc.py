@@ -1,0 +1,407 @@
+"""PartialFC: the head as a training loop uses it. Joins the local mathematics with three collectives a step.
+
+Shapes: b this rank's batch, B = W * (the largest b) gathered rows with padding, D embedding size, C classes,
+C_r classes of this rank, U rows in use.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partial_fc.head import softmax
+from partial_fc.head.centers import Centers, draw_negatives
+from partial_fc.head.margins import CosFace, Margin
+from partial_fc.head.partition import class_range
+from partial_fc.head.softmax import Buffers, Rows
+from partial_fc.parallel import distributed
+
+# The label of a padding row on the wire; no caller can mean it, while -1 may be a caller's mistake.
+PADDING = torch.iinfo(torch.int64).min
+
+
+@dataclass
+class _Forward:
+    """What one training forward leaves for `step`: small, (B, D) at most."""
+
+    x: Tensor  # (B, D) gathered embeddings
+    column: Tensor  # (B,) row of the target among the rows in use, -1 if another rank's
+    real: Tensor  # (B,) bool: not padding
+    log_z: Tensor  # (B,) float64
+    psi: Tensor  # (B,) float64
+    psi_prime: Tensor  # (B,) float64
+    p_minus_one: Tensor  # (B,) float64: target probability - 1
+    grad: Tensor | None = None  # () the gradient that reached the loss
+
+
+class _AttachGradient(torch.autograd.Function):
+    """Makes a loss whose backward hands the embeddings a gradient that exists already, and notes what reached it.
+
+    In: embeddings (b, D), their gradient (b, D). Out: loss (). Backward sends gradient * (what reached the loss).
+    """
+
+    @staticmethod
+    def forward(ctx, embeddings, anchor, loss, gradient, kept):
+        ctx.save_for_backward(gradient)
+        ctx.kept, ctx.dtype = kept, embeddings.dtype
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.kept.grad is not None:
+            raise RuntimeError(
+                "second backward of the same PartialFC forward: the centers' gradient would count it once; "
+                "call head(...) again for another backward"
+            )
+        ctx.kept.grad = grad.detach().clone()
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad).to(ctx.dtype), None, None, None, None
+
+
+class PartialFC:
+    """A classifier over `num_classes` whose class centers are partitioned over all ranks (arXiv 2010.05222,
+    2203.15565).
+
+        head = PartialFC(num_classes, embedding_dim, margin=CosFace(scale=64, margin=0.35), sample_rate=0.1)
+        loss = head(embeddings, labels)     # (b, D), (b,): this rank's; the same loss () on every rank
+        loss.backward()                     # the embeddings receive their gradient; centers are untouched
+        head.step(lr)                       # centers updated chunk by chunk
+
+    The centers are plain tensors: DDP, optimizers and `parameters()` never see them. SGD with momentum and weight
+    decay as torch.optim.SGD does it, on all C rows: those that a step leaves out are caught up exactly when they
+    are next used.
+
+    num_classes, embedding_dim: C and D. margin: see `margins`. sample_rate: the probability of each negative in a
+    step; positives come on top, and the softmax runs over what was drawn, without a correction (as published).
+    seed: of initial centers and negatives. init_std: standard deviation of initial centers. chunk: rows of logits
+    that exist at once; None: 2048 on a CPU, 16384 elsewhere. check_labels: one host read a forward; without it a
+    label out of range gives a wrong loss. dtype: of centers, logits and gradients, float32 or float64; embeddings
+    of any float type are converted.
+
+    Raises ValueError for sizes or rates out of range.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        margin: Margin | None = None,
+        sample_rate: float = 1.0,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        seed: int = 0,
+        init_std: float = 0.01,
+        chunk: int | None = None,
+        check_labels: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        if num_classes < 1 or embedding_dim < 1:
+            raise ValueError(
+                f"num_classes and embedding_dim are {num_classes} and {embedding_dim}; both must be positive"
+            )
+        if not 0 < sample_rate <= 1:
+            raise ValueError(f"sample_rate is {sample_rate}; give a probability in (0, 1]")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype is {dtype}; give torch.float32 or torch.float64")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk is {chunk}; give a positive number of rows")
+        device = torch.device(device)
+        self.num_classes, self.embedding_dim = num_classes, embedding_dim
+        self.margin = CosFace() if margin is None else margin
+        self.sample_rate, self.seed = sample_rate, seed
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.check_labels = check_labels
+        self.dtype, self.device = dtype, device
+        self.classes = class_range(num_classes, distributed.rank(), distributed.world_size())
+        self.chunk = chunk or (2048 if device.type == "cpu" else 16384)
+        self.centers = Centers(
+            self.classes,
+            embedding_dim,
+            sampled=sample_rate < 1,
+            normalized=self.margin.normalize_centers,
+            has_bias=self.margin.has_bias,
+            seed=seed,
+            init_std=init_std,
+            chunk=self.chunk,
+            dtype=dtype,
+            device=device,
+        )
+        # |logit| <= s: exp and its sum stay inside the dtype without a maximum as long as s + ln C does
+        largest = 87.0 if dtype == torch.float32 else 700.0
+        scale = self.margin.scale
+        self.bounded = scale is not None and self.margin.normalize_centers and scale + math.log(num_classes) <= largest
+        self.step_count = 0  # the next step's number; keys its negatives
+        self.target_cosine: Tensor | None = None  # () mean over the last forward's batch
+        self._buffers = Buffers(dtype, device)
+        self._ids: Tensor | None = None
+        self._rows: Rows | None = None
+        self._open = False  # begin_step was called: several forwards may follow
+        self._forwards: list[_Forward] = []
+
+    # ---- a step: begin_step (optional), forwards, backwards, step
+
+    def begin_step(self, step: int, labels: Tensor) -> None:
+        """Fixes the rows in use of step number `step` from the labels of the whole global batch, equal on all ranks.
+
+        After it forward may run once per micro-batch; `step` then updates for all of them. Needs no collective.
+        Raises RuntimeError where a forward still waits for its `step` or `skip_step`.
+        """
+        if self._forwards:
+            raise RuntimeError("begin_step while a forward waits for its update: call step(lr) or skip_step() first")
+        self.step_count = step
+        self._ids, self._rows = self._rows_in_use(labels.to(self.device), self._buffers)
+        self._open = True
+
+    def __call__(self, embeddings: Tensor, labels: Tensor, padded_size: int | None = None) -> Tensor:
+        """The mean loss () over the global batch, equal on all ranks.
+
+        embeddings (b, D) and labels (b,), global class ids, are this rank's; b may differ between ranks and be 0.
+        padded_size: a number of rows, equal on all ranks, that no rank's b exceeds; None costs one exchange of sizes.
+        Backward sends the embeddings W times the gradient of the loss: data-parallel averaging divides by W.
+        In grad mode the forward is kept until `step`. Raises ValueError for a label out of range, on all ranks.
+        """
+        self._check_shapes(embeddings, labels)
+        training = torch.is_grad_enabled()
+        if training and self._forwards and not self._open:
+            raise RuntimeError(
+                "second training forward before step(lr): update first, or call begin_step(step, labels of the "
+                "whole global batch) before the forwards of a step, or evaluate under torch.no_grad()"
+            )
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            if padded_size is None:
+                sizes = distributed.all_gather(torch.tensor(len(labels), device=self.device))
+                padded_size = int(sizes.max())
+            x, gathered = self._gather(embeddings.detach(), labels, padded_size)
+            if self._open:
+                ids, rows = self._ids, self._rows
+            else:
+                buffers = self._buffers if training else Buffers(self.dtype, self.device)
+                ids, rows = self._rows_in_use(gathered, buffers)
+            loss, gradient, kept = self._forward(x, gathered, ids, rows, padded_size, training)
+            if not training:
+                return loss
+            self._ids, self._rows = ids, rows
+            self._forwards.append(kept)
+        # without an input that requires a gradient (a frozen backbone) backward would never reach the head
+        anchor = torch.zeros((), requires_grad=True)
+        return _AttachGradient.apply(embeddings, anchor, loss, gradient[: len(labels)], kept)
+
+    def step(self, lr: float, grad_scale: float | Tensor = 1.0) -> None:
+        """Updates the rows in use by all forwards since the last step, in place, chunk by chunk.
+
+        grad_scale: the loss scale alone; the centers' gradient is what reached the losses, divided by it.
+        Raises RuntimeError where a forward had no backward.
+        """
+        if not self._forwards:
+            raise RuntimeError("step without a training forward: call head(embeddings, labels) and backward first")
+        waiting = sum(kept.grad is None for kept in self._forwards)
+        if waiting:
+            raise RuntimeError(
+                f"step, but {waiting} of {len(self._forwards)} forwards had no backward: call loss.backward() first, "
+                "or skip_step() to drop them"
+            )
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            self._update(lr, grad_scale)
+        self._close()
+
+    def skip_step(self) -> None:
+        """Drops the forwards since the last step without an update; for every row this step did not happen."""
+        self._close()
+
+    def _close(self) -> None:
+        self._forwards, self._ids, self._rows, self._open = [], None, None, False
+        self.step_count += 1
+
+    # ---- for tests, exports, small C
+
+    def full_weight(self) -> Tensor:
+        """All class centers (C, D), caught up, on every rank. A collective; memory for C rows."""
+        ids = torch.arange(len(self.classes), device=self.device)
+        weight = self.centers.take(ids, Buffers(self.dtype, self.device)).weight
+        per_rank = -(-self.num_classes // distributed.world_size())
+        padded = weight.new_zeros(per_rank, self.embedding_dim)
+        padded[: len(weight)] = weight
+        return distributed.all_gather(padded).flatten(0, 1)[: self.num_classes]
+
+    # ---- parts
+
+    def _check_shapes(self, embeddings: Tensor, labels: Tensor) -> None:
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim:
+            raise ValueError(f"embeddings are {tuple(embeddings.shape)}; wanted (b, {self.embedding_dim})")
+        if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels are {labels.dtype} {tuple(labels.shape)}; wanted int64 ({len(embeddings)},), one per embedding"
+            )
+
+    def _gather(self, embeddings: Tensor, labels: Tensor, padded_size: int) -> tuple[Tensor, Tensor]:
+        """All ranks' embeddings (B, D) and labels (B,), in one collective: labels travel as bit patterns."""
+        if len(labels) > padded_size:
+            raise ValueError(f"this rank has {len(labels)} rows, more than padded_size {padded_size}")
+        width = 8 // self.dtype.itemsize
+        packed = torch.zeros(padded_size, self.embedding_dim + width, dtype=self.dtype, device=self.device)
+        packed[: len(labels), :-width] = embeddings
+        bits = torch.full((padded_size, 1), PADDING, device=self.device)
+        bits[: len(labels), 0] = labels
+        packed[:, -width:] = bits.view(self.dtype)
+        everything = distributed.all_gather(packed).flatten(0, 1)
+        gathered = everything[:, -width:].contiguous().view(torch.int64).squeeze(1)
+        if self.check_labels:
+            wrong = (gathered != PADDING) & ((gathered < 0) | (gathered >= self.num_classes))
+            if wrong.any():  # the one host read; equal on all ranks, so all of them raise
+                position = int(wrong.nonzero()[0])
+                raise ValueError(
+                    f"label {int(gathered[position])} of rank {position // padded_size}, row {position % padded_size} "
+                    f"is out of range: this head has {self.num_classes} classes, so labels run from 0 to "
+                    f"{self.num_classes - 1}; check the data's class count or raise num_classes"
+                )
+        return everything[:, :-width].contiguous(), gathered
+
+    def _rows_in_use(self, labels: Tensor, buffers: Buffers) -> tuple[Tensor | None, Rows]:
+        """This rank's positives among `labels` and its drawn negatives: local ids (U,), sorted, and their rows."""
+        if self.sample_rate == 1:
+            return None, self.centers.take(None, buffers)
+        drawn = draw_negatives(self.seed, self.step_count, self.classes, self.num_classes, self.sample_rate)
+        here = labels[(labels >= self.classes.start) & (labels < self.classes.stop)]
+        ids = torch.cat([drawn.to(self.device), here]).unique() - self.classes.start
+        return ids, self.centers.take(ids, buffers)
+
+    def _columns(self, labels: Tensor, ids: Tensor | None) -> Tensor:
+        """The row of each label (B,) among the rows in use; -1 where another rank owns it, or for padding."""
+        local = labels - self.classes.start
+        owned = (labels >= self.classes.start) & (labels < self.classes.stop)
+        if ids is not None:
+            local = torch.searchsorted(ids, local)
+        return torch.where(owned, local, -1)
+
+    def _forward(
+        self, x: Tensor, labels: Tensor, ids: Tensor | None, rows: Rows, padded_size: int, training: bool
+    ) -> tuple[Tensor, Tensor | None, _Forward | None]:
+        """Loss (), this rank's embedding gradient (padded_size, D) and what `step` needs."""
+        real = labels != PADDING
+        count = real.sum().clamp_min(1)
+        column = self._columns(labels, ids)
+        target = softmax.find_targets(x, rows, column)
+        maximum, total, mean = softmax.sum_negatives(
+            self._scaled(x),
+            rows,
+            column,
+            chunk=self.chunk,
+            bounded=self.bounded,
+            weighted=training,
+            buffers=self._buffers,
+        )
+        log_negatives, cosine, w_length, bias = self._combine(maximum, total, target)
+        psi, psi_prime = _with_derivative(self.margin.target, cosine)
+        factor_x = target.x_length.squeeze(1) if self.margin.scale is None else self.margin.scale
+        factor_w = 1.0 if self.margin.normalize_centers else w_length
+        logit = factor_x * factor_w * psi + bias
+        # log(1 + Z_neg / e^t) in this form keeps small losses: log Z - t has lost 8 % of a loss of 1e-5
+        losses = torch.logaddexp(torch.zeros_like(logit), log_negatives - logit)
+        log_z = torch.logaddexp(log_negatives, logit)
+        p_minus_one = -torch.exp(log_negatives - log_z)
+        zero = torch.zeros_like(losses)
+        loss = (torch.where(real, losses, zero).sum() / count).to(self.dtype)
+        self.target_cosine = torch.where(real, cosine, zero).sum() / count
+        if not training:
+            return loss, None, None
+        kept = _Forward(x, column, real, log_z, psi, psi_prime, p_minus_one)
+        gradient = mean * torch.exp(maximum - log_z).to(self.dtype).unsqueeze(1)
+        if self.margin.scale is not None:  # the backward of s x / |x|
+            x_hat, x_length = softmax.unit(x)
+            gradient -= (gradient * x_hat).sum(dim=1, keepdim=True) * x_hat
+            gradient *= self.margin.scale / x_length
+        gradient += self._target_part(kept, target, by_embedding=True)
+        gradient = torch.where(real.unsqueeze(1), gradient / count * distributed.world_size(), 0)
+        return loss, distributed.reduce_scatter_sum(gradient), kept
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.margin.scale is None else softmax.unit(x)[0] * self.margin.scale
+
+    def _combine(self, maximum: Tensor, total: Tensor, target: softmax.Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums over ranks in one collective: log of the negatives' sum, target cosine, |w| and bias, each (B,) float64.
+
+        A target's values are those of its owner and 0 elsewhere. Bounded logits need a sum; others pairs of
+        (maximum, sum), combined in rank order, so that all ranks round alike.
+        """
+        w_length = torch.where(target.owned, target.w_length.squeeze(1), 0)
+        if self.bounded:
+            total, cosine, w_length, bias = distributed.all_reduce_sum(
+                torch.stack([total, target.cosine, w_length, target.bias])
+            )
+            return torch.log(total), cosine, w_length, bias
+        parts = distributed.all_gather(torch.stack([maximum, total, target.cosine, w_length, target.bias]))
+        largest = parts[:, 0].amax(dim=0)
+        total = (parts[:, 1] * torch.exp(parts[:, 0] - largest)).sum(dim=0)
+        cosine, w_length, bias = parts[:, 2:].sum(dim=0)
+        return torch.log(total) + largest, cosine, w_length, bias
+
+    def _target_part(self, kept: _Forward, target: softmax.Target, by_embedding: bool) -> Tensor:
+        """(p_t - 1) times the target logit's derivative by x or by w, (B, D); zeros for targets of other ranks."""
+        scale = None if self.margin.scale is None else torch.full_like(target.x_length, self.margin.scale)
+        ones = torch.ones_like(target.w_length)
+        x_factor = target.x_length if scale is None else scale
+        w_factor = ones if self.margin.normalize_centers else target.w_length
+        curve = (target.cosine, kept.psi, kept.psi_prime)
+        if by_embedding:
+            derivative = softmax.target_gradient(target.x_hat, target.x_length, target.w_hat, w_factor, scale, *curve)
+        else:
+            unit_scale = ones if self.margin.normalize_centers else None
+            derivative = softmax.target_gradient(
+                target.w_hat, target.w_length, target.x_hat, x_factor, unit_scale, *curve
+            )
+        part = kept.p_minus_one.unsqueeze(1) * derivative
+        return torch.where(target.owned.unsqueeze(1), part, 0).to(self.dtype)
+
+    def _update(self, lr: float, grad_scale: float | Tensor) -> None:
+        rows, dim = self._rows, self.embedding_dim
+        passes = []  # per forward: xs, coefficient and the target's gradient by its row, before any row changes
+        for kept in self._forwards:
+            scale = kept.grad / grad_scale / kept.real.sum().clamp_min(1)
+            coefficient = torch.where(kept.real, scale, 0).to(self.dtype)
+            target = softmax.find_targets(kept.x, rows, kept.column)
+            by_center = self._target_part(kept, target, by_embedding=False) * coefficient.unsqueeze(1)
+            bias_part = (kept.p_minus_one * coefficient).to(self.dtype)
+            passes.append((kept, self._scaled(kept.x), coefficient, by_center, bias_part))
+        for selected in softmax.chunks(len(rows.weight), self.chunk):
+            part = rows.chunk(selected)
+            count = len(part.weight)
+            # one row more than the chunk has: it takes what belongs to other chunks
+            gradients = self._buffers.get("gradient", count + 1, dim).zero_()
+            bias_gradients = None if part.bias is None else self._buffers.get("bias_gradient", count + 1).zero_()
+            gradient = gradients[:count]
+            bias_gradient = None if bias_gradients is None else bias_gradients[:count]
+            for kept, xs, coefficient, _, _ in passes:
+                softmax.add_negative_gradient(
+                    gradient,
+                    bias_gradient,
+                    xs,
+                    part,
+                    kept.column,
+                    selected.start,
+                    kept.log_z,
+                    coefficient,
+                    self._buffers,
+                )
+            softmax.project_rows(gradient, part, self._buffers)
+            for kept, _, _, by_center, bias_part in passes:
+                here = (kept.column >= selected.start) & (kept.column < selected.stop)
+                index = torch.where(here, kept.column - selected.start, count)
+                gradients.index_add_(0, index, by_center)
+                if bias_gradients is not None:
+                    bias_gradients.index_add_(0, index, bias_part)
+            softmax.update_rows(
+                part, gradient, bias_gradient, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay
+            )
+        self.centers.put(self._ids, rows, lr, self.momentum, self.weight_decay)
+
+
+def _with_derivative(target, cosine: Tensor) -> tuple[Tensor, Tensor]:
+    """psi (B,) and d psi / d cosine (B,) of a margin, by autograd on the vector of target cosines."""
+    with torch.enable_grad():
+        cosine = cosine.detach().requires_grad_()
+        psi = target(cosine)
+        (derivative,) = torch.autograd.grad(psi.sum(), cosine)
+    return psi.detach(), derivative

@@ -1,0 +1,1 @@
+"""Ranks and the data-parallel engine."""

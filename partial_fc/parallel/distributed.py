@@ -1,0 +1,134 @@
+"""The only module that speaks torch.distributed.
+
+Every function works in one process without a process group, where the world size is 1: there is one code path.
+In the docstrings, in is what each rank passes and out what each rank gets; W is the world size.
+"""
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def init_from_environment(timeout_seconds: float = 600.0) -> torch.device:
+    """Joins the process group that torchrun's (or Slurm's) environment describes; returns this rank's device.
+
+    Without RANK and WORLD_SIZE in the environment nothing is joined and the world size is 1. gloo on CPUs, NCCL
+    on CUDA devices. Workers of torchrun die with it: a killed agent would else leave them training as orphans.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _die_with_parent()
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+    return device
+
+
+def _die_with_parent() -> None:
+    pr_set_pdeathsig = 1
+    try:
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    except (OSError, AttributeError):  # not Linux: orphans stay possible there
+        return
+
+
+def shutdown() -> None:
+    """Leaves the process group. Call it after every user of the group (DDP above all) is gone."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def part(n: int, rank: int, world_size: int) -> range:
+    """The part of `range(n)` that belongs to `rank`: cut at floor(r n / W), so that parts differ by at most one."""
+    return range(rank * n // world_size, (rank + 1) * n // world_size)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """In: (*shape), equal on all ranks. Out: (W, *shape), rank r's tensor at [r]."""
+    if not dist.is_initialized():
+        return tensor.unsqueeze(0)
+    tensor = tensor.contiguous()
+    # gloo and NCCL concatenate along the first dimension, hence the leading 1
+    out = tensor.new_empty((world_size(), *tensor.shape))
+    dist.all_gather_into_tensor(out, tensor.unsqueeze(0))
+    return out
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """In: (*shape). Out: the sum over ranks, equal bit for bit on all of them. `tensor` itself is overwritten."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """In: (*shape). Out: the maximum over ranks. `tensor` itself is overwritten."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def reduce_scatter_sum(tensor: Tensor) -> Tensor:
+    """In: (W n, *shape). Out: (n, *shape), rows [r n, (r + 1) n) of the sum over ranks."""
+    if not dist.is_initialized():
+        return tensor
+    tensor = tensor.contiguous()
+    out = tensor.new_empty((tensor.shape[0] // world_size(), *tensor.shape[1:]))
+    dist.reduce_scatter_tensor(out, tensor, op=dist.ReduceOp.SUM)
+    return out
+
+
+def gather_objects(value: object) -> list:
+    """In: a small picklable value. Out: the list of all ranks' values. Between the ranks of one job only."""
+    if not dist.is_initialized():
+        return [value]
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """Runs its body so that it succeeds on all ranks or fails on all of them.
+
+    The body must hold no collective of its own. An exception on any rank becomes a RuntimeError on every rank that
+    names the first rank that failed and why; so no rank waits in a later collective for one that is gone.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    messages = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    failed = [(r, message) for r, message in enumerate(messages) if message is not None]
+    if failed and len(messages) == 1 and error is not None:
+        raise error
+    if failed:
+        failed_rank, message = failed[0]
+        raise RuntimeError(f"{what} failed on rank {failed_rank}: {message}") from error

@@ -1,0 +1,122 @@
+"""Several ranks in one fast helper: a pool of gloo processes that is started once and runs many cases."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+CASE_TIMEOUT = 120  # seconds; a case that hangs is an error, not a hung suite
+
+
+def _serve(rank: int, world_size: int, store: str, connection) -> None:
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=CASE_TIMEOUT),
+    )
+    while True:
+        task = connection.recv()
+        if task is None:
+            break
+        fn, args = task
+        try:
+            connection.send((True, fn(*args)))
+        except Exception:
+            connection.send((False, traceback.format_exc()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """`world_size` processes in one gloo group; `run(fn, *args)` calls fn(*args) in each."""
+
+    def __init__(self, world_size: int):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "partial_fc"])
+        store = tempfile.mktemp(prefix="partial_fc_store_")
+        self.connections, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, store, theirs), daemon=False)
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def run(self, fn: Callable, *args) -> list:
+        for connection in self.connections:
+            connection.send((fn, args))
+        answers = []
+        for rank, connection in enumerate(self.connections):
+            if not connection.poll(CASE_TIMEOUT):
+                self.kill()
+                raise TimeoutError(f"{fn.__name__}: rank {rank} gave no answer within {CASE_TIMEOUT} s")
+            answers.append(connection.recv())
+        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        if failures:
+            self.kill()  # the ranks may be out of step with each other
+            raise AssertionError("\n".join(failures))
+        return [value for _, value in answers]
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def close(self) -> None:
+        for connection in self.connections:
+            connection.send(None)
+        for process in self.processes:
+            process.join(10)
+        self.kill()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+_pools: dict[int, Ranks] = {}
+
+
+def run_ranks(fn: Callable, world_size: int, *args) -> list:
+    """Runs the module-level function fn(*args) on `world_size` gloo ranks; returns the list of their results."""
+    pool = _pools.get(world_size)
+    if pool is None or not pool.alive:
+        pool = _pools[world_size] = Ranks(world_size)
+    return pool.run(fn, *args)
+
+
+def pytest_sessionfinish(session, exitstatus) -> None:
+    for pool in _pools.values():
+        if pool.alive:
+            pool.close()
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="not run: no CUDA device"))
+    if not os.environ.get("PARTIAL_FC_SOAK"):
+        for item in items:
+            if "soak" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="not run: takes minutes, see `make soak`"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return Path(__file__).parent.parent

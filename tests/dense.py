@@ -1,0 +1,137 @@
+"""The dense reference: one process, whole weight, autograd, torch.optim.SGD. Each loss is written out per element."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from partial_fc import ArcFace, CosFace, Margin, NormSoftmax, Softmax
+from partial_fc.head.centers import draw_negatives
+
+MARGINS: dict[str, Margin] = {
+    "softmax": Softmax(),
+    "normsoftmax": NormSoftmax(scale=16.0),
+    "cosface": CosFace(scale=24.0, margin=0.35),
+    "cosface-unnormalized": CosFace(scale=None, margin=0.35),
+    "arcface": ArcFace(scale=24.0, margin=0.5),
+    "cosface-s200": CosFace(scale=200.0, margin=0.4),  # too large for exp in float32: the online maximum
+}
+
+
+def naive_target_logit(margin: Margin, x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    """The target logit () of one sample (D,) and its center (D,), as the paper's formula reads."""
+    if isinstance(margin, Softmax):
+        return x @ w + bias
+    cosine = (x @ w) / (x.norm() * w.norm())
+    scale = x.norm() if margin.scale is None else margin.scale
+    if isinstance(margin, CosFace):
+        return scale * (cosine - margin.margin)
+    if isinstance(margin, ArcFace):
+        phi = torch.acos(cosine) + margin.margin
+        k = math.floor(phi.item() / math.pi)
+        return scale * ((-1) ** k * torch.cos(phi) - 2 * k)
+    return scale * cosine
+
+
+def dense_logits(margin: Margin, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    """(B, C) logits with the margin at the targets."""
+    if isinstance(margin, Softmax):
+        logits = x @ weight.T + bias
+    else:
+        scale = x.norm(dim=1, keepdim=True) if margin.scale is None else margin.scale
+        logits = scale * (x / x.norm(dim=1, keepdim=True)) @ (weight / weight.norm(dim=1, keepdim=True)).T
+    targets = [naive_target_logit(margin, x[i], weight[y], bias[y]) for i, y in enumerate(labels.tolist())]
+    return logits.scatter(1, labels[:, None], torch.stack(targets)[:, None])
+
+
+@dataclass
+class Case:
+    """One training run that both sides make: `steps` updates of a linear backbone and the class centers."""
+
+    margin: str
+    num_classes: int = 23
+    dim: int = 5
+    sample_rate: float = 1.0
+    chunk: int = 4
+    sizes: tuple[int, ...] = (6,)  # local batch sizes, one per rank
+    labels: str = "random"  # random | one_rank | duplicates
+    forwards: int = 1  # micro-batches per step, through begin_step
+    loss_scale: float = 1.0
+    loss_factor: float = 1.0  # (factor * loss + auxiliary).backward()
+    auxiliary: bool = False
+    steps: int = 3
+    seed: int = 3
+    dtype: torch.dtype = torch.float64
+    init_std: float = 0.5
+    hyper: dict = field(default_factory=lambda: dict(momentum=0.9, weight_decay=5e-3))
+
+    INPUTS = 7
+
+    @property
+    def batch(self) -> int:
+        return sum(self.sizes)
+
+    def lr(self, step: int) -> float:
+        return 0.1 / (1 + step)
+
+    def data(self, step: int, forward: int) -> tuple[Tensor, Tensor]:
+        """The global batch: inputs (B, INPUTS), labels (B,)."""
+        generator = torch.Generator().manual_seed(1000 * step + forward)
+        inputs = torch.randn(self.batch, self.INPUTS, generator=generator, dtype=torch.float64).to(self.dtype)
+        high = 2 if self.labels == "one_rank" else self.num_classes
+        labels = torch.randint(high, (self.batch,), generator=generator)
+        if self.labels == "duplicates":
+            labels[:] = labels[0]
+        return inputs, labels
+
+    def backbone(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Linear(self.INPUTS, self.dim, dtype=torch.float64).to(self.dtype)
+
+
+def auxiliary_loss(embeddings: Tensor) -> Tensor:
+    return (embeddings**2).mean(dim=1).sum()
+
+
+def run_dense(case: Case, weight: Tensor) -> dict:
+    """Losses, embedding gradients, backbone gradients and the centers after every step."""
+    margin = MARGINS[case.margin]
+    backbone = case.backbone()
+    weight = weight.clone().requires_grad_()
+    bias = torch.zeros(case.num_classes, dtype=case.dtype, requires_grad=True)
+    centers = torch.optim.SGD([weight, bias], lr=0.0, **case.hyper)
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.0, momentum=0.9)
+    out: dict = {"loss": [], "embedding_grad": [], "backbone_grad": [], "weight": []}
+    for step in range(case.steps):
+        batches = [case.data(step, forward) for forward in range(case.forwards)]
+        used = torch.ones(case.num_classes, dtype=torch.bool)
+        if case.sample_rate < 1:
+            everyone = range(case.num_classes)
+            drawn = draw_negatives(case.seed, step, everyone, case.num_classes, case.sample_rate)
+            used = torch.zeros(case.num_classes, dtype=torch.bool)
+            used[drawn] = True
+            for _, labels in batches:
+                used[labels] = True
+        centers.zero_grad()
+        optimizer.zero_grad()
+        weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
+        for inputs, labels in batches:
+            embeddings = backbone(inputs)
+            embeddings.retain_grad()
+            logits = dense_logits(margin, embeddings, weight, bias, labels).masked_fill(~used, -torch.inf)
+            loss = nn.functional.cross_entropy(logits, labels)
+            objective = case.loss_factor * loss
+            if case.auxiliary:  # each rank's own mean, averaged over ranks
+                parts = embeddings.split(list(case.sizes))
+                objective = objective + sum(auxiliary_loss(p) for p in parts) / len(case.sizes)
+            objective.backward()
+            out["loss"].append(loss.item())
+            out["embedding_grad"].append(embeddings.grad.clone())
+        out["backbone_grad"].append(backbone.weight.grad.clone())
+        for group in (*centers.param_groups, *optimizer.param_groups):
+            group["lr"] = case.lr(step)
+        centers.step()
+        optimizer.step()
+        out["weight"].append(weight.detach().clone())
+    return out
