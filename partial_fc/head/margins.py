@@ -10,8 +10,9 @@ vector that autograd differentiates. A new loss is a subclass with one method; p
 checkpoints come with the head.
 """
 
+import difflib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
@@ -97,3 +98,30 @@ class ArcFace(Margin):
         shifted = cosine * math.cos(self.margin) - sine * math.sin(self.margin)
         past_pi = cosine < -math.cos(self.margin)  # theta > pi - m2
         return torch.where(past_pi, -2 - shifted, shifted)
+
+
+BY_NAME: dict[str, type[Margin]] = {
+    "softmax": Softmax,
+    "normsoftmax": NormSoftmax,
+    "cosface": CosFace,
+    "arcface": ArcFace,
+}
+
+
+def build_margin(name: str, parameters: dict) -> Margin:
+    """The margin of a config: head.margin.name and its parameters. Raises ValueError naming what there is."""
+    if name not in BY_NAME:
+        nearest = difflib.get_close_matches(name, BY_NAME, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(BY_NAME)}"
+        raise ValueError(f"head.margin.name: no margin is called {name!r}; {hint}")
+    margin = BY_NAME[name]
+    known = [f.name for f in fields(margin) if f.init]
+    for parameter, value in parameters.items():
+        if parameter not in known:
+            raise ValueError(
+                f"head.margin.{parameter}: {name} has no such parameter; it has {', '.join(known) or 'none'}"
+            )
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number and not (parameter == "scale" and value is None):
+            raise ValueError(f"head.margin.{parameter}: got {value!r}; wanted a number")
+    return margin(**parameters)

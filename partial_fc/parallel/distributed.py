@@ -113,11 +113,20 @@ def gather_objects(value: object) -> list:
     return values
 
 
+class RunError(RuntimeError):
+    """An error that every rank raises alike, and whose message says what to change: no traceback is needed."""
+
+
+def _message(error: Exception) -> str:
+    # what we raise ourselves reads as a sentence; of anything else the type says more than the text
+    return str(error) if isinstance(error, ValueError | RunError) else f"{type(error).__name__}: {error}"
+
+
 @contextmanager
 def together(what: str) -> Iterator[None]:
     """Runs its body so that it succeeds on all ranks or fails on all of them.
 
-    The body must hold no collective of its own. An exception on any rank becomes a RuntimeError on every rank that
+    The body must hold no collective of its own. An exception on any rank becomes a RunError on every rank that
     names the first rank that failed and why; so no rank waits in a later collective for one that is gone.
     """
     error: Exception | None = None
@@ -125,10 +134,9 @@ def together(what: str) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    messages = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    messages = gather_objects(None if error is None else _message(error))
     failed = [(r, message) for r, message in enumerate(messages) if message is not None]
-    if failed and len(messages) == 1 and error is not None:
-        raise error
     if failed:
         failed_rank, message = failed[0]
-        raise RuntimeError(f"{what} failed on rank {failed_rank}: {message}") from error
+        where = f" on rank {failed_rank}" if len(messages) > 1 else ""
+        raise RunError(f"{what} failed{where}: {message}") from error

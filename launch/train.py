@@ -1,0 +1,43 @@
+"""Trains, evaluates and reports one run:  torchrun --nproc_per_node=8 launch/train.py CONFIG.yaml
+[section.key=value ...]"""
+
+import argparse
+import sys
+
+from partial_fc.config import describe, load_config
+from partial_fc.evaluate.runs import evaluate_run
+from partial_fc.parallel import distributed
+from partial_fc.report.page import write_report
+from partial_fc.train import train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="a YAML of what differs from the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--print-config", action="store_true", help="print the merged config, documented, and stop")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if arguments.print_config:
+        print(describe(config), end="")
+        return
+    device = distributed.init_from_environment()
+    try:
+        finished = train(config, device)
+        if finished and config.evaluate.sets:
+            evaluate_run(config.run.dir, device)
+        if finished and distributed.rank() == 0:
+            write_report([config.run.dir], f"{config.run.dir}/report.html")
+            print(f"report: {config.run.dir}/report.html")
+        distributed.barrier()
+    except distributed.RunError as error:  # the same on all ranks, so one of them says it
+        sys.exit(f"error: {error}" if distributed.rank() == 0 else 1)
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

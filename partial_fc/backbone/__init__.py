@@ -1,0 +1,50 @@
+"""Backbones by name: images (b, 3, H, W) to embeddings (b, D), which the head normalizes."""
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from partial_fc.backbone.iresnet import BLOCKS, iresnet
+from partial_fc.backbone.net import STRIDE, EmbeddingNet
+from partial_fc.backbone.smallnet import smallnet
+from partial_fc.backbone.spherenet import spherenet20
+from partial_fc.seeds import seed_for
+
+BACKBONES: dict[str, Callable[[int, tuple[int, int]], EmbeddingNet]] = {
+    **{name: partial(iresnet, name) for name in BLOCKS},
+    "spherenet20": spherenet20,
+    "smallnet": smallnet,
+}
+
+
+def build(name: str, embedding_dim: int, image_size: tuple[int, int]) -> EmbeddingNet:
+    """The backbone called `name`, freshly initialized from torch's default generator (seed it first).
+
+    `image_size` is (H, W). The net maps float images (b, 3, H, W) to float32 embeddings (b, embedding_dim),
+    also under autocast.
+
+    Raises ValueError for an unknown name, sides that are no multiple of 16 or an embedding_dim below 1.
+    """
+    if name not in BACKBONES:
+        nearest = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.0)[0]
+        known = ", ".join(BACKBONES)
+        raise ValueError(f"backbone.name is {name!r}, wanted one of {known}; did you mean {nearest!r}?")
+    if embedding_dim < 1:
+        raise ValueError(f"backbone.embedding_dim is {embedding_dim}, wanted at least 1 (512 for faces)")
+    height, width = image_size
+    if min(height, width) < STRIDE or height % STRIDE or width % STRIDE:
+        nearest_size = tuple(max(1, round(side / STRIDE)) * STRIDE for side in image_size)
+        raise ValueError(
+            f"the images are {height} x {width} pixels, wanted sides that are multiples of {STRIDE}: prepare "
+            f"the data at another size, for example {nearest_size[0]} x {nearest_size[1]}"
+        )
+    return BACKBONES[name](embedding_dim, (height, width))
+
+
+def build_seeded(name: str, embedding_dim: int, image_size: tuple[int, int], seed: int) -> EmbeddingNet:
+    """`build` with initial parameters that are a function of `seed`; torch's own generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for("backbone", seed))
+        return build(name, embedding_dim, image_size)

@@ -1,0 +1,56 @@
+"""The frame that every backbone shares: convolutions, a flatten, a linear layer to the embedding.
+
+Shapes: b images of a rank, 3 x H x W pixels, D = embedding_dim.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+STRIDE = 16  # every backbone halves its feature map four times
+
+
+class EmbeddingNet(nn.Module):
+    """Images (b, 3, H, W) -> embeddings (b, D), float32 or wider and not normalized.
+
+    `features` maps the images to (b, channels, H / 16, W / 16). `batch_norm` adds the batch norm that ArcFace
+    ends in; its weight stays 1, as in InsightFace: a scale per column would tilt the angles that the
+    margin is measured in.
+
+    Raises ValueError for images of another size than the net was built for: padding would let some through
+    (100 pixels leave a 7 x 7 map, like 112) with meaningless embeddings.
+    """
+
+    def __init__(
+        self,
+        features: nn.Module,
+        channels: int,
+        embedding_dim: int,
+        image_size: tuple[int, int],
+        batch_norm: bool = False,
+    ):
+        super().__init__()
+        height, width = image_size
+        self.image_size = (height, width)
+        self.embedding_dim = embedding_dim
+        self.features = features
+        self.linear = nn.Linear(channels * (height // STRIDE) * (width // STRIDE), embedding_dim)
+        self.norm = nn.BatchNorm1d(embedding_dim) if batch_norm else nn.Identity()
+        if batch_norm:
+            self.norm.weight.requires_grad = False
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.shape[1:] != (3, *self.image_size):
+            raise ValueError(
+                f"got images of shape {tuple(images.shape)}, wanted (b, 3, {self.image_size[0]}, "
+                f"{self.image_size[1]}): resize the images or build the backbone with their size"
+            )
+        features = self.features(images).flatten(1)
+        # Under autocast the embedding would be rounded to bfloat16's 8 bits, and the margin acts on small
+        # differences between cosines: the last layers run in the precision of their parameters.
+        device = features.device.type
+        available = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if available else nullcontext():
+            embeddings = self.norm(self.linear(features.to(self.linear.weight.dtype)))
+        return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

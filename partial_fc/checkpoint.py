@@ -1,0 +1,208 @@
+"""Checkpoints: atomic, by global class index, for any number of ranks, no pickle.
+
+checkpoints/step_00001200/
+    centers_000000000000_000000050000.safetensors   rows [0, 50000) of every tensor of the centers' state
+    history.safetensors                             what catching up rows needs
+    backbone.safetensors  optimizer.safetensors  classes.txt
+    manifest.json                                   written last; without it there is no checkpoint
+checkpoints/latest                                  the newest one's name
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from partial_fc.head.partial_fc import PartialFC
+from partial_fc.parallel import distributed
+from partial_fc.parallel.engine import DDPEngine
+
+FORMAT, VERSION = "partial_fc-checkpoint", 1
+PART_BYTES = 1 << 30  # a part of the centers; a reader at another world size opens those that overlap its range
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its folder and its manifest."""
+
+    path: Path
+    manifest: dict
+
+    @property
+    def step(self) -> int:
+        """Updates that the run had made."""
+        return self.manifest["step"]
+
+    def files(self) -> list[dict]:
+        return self.manifest["files"]
+
+
+def find_latest(run: Path) -> Checkpoint | None:
+    """The newest complete checkpoint of a run folder, or None. Raises ValueError for a newer format."""
+    folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
+    complete = (folder for folder in folders if (folder / "manifest.json").exists())
+    return next((open_checkpoint(folder) for folder in complete), None)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Reads and checks a manifest. Raises ValueError for what is no checkpoint, or one of a newer format."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} holds no manifest.json, so it is no complete checkpoint; name another one") from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}/manifest.json has format {manifest.get('format')!r}; wanted {FORMAT!r}")
+    if manifest["version"] > VERSION:
+        raise ValueError(
+            f"{path} has checkpoint version {manifest['version']}; this partial_fc reads up to {VERSION}: upgrade it"
+        )
+    return Checkpoint(path, manifest)
+
+
+def save(run: Path, step: int, *, head: PartialFC, engine: DDPEngine, classes: Path, settings: dict, keep: int) -> Path:
+    """Writes the checkpoint of `step` from all ranks, then deletes all but the newest `keep`. A collective.
+
+    settings: what the run must not change on resume (seed, data set, order), kept in the manifest. A failure on any
+    rank is raised on all of them, and leaves the checkpoints that were there.
+    """
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    with distributed.together(f"saving {folder}"):
+        if distributed.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # what a killed save left
+            folder.mkdir(parents=True)
+    written: list[dict] = []
+    with distributed.together(f"saving {folder}"):
+        written = _write_centers(folder, head)
+        if distributed.rank() == 0:
+            written.append(_write(folder / "backbone.safetensors", engine.backbone_state()))
+            written.append(_write(folder / "optimizer.safetensors", engine.optimizer_state()))
+            written.append(_write(folder / "history.safetensors", {"history": head.centers.missed.history}))
+            shutil.copyfile(classes, folder / "classes.txt")
+            written.append(_entry(folder / "classes.txt"))
+    files = [entry for entries in distributed.gather_objects(written) for entry in entries]
+    with distributed.together(f"saving {folder}"):
+        if distributed.rank() == 0:
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "step": step,
+                "num_classes": head.num_classes,
+                "embedding_dim": head.embedding_dim,
+                "dtype": str(head.dtype).removeprefix("torch."),
+                "settings": settings,
+                "files": files,
+            }
+            _write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1))
+            _write_atomically(folder.parent / "latest", folder.name + "\n")
+            complete = sorted(f for f in folder.parent.glob("step_*") if (f / "manifest.json").exists())
+            for old in complete[:-keep]:
+                (old / "manifest.json").unlink()  # first: a half-deleted folder must not look complete
+                shutil.rmtree(old)
+    return folder
+
+
+def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
+    """Restores head and engine at this number of ranks, whatever number wrote it. A collective.
+
+    Raises RunError on all ranks for a damaged file, another class count, embedding size or dtype.
+    """
+    manifest, path = checkpoint.manifest, checkpoint.path
+    dtype = str(head.dtype).removeprefix("torch.")
+    with distributed.together(f"loading {path}"):
+        ours = {"num_classes": head.num_classes, "embedding_dim": head.embedding_dim, "dtype": dtype}
+        for name, value in ours.items():
+            if manifest[name] != value:
+                raise ValueError(
+                    f"it was written with {name} {manifest[name]}, this run has {value}: continue with the data "
+                    "and config that it was written with, or give another run.dir"
+                )
+        for entry in checkpoint.files()[distributed.rank() :: distributed.world_size()]:
+            _verify(path, entry)
+    with distributed.together(f"loading {path}"):
+        history = load_file(path / "history.safetensors")["history"]
+        head.centers.load(lambda name, out: _read_rows(checkpoint, name, head.classes, out), history)
+        head.step_count = checkpoint.step
+        engine.load(load_file(path / "backbone.safetensors"), load_file(path / "optimizer.safetensors"))
+
+
+def _write_centers(folder: Path, head: PartialFC) -> list[dict]:
+    state = head.centers.state()
+    bytes_per_row = sum(tensor[:1].numel() * tensor.element_size() for tensor in state.values())
+    rows_per_part = max(PART_BYTES // max(bytes_per_row, 1), 1)
+    entries = []
+    for start in range(0, len(head.classes), rows_per_part):
+        stop = min(start + rows_per_part, len(head.classes))
+        first, last = head.classes.start + start, head.classes.start + stop
+        part = {name: tensor[start:stop] for name, tensor in state.items()}
+        entry = _write(folder / f"centers_{first:012d}_{last:012d}.safetensors", part)
+        entries.append(entry | {"classes": [first, last]})
+    return entries
+
+
+def _read_rows(checkpoint: Checkpoint, name: str, classes: range, out: Tensor) -> bool:
+    """Fills `out` with the rows `classes` of one state tensor; False if the checkpoint has no tensor of that name."""
+    for entry in checkpoint.files():
+        if "classes" not in entry:
+            continue
+        first, last = entry["classes"]
+        start, stop = max(first, classes.start), min(last, classes.stop)
+        if start >= stop:
+            continue
+        with safe_open(checkpoint.path / entry["name"], framework="pt") as part:
+            if name not in part.keys():  # noqa: SIM118 - no mapping, it only has keys()
+                return False
+            rows = part.get_slice(name)[start - first : stop - first]
+        out[start - classes.start : stop - classes.start] = rows.to(out)
+    return True
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> dict:
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    return _entry(path)
+
+
+def _entry(path: Path) -> dict:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _verify(folder: Path, entry: dict) -> None:
+    path = folder / entry["name"]
+    advice = f"delete {folder} to go on from the checkpoint before it"
+    if not path.exists():
+        raise ValueError(f"{path} is missing; {advice}")
+    if path.stat().st_size != entry["bytes"]:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}; {advice}")
+    if _sha256(path) != entry["sha256"]:
+        raise ValueError(f"{path} is damaged: its SHA-256 is not the manifest's; {advice}")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def read_backbone(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The backbone's tensors alone, verified."""
+    entry = next(entry for entry in checkpoint.files() if entry["name"] == "backbone.safetensors")
+    _verify(checkpoint.path, entry)
+    return load_file(checkpoint.path / entry["name"])

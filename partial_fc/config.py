@@ -1,0 +1,325 @@
+"""Every setting: typed, documented, validated. Defaults stand here once; a run's YAML holds only what differs.
+
+The text under a field is its documentation; `launch/train.py CONFIG --print-config` shows it beside the value.
+"""
+
+import difflib
+import platform
+import subprocess
+import types
+import typing
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    dir: str = ""
+    """Folder of the run: config, metrics, checkpoints, evaluation, report. Empty: runs/<name of the config file>."""
+    seed: int = 0
+    """The data order, initial values, negatives and augmentation are pure functions of it."""
+    steps: int | None = Field(None, ge=1)
+    """Length of the run in steps; give this or run.epochs."""
+    epochs: float | None = Field(None, gt=0)
+    """Length of the run in passes over the data, of floor(N / global_batch_size) steps each."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of a rank for torch; unset: torch's own choice (torchrun sets OMP_NUM_THREADS=1)."""
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either run.steps or run.epochs")
+        return self
+
+
+class Affine(Section):
+    degrees: float = Field(0.0, ge=0, le=180)
+    """Rotation is uniform in +- this."""
+    translate: float = Field(0.0, ge=0, lt=1)
+    """Shift is uniform in +- this fraction of each side."""
+    scale: float = Field(0.0, ge=0, lt=1)
+    """Size changes by a factor that is log-uniform in 1 / (1 + this) to 1 + this."""
+
+
+class Data(Section):
+    train: str
+    """Folder of training shards with their index, as `partial-fc prepare` writes it."""
+    global_batch_size: int = Field(ge=1)
+    """Samples of a step over all ranks; a multiple of data.streams."""
+    streams: int = Field(8, ge=1)
+    """Runs of the epoch's sample sequence that are read side by side; need not fit the ranks."""
+    shuffle_window: int = Field(8192, ge=1)
+    """Samples of a stream that are shuffled among themselves; prepared shards are in random order already."""
+    workers: int = Field(2, ge=0)
+    """Reader processes per rank; 0 reads in the training process."""
+    prefetch: int = Field(4, ge=1)
+    """Batches that each reader process prepares ahead."""
+    flip: bool = True
+    """Mirror an image with probability 1/2."""
+    affine: Affine | None = None
+    """Small random rotation, shift and change of size; unset: none."""
+    mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    """Pixel mean (RGB, 0 to 255), subtracted first."""
+    std: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    """Pixel deviation (RGB), divided by then."""
+    max_undecodable: float = Field(0.001, ge=0, le=1)
+    """A run stops when more than this fraction of its samples could not be decoded; below, batches are shorter."""
+    restart: bool = False
+    """Accept a checkpoint made with another seed, data set or batch size, and start its data order anew."""
+
+    @model_validator(mode="after")
+    def _streams_divide(self):
+        if self.global_batch_size % self.streams:
+            raise ValueError(
+                f"data.global_batch_size {self.global_batch_size} is no multiple of data.streams {self.streams}: "
+                "change one of them"
+            )
+        return self
+
+
+class Backbone(Section):
+    name: str
+    """smallnet, spherenet20, iresnet18, iresnet34, iresnet50, iresnet100 or iresnet200."""
+    embedding_dim: int = Field(512, ge=1)
+    """Size of an embedding."""
+
+
+class HeadOptim(Section):
+    lr: float | None = Field(None, gt=0)
+    """Learning rate of the class centers at its peak; unset: optim.lr."""
+    momentum: float | None = Field(None, ge=0, lt=1)
+    """Unset: optim.momentum."""
+    weight_decay: float | None = Field(None, ge=0)
+    """Unset: optim.weight_decay."""
+
+
+class MarginChoice(Section):
+    model_config = ConfigDict(extra="allow")
+
+    name: str = "cosface"
+    """softmax, normsoftmax, cosface or arcface; beside it the margin's own parameters, as scale and margin."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Head(Section):
+    margin: MarginChoice = MarginChoice()
+    sample_rate: float = Field(1.0, gt=0, le=1)
+    """Probability of each negative class in a step; positives come on top."""
+    chunk: int | None = Field(None, ge=1)
+    """Rows of logits that exist at once; unset: 2048 on a CPU, 16384 elsewhere."""
+    init_std: float = Field(0.01, gt=0)
+    """Standard deviation of initial class centers."""
+    optim: HeadOptim = HeadOptim()
+
+
+class Optim(Section):
+    lr: float = Field(0.1, gt=0)
+    """Learning rate at its peak, for data.global_batch_size as it is."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    """Steps in which the rate rises linearly from lr / warmup_steps to lr."""
+    schedule: Literal["polynomial", "constant"] = "polynomial"
+    """After the warm-up: lr (1 - progress)^power, or lr."""
+    power: float = Field(2.0, ge=0)
+    """Exponent of the polynomial schedule."""
+
+
+class Checkpoint(Section):
+    every: int = Field(1000, ge=1)
+    """Steps between checkpoints; the last step writes one too."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints that stay; older ones are deleted when a newer one is complete."""
+
+
+class Track(Section):
+    log_every: int = Field(10, ge=1)
+    """Steps between console lines and rows of metrics.jsonl."""
+    wandb: Literal["online", "offline", "disabled"] | None = None
+    """Unset: online where a key is set, else offline."""
+    project: str = "partial_fc"
+    """wandb project."""
+
+
+class EvaluationSet(Section):
+    data: str
+    """Folder of shards: verification over all pairs, identification of each sample against one per identity."""
+    distractors: str | None = None
+    """Folder of shards whose identities join the gallery."""
+
+
+class Evaluate(Section):
+    sets: dict[str, EvaluationSet] = {}
+    """Name to data."""
+    batch_size: int = Field(256, ge=1)
+    """Images embedded at once by a rank."""
+    untrained: bool = False
+    """Evaluate the backbone as it was initialized, too."""
+    flip: bool = False
+    """Average an image's embedding with its mirror image's."""
+
+
+class Config(Section):
+    run: Run
+    data: Data
+    backbone: Backbone
+    head: Head = Head()
+    optim: Optim = Optim()
+    checkpoint: Checkpoint = Checkpoint()
+    track: Track = Track()
+    evaluate: Evaluate = Evaluate()
+
+
+def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The YAML at `path` over the defaults, then every `section.key=value`; a saved run's config.yaml works too.
+
+    Raises ValueError with one message that lists everything wrong: unknown keys with the nearest known one, bad values
+    with what was wanted.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such config file") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: wanted sections (run:, data:, ...), got {type(values).__name__}")
+    values.pop("environment", None)  # what save_config noted beside the settings
+    for override in overrides:
+        _override(values, override)
+    run = values.setdefault("run", {})
+    if isinstance(run, dict) and not run.get("dir"):
+        run["dir"] = f"runs/{path.stem}"
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+        raise ValueError(f"{path} with its overrides is no valid config:\n{problems}") from None
+
+
+def _override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ValueError(f"override {override!r}: wanted section.key=value, for example optim.lr=0.05")
+    for part in parts[:-1]:
+        inner = values.get(part)
+        if inner is None:
+            inner = values[part] = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"override {override!r}: {part} is no section, it is {inner!r}")
+        values = inner
+    try:
+        values[parts[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is no YAML: {error}") from None
+
+
+def _explain(problem: dict) -> str:
+    location = problem["loc"]
+    name = ".".join(map(str, location))
+    if problem["type"] == "extra_forbidden":
+        nearest = _nearest(location)
+        hint = f"did you mean {nearest}?" if nearest else "see --print-config for the known ones"
+        return f"{name}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{name}: missing; it has no default, give it in the YAML or as {name}=..."
+    message = problem["msg"].removeprefix("Value error, ")
+    return message if problem["type"] == "value_error" else f"{name}: got {problem['input']!r}; {message}"
+
+
+def _nearest(location: tuple) -> str | None:
+    """The known key nearest to an unknown one, in its own section first, then anywhere."""
+    unknown = str(location[-1])
+    known = [".".join(map(str, key)) for key in _keys(Config)]
+    section = ".".join(map(str, location[:-1]))
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
+    match = difflib.get_close_matches(unknown, siblings, n=1)
+    if match:
+        return siblings[match[0]]
+    everywhere = {key.rpartition(".")[2]: key for key in known}
+    match = difflib.get_close_matches(unknown, everywhere, n=1)
+    return everywhere[match[0]] if match else None
+
+
+def _keys(section: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append((*prefix, name))
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            keys += _keys(inner, (*prefix, name))
+    return keys
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next((found for a in typing.get_args(annotation) if (found := _section_of(a))), None)
+    return None
+
+
+def describe(config: Config) -> str:
+    """The merged config as YAML, each key with its documentation."""
+    lines: list[str] = []
+
+    def write(section: BaseModel, indent: str) -> None:
+        for name, field in type(section).model_fields.items():
+            value = getattr(section, name)
+            if isinstance(value, BaseModel):
+                lines.append(f"{indent}{name}:")
+                write(value, indent + "  ")
+                continue
+            plain = section.model_dump(mode="json", include={name})[name]
+            text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+            line = f"{indent}{name}: {text}"
+            lines.append(f"{line:<44} # {field.description}" if field.description else line)
+        for name, value in (section.model_extra or {}).items():
+            lines.append(f"{indent}{name}: {value}")
+
+    write(config, "")
+    return "\n".join(lines) + "\n"
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the merged config with the git commit and the package versions it runs under."""
+    values = config.model_dump(mode="json")
+    values["environment"] = environment()
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def environment() -> dict[str, str]:
+    """git commit and versions; what cannot be told is said to be unknown."""
+    packages = ("partial_fc", "torch", "numpy", "opencv-python-headless", "webdataset", "safetensors")
+    return {
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def _git_commit() -> str:
+    folder = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return commit.stdout.strip() or "unknown"

@@ -1,0 +1,255 @@
+"""Reads, decodes and augments the samples that the order asks for: index and order in, batches out.
+
+A batch is a pure function of (seed, step, rank, world size), and nothing but open files is kept from one to
+the next. So the number of workers changes nothing, and a run resumes at any step at no cost.
+
+    b samples of this rank in a batch; H, W height and width of the images
+"""
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from partial_fc.data.augment import Affine, augment
+from partial_fc.data.order import Order
+from partial_fc.data.shards import Index
+from partial_fc.parallel.distributed import part
+from partial_fc.seeds import seed_for
+
+RETRY_SECONDS = (0.1, 1.0, 5.0)  # pauses before another try to read: network file systems have short outages
+MAX_OPEN_SHARDS = 64  # a worker; common limits are 1,024 files a process
+
+
+class ReadError(RuntimeError):
+    """The stored bytes of a sample cannot be read."""
+
+
+class Batch(NamedTuple):
+    images: Tensor
+    """(b, 3, H, W) uint8, RGB; b is `planned` less the bad samples, and may be 0."""
+    labels: Tensor
+    """(b,) int64"""
+    step: int
+    planned: int
+    """Samples of the global batch that are this rank's."""
+    bad: list[str]
+    """Keys of the samples that are no image of the data set's size."""
+
+
+def loader(
+    index: Index,
+    order: Order,
+    *,
+    rank: int,
+    world_size: int,
+    seed: int,
+    start_step: int,
+    stop_step: int,
+    workers: int,
+    prefetch: int,
+    flip: bool,
+    affine: Affine | None,
+    pin_memory: bool = False,
+) -> Iterable[Batch]:
+    """This rank's part of the global batches of steps [start_step, stop_step), in turn.
+
+    workers: processes that read ahead; 0 reads in this process. prefetch: batches that a worker has ready.
+    Iterating raises ReadError naming shard and offset if a sample cannot be read, and RuntimeError if a worker
+    dies.
+    """
+    positions = part(order.global_batch_size, rank, world_size)
+    if order.global_batch_size < world_size:
+        raise ValueError(
+            f"got a global batch of {order.global_batch_size} samples on {world_size} ranks, wanted at least "
+            "one a rank: raise data.global_batch_size or use fewer ranks"
+        )
+    requests = _Requests(order, positions, range(start_step, stop_step))
+    return _loader(_Samples(index, seed, flip, affine), requests, workers, prefetch, pin_memory)
+
+
+def images_in_order(index: Index, samples: np.ndarray, batch_size: int, workers: int) -> Iterator[Batch]:
+    """The given samples as they are stored, `batch_size` at a time; a batch's step is its number.
+
+    Iterating raises ValueError naming the key of a sample that is no image of the data set's size.
+    """
+    starts = range(0, len(samples), batch_size)
+    requests = [_Request(i, 0, samples[start : start + batch_size]) for i, start in enumerate(starts)]
+    dataset = _Samples(index, seed=0, flip=False, affine=None)
+    for batch in _loader(dataset, requests, min(workers, len(requests)), 2, False):
+        if batch.bad:
+            raise ValueError(
+                f"{index.path}: sample {batch.bad[0]} is no image of (height, width) {image_size(index)}: "
+                "leave it out and prepare the data set again"
+            )
+        yield batch
+
+
+def image_size(index: Index) -> tuple[int, int]:
+    """(H, W) of the images of a data set. Raises ValueError if its index does not say."""
+    size = index.prepared.get("image_size")
+    if size is None:
+        raise ValueError(f"{index.path}: index.json has no prepared.image_size, wanted [height, width]")
+    height, width = size
+    return height, width
+
+
+def decode(data: bytes) -> np.ndarray | None:
+    """(H, W, 3) uint8 RGB, turned as its EXIF data say; gray becomes RGB. None if it is no (whole) image."""
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error:  # empty, or larger than OpenCV's limit
+        return None
+
+
+class _Request(NamedTuple):
+    """What one item of the data set is asked for: a rank's part of a batch."""
+
+    step: int
+    first: int  # position of samples[0] in the global batch
+    samples: np.ndarray  # (b,)
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """The batch sampler: one request a step."""
+
+    order: Order
+    positions: range
+    steps: range
+
+    def __iter__(self) -> Iterator[_Request]:
+        own = slice(self.positions.start, self.positions.stop)
+        return (_Request(step, own.start, self.order.batch(step)[own]) for step in self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass
+class _Samples:
+    """A map-style data set whose items are whole batches."""
+
+    index: Index
+    seed: int
+    flip: bool
+    affine: Affine | None
+    _open: OrderedDict[int, int] = field(default_factory=OrderedDict)  # shard → descriptor, latest use last
+
+    def __getitem__(self, request: _Request) -> Batch | ReadError:
+        """The batch, or the error that ends the run: torch would put a raised one into a traceback's text."""
+        try:
+            return self._batch(request)
+        except ReadError as error:
+            return error
+
+    def _batch(self, request: _Request) -> Batch:
+        cv2.setNumThreads(0)  # the workers are the parallelism; OpenCV's own threads do not survive a fork
+        height, width = image_size(self.index)
+        planned = len(request.samples)
+        images = np.empty((planned, 3, height, width), np.uint8)
+        good: list[int] = []
+        bad: list[str] = []
+        for row, sample in enumerate(request.samples.tolist()):
+            image = decode(self._read(sample))
+            if image is None or image.shape != (height, width, 3):
+                bad.append(self.index.key(sample))
+                continue
+            if self.flip or self.affine:
+                rng = np.random.Generator(
+                    np.random.Philox(seed_for("augment", self.seed, request.step, request.first + row))
+                )
+                image = augment(image, rng, self.flip, self.affine)
+            images[len(good)] = image.transpose(2, 0, 1)
+            good.append(sample)
+        labels = torch.from_numpy(self.index.label[good])
+        return Batch(torch.from_numpy(images[: len(good)]), labels, request.step, planned, bad)
+
+    def _read(self, sample: int) -> bytes:
+        """The stored bytes of an image. Raises ReadError when all tries have failed."""
+        shard, offset, size = (int(a[sample]) for a in (self.index.shard, self.index.offset, self.index.size))
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                data = os.pread(self._descriptor(shard), size, offset)
+                if len(data) == size:
+                    return data
+                error = OSError(f"got {len(data)} of {size} bytes")
+            except OSError as caught:
+                error = caught
+            self._close(shard)  # a new descriptor also helps where the file was replaced
+            if pause is not None:
+                time.sleep(pause)
+        raise ReadError(
+            f"cannot read {size} bytes at offset {offset} of {self.index.shard_path(sample)} "
+            f"after {len(RETRY_SECONDS) + 1} tries: {error}"
+        ) from error
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._open:
+            if len(self._open) >= MAX_OPEN_SHARDS:
+                self._close(next(iter(self._open)))
+            self._open[shard] = os.open(self.index.path / self.index.shard_names[shard], os.O_RDONLY)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def _close(self, shard: int) -> None:
+        if shard in self._open:
+            os.close(self._open.pop(shard))
+
+    def __del__(self) -> None:
+        for shard in list(self._open):
+            self._close(shard)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """The batches of torch's loader, with errors that say what happened."""
+
+    loader: DataLoader
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        try:
+            for batch in batches:
+                if isinstance(batch, ReadError):
+                    raise batch
+                yield batch
+        except (ConnectionError, EOFError) as error:  # other deaths of a worker torch names itself
+            raise RuntimeError(
+                "a reader process died while it handed over a batch; it may have run out of memory: "
+                "lower data.workers or data.prefetch"
+            ) from error
+        finally:
+            # Now, not when the error's traceback is collected: in a reference cycle the queues go first, and
+            # torch waits 5 s for workers that it cannot tell to stop any more.
+            del batches
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def _loader(dataset: _Samples, requests: Iterable[_Request], workers: int, prefetch: int, pin_memory: bool) -> _Batches:
+    image_size(dataset.index)  # the error here, not in a worker
+    loader = DataLoader(
+        dataset,
+        batch_size=None,  # an item of the data set is a batch already
+        sampler=requests,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # or the loader would draw from the run's own
+    )
+    return _Batches(loader)
+
+
+def _as_it_is(batch: Batch | ReadError) -> Batch | ReadError:
+    return batch

@@ -1,0 +1,187 @@
+"""What is measured of a backbone on a set, and the small table of it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from partial_fc.data.shards import Index
+from partial_fc.evaluate.embed import embed
+from partial_fc.evaluate.identification import choose_gallery, identify
+from partial_fc.evaluate.pairs import BINS, Pair, PairScores, all_pairs
+from partial_fc.evaluate.scores import on_grid
+from partial_fc.evaluate.verification import fold_accuracy, verification_pairs
+from partial_fc.seeds import seed_for
+
+FARS = ("0.001", "0.0001", "1e-05")  # the keys in evaluation.json
+FOLDS = 10
+PAIRS_PER_FOLD = 300  # of either kind, as in LFW
+HISTOGRAM_BINS = 128
+EXAMPLES = 6  # pairs of either kind in each group
+
+
+def evaluate_sets(
+    backbone: nn.Module, sets: Mapping[str, tuple[Index, Index | None]], *, seed: int = 0, **embedding
+) -> dict[str, dict]:
+    """The result of every set, under its name: what evaluation.json holds for one model.
+
+    A set is its data and its distractors, or None. One sample of each distractor identity enlarges the gallery of
+    rank-1; verification knows no distractors. `seed` chooses these samples, the gallery's, and the pairs of the
+    10-fold accuracy; `embedding` holds the options of `embed`. In and out equal on all ranks. Sets that share data
+    share its embeddings and its verification.
+    """
+    embeddings: dict[Path, Tensor] = {}
+    verified: dict[Path, dict] = {}
+    results = {}
+    for name, (index, distractors) in sets.items():
+        if index.path not in embeddings:
+            embeddings[index.path] = embed(backbone, index, **embedding)
+            verified[index.path] = verify(embeddings[index.path], index.label, seed)
+        found = identify(
+            embeddings[index.path],
+            index.label,
+            distractors=None if distractors is None else _embed_distractors(backbone, distractors, seed, embedding),
+            seed=seed,
+        )
+        results[name] = {
+            "data": str(index.path),
+            "distractors": None if distractors is None else str(distractors.path),
+            "num_distractors": found.num_distractors,
+            "num_gallery": found.num_gallery,
+            "num_probes": found.num_probes,
+            "rank1": found.rank1,
+            "cmc": found.cmc.tolist(),
+            **verified[index.path],
+        }
+    return results
+
+
+def evaluate_set(backbone: nn.Module, index: Index, distractors: Index | None = None, **options) -> dict:
+    """The result of one set; `options` are those of `evaluate_sets`."""
+    return evaluate_sets(backbone, {"": (index, distractors)}, **options)[""]
+
+
+def _embed_distractors(backbone: nn.Module, distractors: Index, seed: int, embedding: Mapping) -> Tensor:
+    """One sample of every identity, as in the gallery that they join."""
+    return embed(backbone, distractors, np.sort(choose_gallery(distractors.label, seed)[0]), **embedding)
+
+
+def verify(embeddings: Tensor, labels: np.ndarray, seed: int) -> dict:
+    """Verification of normalized embeddings (n, D), as plain numbers ready for JSON.
+
+    TAR at FAR, ROC and histograms are over all pairs of the set. A FAR of which the set's impostor pairs do
+    not allow one false accept is null. The 10-fold accuracy is over a seeded list of 10 x (300 + 300) pairs;
+    null if the set has fewer than 20 identities, or fewer than 10 of two samples.
+    """
+    labels = np.asarray(labels)
+    pairs = all_pairs(embeddings, labels, max_far=max(map(float, FARS)), hardest=EXAMPLES)
+    counts = np.unique(labels, return_counts=True)[1]
+    result = {
+        "num_samples": len(labels),
+        "num_identities": len(counts),
+        "num_genuine": len(pairs.genuine),
+        "num_impostor": pairs.num_impostor,
+        "fold_accuracy": None,
+        "fold_accuracy_std": None,
+        "fold_threshold": None,
+        "tar_at_far": {far: _at(pairs, far) for far in FARS},
+        "roc": [list(point) for point in pairs.roc()],
+        "histogram": {
+            "edges": np.linspace(-1, 1, HISTOGRAM_BINS + 1).tolist(),
+            "genuine": _coarse(pairs.genuine_counts),
+            "impostor": _coarse(pairs.impostor_counts),
+        },
+        "examples": {
+            "right": [],
+            "wrong": [],
+            "hardest": _examples(pairs.highest_impostor, False) + _examples(pairs.lowest_genuine, True),
+        },
+    }
+    if np.count_nonzero(counts > 1) >= FOLDS and len(counts) >= 2 * FOLDS:
+        chosen, same, fold = verification_pairs(labels, seed, PAIRS_PER_FOLD, FOLDS)
+        exact = on_grid(embeddings)
+        first, second = torch.from_numpy(chosen).to(exact.device).T
+        score = (exact[first] * exact[second]).sum(dim=1).cpu().numpy()
+        mean, std, thresholds = fold_accuracy(score, same, fold)
+        result.update(fold_accuracy=mean, fold_accuracy_std=std, fold_threshold=float(thresholds.mean()))
+        # By how much a pair is on the right side of the threshold that its fold was judged by.
+        margin = np.where(same, score - thresholds[fold], thresholds[fold] - score)
+        right = (score >= thresholds[fold]) == same
+        result["examples"]["right"] = _typical(chosen, score, same, right, seed)
+        result["examples"]["wrong"] = _worst(chosen, score, same, ~right, margin)
+    return result
+
+
+def _at(pairs: PairScores, far: str) -> dict[str, float] | None:
+    if pairs.num_impostor * float(far) < 1:
+        return None
+    tar, threshold, far_reached = pairs.tar_at_far(float(far))
+    return {"tar": tar, "far": far_reached, "threshold": threshold}
+
+
+def _coarse(counts: np.ndarray) -> list[int]:
+    return counts.reshape(HISTOGRAM_BINS, BINS // HISTOGRAM_BINS).sum(axis=1).tolist()
+
+
+def _examples(pairs: Sequence[Pair], same: bool) -> list[dict]:
+    return [{"a": int(a), "b": int(b), "score": float(score), "same": same} for a, b, score in pairs]
+
+
+def _typical(pairs: np.ndarray, score: np.ndarray, same: np.ndarray, right: np.ndarray, seed: int) -> list[dict]:
+    """Seeded random pairs that were decided rightly."""
+    shuffled = np.random.Generator(np.random.Philox(seed_for("examples", seed))).permutation(len(pairs))
+    return _pick(pairs, score, same, shuffled[right[shuffled]])
+
+
+def _worst(pairs: np.ndarray, score: np.ndarray, same: np.ndarray, wrong: np.ndarray, margin: np.ndarray) -> list[dict]:
+    """The wrongly decided pairs that are furthest on the wrong side."""
+    order = np.argsort(margin, kind="stable")
+    return _pick(pairs, score, same, order[wrong[order]])
+
+
+def _pick(pairs: np.ndarray, score: np.ndarray, same: np.ndarray, order: np.ndarray) -> list[dict]:
+    """The first EXAMPLES genuine and EXAMPLES impostor pairs in `order`."""
+    picked = []
+    for kind in (True, False):
+        chosen = order[same[order] == kind][:EXAMPLES]
+        picked += _examples([(*pairs[i], score[i]) for i in chosen], kind)
+    return picked
+
+
+def format_table(models: Mapping[str, Mapping[str, Mapping]]) -> str:
+    """The results as text: for each set a row untrained, a row trained. `models` as in evaluation.json."""
+    lines = [f"{'':<16}{'':<11}{'10-fold':>8}{'TAR@1e-3':>10}{'TAR@1e-4':>10}{'TAR@1e-5':>10}{'rank-1':>8}"]
+    names = sorted(models, key=["untrained", "trained"].index)
+    sets = list(dict.fromkeys(name for model in names for name in models[model]))
+    notes = []
+    for name in sets:
+        rows = [(model, models[model][name]) for model in names if name in models[model]]
+        for model, result in rows:
+            tars = [result["tar_at_far"][far] for far in FARS]
+            cells = [result["fold_accuracy"], *(at and at["tar"] for at in tars), result["rank1"]]
+            text = "".join(
+                f"{'–' if value is None else f'{value:.4f}':>{width}}"
+                for value, width in zip(cells, (8, 10, 10, 10, 8), strict=True)
+            )
+            lines.append(f"{name if model == rows[0][0] else '':<16}{model:<11}{text}")
+        notes += [f"{name}: {note}" for note in missing(rows[0][1])]
+    return "\n".join(lines + notes)
+
+
+def missing(result: Mapping) -> list[str]:
+    """Why values of a result are null, a sentence each; shown under a table."""
+    notes = []
+    absent = [float(far) for far in FARS if result["tar_at_far"][far] is None]
+    if absent:
+        wanted = " and ".join(f"{round(1 / far):,} for FAR {far:.0e}".replace("e-0", "e-") for far in absent)
+        notes.append(
+            f"– where the {result['num_impostor']:,} impostor pairs are too few to show that FAR (wanted {wanted})."
+        )
+    if result["fold_accuracy"] is None:
+        notes.append(
+            f"– for the 10-fold accuracy: it needs {2 * FOLDS} identities, {FOLDS} of them with two samples; "
+            f"the set has {result['num_identities']:,} identities."
+        )
+    return notes

@@ -1,0 +1,1 @@
+"""Turning anything into a data set folder of shards and an index."""

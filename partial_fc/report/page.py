@@ -1,0 +1,208 @@
+"""The report: one HTML file without a single outside reference, about one run or several compared."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from itertools import count
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from partial_fc.evaluate.protocol import FARS, missing
+from partial_fc.report import plots
+from partial_fc.report.examples import example_groups
+from partial_fc.report.plots import Series
+from partial_fc.report.runs import Run, load_run
+
+FACTS = {  # dotted config name → how the page calls it
+    "backbone.name": "backbone",
+    "backbone.embedding_dim": "embedding dimension",
+    "head.margin.name": "margin",
+    "head.margin.scale": "scale s",
+    "head.margin.margin": "margin m",
+    "head.sample_rate": "sample rate",
+    "data.global_batch_size": "global batch",
+    "optim.lr": "learning rate",
+    "run.seed": "seed",
+}
+
+
+def write_report(runs: Sequence[Path], out: Path) -> None:
+    """Write the page about the run folders `runs` to `out`. What a run does not have yet is said in a sentence.
+
+    Raises ValueError without runs, FileNotFoundError if a run's folder is missing.
+    """
+    loaded = [load_run(path) for path in runs]
+    if not loaded:
+        raise ValueError("got no run, wanted one run folder or more")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["percent"] = _percent
+    template = environment.from_string(files("partial_fc.report").joinpath("page.html.j2").read_text("utf-8"))
+    names = (f"p{number}" for number in count())
+    page = template.render(
+        title=loaded[0].name if len(loaded) == 1 else f"{len(loaded)} runs compared",
+        several=len(loaded) > 1,
+        palette=plots.SERIES,
+        runs=[_run(run, color) for color, run in enumerate(loaded)],
+        tables=_tables(loaded),
+        curves=_training_curves(loaded, names),
+        rocs=_rocs(loaded, names),
+        histograms=_histograms(loaded, names),
+        examples=_examples(loaded),
+        differences=_differences(loaded),
+    )
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+
+
+def _run(run: Run, color: int) -> dict:
+    facts = [(name, run.config[key]) for key, name in FACTS.items() if run.config.get(key) is not None]
+    if run.metrics:
+        facts.append(("steps logged", f"{run.metrics[-1]['step']:,}"))
+    if run.evaluation is not None:
+        facts.append(("evaluated at step", f"{run.evaluation['step']:,}"))
+    notes = []
+    if not run.metrics:
+        notes.append("has logged no step yet (no metrics.jsonl), so it has no training curves")
+    if run.evaluation is None:
+        notes.append("has not been evaluated yet (no evaluation.json): `partial-fc evaluate` does it")
+    if not run.config_text:
+        notes.append("has no config.yaml")
+    return {"name": run.name, "color": color, "facts": facts, "notes": notes, "config": run.config_text}
+
+
+def _evaluated(runs: Sequence[Run]) -> list[tuple[int, Run]]:
+    """(color, run) of the runs that have an evaluation."""
+    return [(color, run) for color, run in enumerate(runs) if run.evaluation is not None]
+
+
+def _set_names(runs: Sequence[Run]) -> list[str]:
+    named = (name for _, run in _evaluated(runs) for sets in run.evaluation["models"].values() for name in sets)
+    return list(dict.fromkeys(named))
+
+
+def _tables(runs: Sequence[Run]) -> list[dict]:
+    """A table for each set: a row for each run and model, a column for each measure."""
+    tables = []
+    for name in _set_names(runs):
+        rows, notes = [], []
+        for color, run in _evaluated(runs):
+            for model, results in _models(run, ("untrained", "trained")):
+                if name not in results:
+                    continue
+                result = results[name]
+                tars = [at and at["tar"] for at in (result["tar_at_far"][far] for far in FARS)]
+                values = [result["fold_accuracy"], *tars, result["rank1"]]
+                rows.append({"run": run.name, "color": color, "model": model, "values": values})
+                notes += [note for note in missing(result) if note not in notes]
+        columns = zip(*(row["values"] for row in rows), strict=True)
+        best = [max((value for value in column if value is not None), default=None) for column in columns]
+        tables.append({"name": name, "about": _about(result), "rows": rows, "best": best, "notes": notes})
+    return tables
+
+
+def _about(result: dict) -> str:
+    parts = [
+        f"{result['num_samples']:,} samples of {result['num_identities']:,} identities",
+        f"{result['num_genuine']:,} genuine and {result['num_impostor']:,} impostor pairs",
+        f"{result['num_distractors']:,} distractors" if result["num_distractors"] else "no distractors",
+    ]
+    return " · ".join(parts)
+
+
+def _training_curves(runs: Sequence[Run], names: Iterator[str]) -> list[dict]:
+    figures = (
+        ("Loss", lambda row: row["loss"], {}),
+        ("Target cosine", lambda row: row["target_cosine"], {}),
+        ("Learning rate", lambda row: row["lr"], {}),
+        ("Samples per second", lambda row: row["samples_per_second"], {}),
+        (
+            "Share of the step spent waiting for data",
+            lambda row: row["data_wait"] / row["step_time"],
+            {"percent": True},
+        ),
+        ("Memory, GiB", lambda row: row["memory"] / 2**30, {}),
+    )
+    drawn = []
+    for title, value, options in figures:
+        series = []
+        for color, run in enumerate(runs):
+            points = [(row["step"], value(row)) for row in run.metrics if _has(row, value)]
+            if points:
+                x, y = np.array(points, dtype=float).T
+                series.append(Series(run.name, x, y, color))
+        if series:
+            drawn.append({"title": title, "svg": Markup(plots.curves(next(names), series, **options))})
+    return drawn
+
+
+def _has(row: dict, value) -> bool:
+    try:
+        return value(row) is not None
+    except (KeyError, TypeError, ZeroDivisionError):  # the field is absent or null in this row
+        return False
+
+
+def _distinct(results: Mapping[str, dict]) -> list[tuple[str, str]]:
+    """(title, set): sets of the same data share their pairs, hence all that is drawn of verification."""
+    shared: dict[str, list[str]] = {}
+    for name, result in results.items():
+        shared.setdefault(result["data"], []).append(name)
+    return [(" and ".join(sets), sets[0]) for sets in shared.values()]
+
+
+def _rocs(runs: Sequence[Run], names: Iterator[str]) -> list[dict]:
+    """One run: trained and untrained. Several: the trained models."""
+    curves: dict[str, list[Series]] = {}
+    several = len(runs) > 1
+    for color, run in _evaluated(runs):
+        for model, results in _models(run, ("trained",) if several else ("untrained", "trained")):
+            for title, name in _distinct(results):
+                x, y = np.array(results[name]["roc"], dtype=float).reshape(-1, 2).T
+                shade = None if model == "untrained" else color
+                curves.setdefault(title, []).append(Series(run.name if several else model, x, y, shade))
+    return [{"title": title, "svg": Markup(plots.roc(next(names), series))} for title, series in curves.items()]
+
+
+def _histograms(runs: Sequence[Run], names: Iterator[str]) -> list[dict]:
+    drawn = []
+    several = len(runs) > 1
+    for _, run in _evaluated(runs):
+        for model, results in _models(run, ("trained",) if several else ("trained", "untrained")):
+            for title, name in _distinct(results):
+                histogram, at = results[name]["histogram"], results[name]["tar_at_far"][FARS[0]]
+                arrays = [np.asarray(histogram[part], dtype=float) for part in ("edges", "genuine", "impostor")]
+                thresholds = [(f"FAR {FARS[0]}", at["threshold"])] if at else []
+                svg = plots.histogram(next(names), *arrays, thresholds)
+                drawn.append({"title": f"{title}, {run.name if several else model}", "svg": Markup(svg)})
+    return drawn
+
+
+def _models(run: Run, wanted: Sequence[str]) -> list[tuple[str, dict]]:
+    models = run.evaluation["models"]
+    return [(model, models[model]) for model in wanted if model in models]
+
+
+def _examples(runs: Sequence[Run]) -> list[dict]:
+    shown = []
+    for color, run in _evaluated(runs):
+        for _, results in _models(run, ["trained"]):
+            for title, name in _distinct(results):
+                groups, note = example_groups(results[name])
+                shown.append({"run": run.name, "color": color, "set": title, "groups": groups, "note": note})
+    return shown
+
+
+def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(setting, its value in each run) where the runs differ, apart from their folder."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key != "run.dir")
+    rows = [(key, [str(run.config.get(key, "–")) for run in runs]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"

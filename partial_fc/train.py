@@ -1,0 +1,310 @@
+"""Training: everything is built from a config, then one loop."""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from partial_fc import backbone, checkpoint
+from partial_fc.config import Config, save_config
+from partial_fc.data.augment import Affine
+from partial_fc.data.order import Order
+from partial_fc.data.reader import Batch, image_size, loader
+from partial_fc.data.shards import Index, load_index
+from partial_fc.evaluate.embed import normalize
+from partial_fc.head.margins import build_margin
+from partial_fc.head.partial_fc import PartialFC
+from partial_fc.metrics import Metrics
+from partial_fc.optim import build_optimizer, learning_rate
+from partial_fc.parallel import distributed
+from partial_fc.parallel.engine import DDPEngine
+from partial_fc.seeds import seed_for
+
+SKIPS_IN_A_ROW = 10  # steps without a finite loss after which a run stops
+TOLERATED_UNDECODABLE = 10  # samples; below it data.max_undecodable is not asked, a run has seen too few
+
+
+def train(config: Config, device: torch.device) -> bool:
+    """Trains to the end of the run, from its latest checkpoint if there is one. True if finished, False if preempted.
+
+    A collective over all ranks of the job. Raises RunError on all ranks where the config, the
+    data or a checkpoint is at fault.
+    """
+    run = Path(config.run.dir)
+    run_parts = build(config, device)
+    index, order, head, engine = run_parts.index, run_parts.order, run_parts.head, run_parts.engine
+    rank, world_size = distributed.rank(), distributed.world_size()
+    batches = read_batches(config, run_parts)
+    head_rate = _first(config.head.optim.lr, config.optim.lr) / config.optim.lr  # of the backbone's rate
+    largest_part = -(-order.global_batch_size // world_size)
+    health = Health(config, run_parts)
+    done = run_parts.start_step
+    preempted = False
+
+    with preemption() as asked_to_stop, metrics_of(config, run, run_parts) as metrics:
+        for step in range(run_parts.start_step, run_parts.total_steps):
+            # data: this rank's images (b, 3, H, W) uint8 and labels (b,)
+            waiting = time.monotonic()
+            batch = next(batches)
+            waited = time.monotonic() - waiting
+            torch.manual_seed(seed_for("step", config.run.seed, step, rank))
+
+            # forward and backward: embeddings (b, D), loss () equal on all ranks
+            embeddings = engine(normalize(batch.images.to(device), config.data.mean, config.data.std))
+            head.begin_step(step, run_parts.labels(step))
+            loss = head(embeddings, batch.labels.to(device), largest_part)
+            engine.backward(loss)
+
+            # the one host read of a step, before either update
+            loss_now, preempted, bad = agree(loss, asked_to_stop(), len(batch.bad))
+
+            # update of head and backbone, or of neither
+            lr = learning_rate(step, run_parts.total_steps, config.optim.lr, config.optim)
+            if math.isfinite(loss_now):
+                head.step(lr * head_rate)
+                engine.step(lr)
+            else:
+                head.skip_step()
+                engine.skip()
+            health.step(step, batch, loss_now, bad)
+
+            # log and save: `done` steps are finished
+            done = step + 1
+            last = done == run_parts.total_steps
+            if metrics is not None:
+                metrics.step(loss_now, waited)
+                if done % config.track.log_every == 0 or last:
+                    metrics.row(done, lr=lr, target_cosine=head.target_cosine.item(), **health.counts)
+            if done % config.checkpoint.every == 0 or last or preempted:
+                checkpoint.save(
+                    run,
+                    done,
+                    head=head,
+                    engine=engine,
+                    classes=index.path / "classes.txt",
+                    settings={"order": order_settings(config, index), "config": config.model_dump(mode="json")},
+                    keep=config.checkpoint.keep,
+                )
+            if preempted:
+                break
+
+    finished = done == run_parts.total_steps
+    if rank == 0 and not finished:
+        (run / "preempted").write_text(f"step {done}\n")
+        print(f"preempted: saved step {done}; the same command goes on from there", flush=True)
+    distributed.barrier()
+    return finished
+
+
+@dataclass
+class Parts:
+    """What a run is built of."""
+
+    index: Index
+    order: Order
+    head: PartialFC
+    engine: DDPEngine
+    total_steps: int
+    start_step: int
+
+    def labels(self, step: int) -> Tensor:
+        """(B,) labels of the whole global batch of a step, from the index: no collective."""
+        return torch.from_numpy(self.index.label[self.order.batch(step)])
+
+
+def build(config: Config, device: torch.device) -> Parts:
+    """Data, head, backbone and engine of a run, at the state of its latest checkpoint. A collective."""
+    run = Path(config.run.dir)
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    with distributed.together("preparing the run"):
+        margin = build_margin(config.head.margin.name, config.head.margin.parameters)
+        index = load_index(config.data.train)
+        size = image_size(index)
+        order = Order(
+            index.samples_per_shard,
+            config.data.global_batch_size,
+            config.data.streams,
+            config.run.seed,
+            config.data.shuffle_window,
+        )
+        net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
+        found = checkpoint.find_latest(run)
+        if found is not None:
+            check_unchanged(found, order_settings(config, index), config.data.restart)
+    head = PartialFC(
+        index.num_classes,
+        config.backbone.embedding_dim,
+        margin,
+        config.head.sample_rate,
+        momentum=_first(config.head.optim.momentum, config.optim.momentum),
+        weight_decay=_first(config.head.optim.weight_decay, config.optim.weight_decay),
+        seed=config.run.seed,
+        init_std=config.head.init_std,
+        chunk=config.head.chunk,
+        check_labels=False,  # all labels were checked when the index was loaded
+        device=device,
+    )
+    net.to(device).train()
+    engine = DDPEngine(net, build_optimizer(net, config.optim), device)
+    engine.warm_up(torch.zeros(2, 3, *size, device=device))
+    if found is not None:
+        checkpoint.load(found, head=head, engine=engine)
+    total_steps = config.run.steps or max(round(config.run.epochs * order.steps_per_epoch), 1)
+    start_step = 0 if found is None else found.step
+    with distributed.together("preparing the run"):
+        if distributed.rank() == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "preempted").unlink(missing_ok=True)
+            save_config(config, run / "config.yaml")
+            print_summary(config, index, order, head, total_steps, found)
+    return Parts(index, order, head, engine, total_steps, start_step)
+
+
+def _first(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def order_settings(config: Config, index: Index) -> dict:
+    """What decides which sample comes when: a resumed run must not change it unnoticed."""
+    return {
+        "run.seed": config.run.seed,
+        "data.global_batch_size": config.data.global_batch_size,
+        "data.streams": config.data.streams,
+        "data.shuffle_window": config.data.shuffle_window,
+        "data set": index.fingerprint,
+    }
+
+
+def check_unchanged(found: checkpoint.Checkpoint, ours: dict, restart: bool) -> None:
+    """Raises ValueError if the checkpoint was made with another data order, unless `restart` accepts that."""
+    theirs = found.manifest["settings"]["order"]
+    changed = [
+        f"{name} was {theirs.get(name)!r}, now {value!r}" for name, value in ours.items() if theirs.get(name) != value
+    ]
+    if changed and not restart:
+        raise ValueError(
+            f"{found.path} was made with another data order: {'; '.join(changed)}. Put it back, or accept the new "
+            "order from here on with data.restart=true, or start anew in another run.dir"
+        )
+
+
+def print_summary(
+    config: Config, index: Index, order: Order, head: PartialFC, total_steps: int, found: checkpoint.Checkpoint | None
+) -> None:
+    world_size = distributed.world_size()
+    start = "from the start" if found is None else f"from {found.path}"
+    print(
+        f"{config.run.dir}: {index.num_samples:,} samples of {index.num_classes:,} identities; {world_size} ranks on "
+        f"{head.device.type}, {len(head.classes):,} class centers on the first; {config.backbone.name}, "
+        f"{config.head.margin.name}; {total_steps:,} steps of {order.global_batch_size} samples "
+        f"({total_steps / order.steps_per_epoch:.2f} epochs), {start}",
+        flush=True,
+    )
+
+
+def read_batches(config: Config, parts: Parts) -> Iterator[Batch]:
+    affine = config.data.affine
+    return iter(
+        loader(
+            parts.index,
+            parts.order,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            seed=config.run.seed,
+            start_step=parts.start_step,
+            stop_step=parts.total_steps,
+            workers=config.data.workers,
+            prefetch=config.data.prefetch,
+            flip=config.data.flip,
+            affine=None if affine is None else Affine(affine.degrees, affine.translate, affine.scale),
+            pin_memory=parts.head.device.type == "cuda",
+        )
+    )
+
+
+@contextmanager
+def metrics_of(config: Config, run: Path, parts: Parts) -> Iterator[Metrics | None]:
+    """Rank 0's metrics; None on the other ranks."""
+    if distributed.rank() != 0:
+        yield None
+        return
+    metrics = Metrics(
+        config,
+        run,
+        start_step=parts.start_step,
+        total_steps=parts.total_steps,
+        steps_per_epoch=parts.order.steps_per_epoch,
+    )
+    try:
+        yield metrics
+    finally:
+        metrics.close()
+
+
+@contextmanager
+def preemption() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and SIGUSR1 only set a flag, which the steps share: all ranks then save the same step and stop."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+
+    signals = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(number, ask) for number in signals]
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def agree(loss: Tensor, stop: bool, bad: int) -> tuple[float, bool, int]:
+    """The loss, whether any rank was asked to stop, and all ranks' undecodable samples: equal on all ranks.
+
+    In: a loss that is equal on all ranks, this rank's flag and count. One all-reduce and one host read.
+    """
+    shared = distributed.all_reduce_sum(torch.tensor([float(stop), float(bad)], device=loss.device))
+    loss_now, stops, total = torch.cat([loss.detach().reshape(1), shared]).tolist()
+    return loss_now, stops > 0, int(total)
+
+
+class Health:
+    """Counts skipped steps and undecodable samples, equal on all ranks, and ends the run on all when there are too
+    many."""
+
+    def __init__(self, config: Config, parts: Parts):
+        self.counts = {"skipped": 0, "undecodable": 0}
+        self._in_a_row = 0
+        self._config, self._start = config, parts.start_step
+
+    def step(self, step: int, batch: Batch, loss: float, undecodable: int) -> None:
+        """Notes a step. Raises RunError, on all ranks, that names the cause."""
+        for key in batch.bad:
+            print(f"step {step}: sample {key} could not be decoded; its batch is one shorter", file=sys.stderr)
+        self.counts["undecodable"] += undecodable
+        seen = (step + 1 - self._start) * self._config.data.global_batch_size
+        limit = self._config.data.max_undecodable
+        if self.counts["undecodable"] > max(TOLERATED_UNDECODABLE, limit * seen):
+            raise distributed.RunError(
+                f"{self.counts['undecodable']} of {seen} samples could not be decoded, more than "
+                f"data.max_undecodable {limit} allows: check the shards of {self._config.data.train}"
+            )
+        if math.isfinite(loss):
+            self._in_a_row = 0
+            return
+        self.counts["skipped"] += 1
+        self._in_a_row += 1
+        if self._in_a_row == SKIPS_IN_A_ROW:
+            raise distributed.RunError(
+                f"the loss was not finite in {SKIPS_IN_A_ROW} successive steps, the last one {step}: an embedding is "
+                "NaN or infinite. Lower optim.lr, raise optim.warmup_steps, or go back to an earlier checkpoint"
+            )

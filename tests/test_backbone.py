@@ -1,0 +1,192 @@
+"""Shapes, parameter counts, initialization and trainability of the backbones."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from partial_fc.backbone import BACKBONES, build
+from partial_fc.backbone.iresnet import BLOCKS
+
+NO_BATCH_STATISTICS = ("spherenet20", "smallnet")
+
+
+def iresnet_count(blocks: tuple[int, ...], dim: int, height: int, width: int) -> int:
+    """Parameters of an IResNet by hand; BN has 2 a channel, PReLU 1, convolutions no bias."""
+    count = 3 * 64 * 9 + 2 * 64 + 64  # stem: conv, BN, PReLU
+    before = 64
+    for channels, repeats in zip((64, 128, 256, 512), blocks, strict=True):
+        for entering in (before, *[channels] * (repeats - 1)):
+            count += 2 * entering + 9 * entering * channels + 2 * channels + channels  # BN, conv, BN, PReLU
+            count += 9 * channels * channels + 2 * channels  # conv, BN
+        count += before * channels + 2 * channels  # shortcut of the first block: 1x1 conv, BN
+        before = channels
+    count += 2 * 512  # last BN
+    return count + 512 * (height // 16) * (width // 16) * dim + dim + 2 * dim  # linear, BN
+
+
+def spherenet20_count(dim: int, height: int, width: int) -> int:
+    count, before = 0, 3
+    for channels, units in ((64, 1), (128, 2), (256, 4), (512, 1)):
+        count += 9 * before * channels + channels + channels  # strided conv, its bias, PReLU
+        count += units * 2 * (9 * channels * channels + channels)  # residual units: twice conv and PReLU
+        before = channels
+    return count + 512 * (height // 16) * (width // 16) * dim + dim
+
+
+def smallnet_count(dim: int, height: int, width: int) -> int:
+    pairs = ((3, 32), (32, 64), (64, 128), (128, 128), (128, 256))
+    count = sum(9 * i * o + 2 * o + o for i, o in pairs)  # conv, group norm, PReLU
+    return count + 256 * (height // 16) * (width // 16) * dim + dim
+
+
+# Totals at 512 dimensions; 43.59M and 65.16M are the published sizes of iresnet50 and iresnet100.
+TOTALS = {
+    "iresnet18": ((112, 112), 24_025_600),
+    "iresnet34": ((112, 112), 34_139_328),
+    "iresnet50": ((112, 112), 43_590_848),
+    "iresnet100": ((112, 112), 65_156_160),
+    "iresnet200": ((112, 112), 118_833_920),
+    "spherenet20": ((112, 96), 22_666_944),
+    "smallnet": ((64, 64), 2_634_880),
+}
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_parameter_count_is_the_hand_count_and_the_published_one(name):
+    size, total = TOTALS[name]
+    formula = {"spherenet20": spherenet20_count, "smallnet": smallnet_count}.get(name)
+    by_hand = formula(512, *size) if formula else iresnet_count(BLOCKS[name], 512, *size)
+    with torch.device("meta"):
+        net = build(name, 512, size)
+    assert sum(p.numel() for p in net.parameters()) == by_hand == total
+
+
+def test_every_backbone_is_counted():
+    assert set(TOTALS) == set(BACKBONES)
+
+
+def images(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "iresnet200"])
+def test_every_parameter_receives_a_gradient(name):
+    torch.manual_seed(0)
+    net = build(name, 8, (48, 32))
+    embeddings = net(images(4, 48, 32))
+    assert embeddings.shape == (4, 8) and embeddings.dtype == torch.float32
+    (embeddings * torch.randn(4, 8)).sum().backward()
+    fixed = [key for key, p in net.named_parameters() if not p.requires_grad]
+    assert fixed == (["norm.weight"] if name in BLOCKS else [])
+    for key, p in net.named_parameters():
+        if key in fixed:
+            assert p.grad is None and (p == 1).all()
+        else:
+            assert p.grad is not None and p.grad.isfinite().all(), key
+            # a batch norm takes out the mean, so the bias just before it has a gradient of 0
+            assert p.grad.any() or (key == "linear.bias" and name in BLOCKS), key
+
+
+def test_iresnet200_embeds():
+    net = build("iresnet200", 8, (32, 32))
+    with torch.no_grad():
+        embeddings = net(images(2))
+    assert embeddings.shape == (2, 8) and embeddings.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["iresnet18", *NO_BATCH_STATISTICS])
+def test_the_seed_of_the_default_generator_fixes_the_parameters(name):
+    def state(seed):
+        torch.manual_seed(seed)
+        return build(name, 8, (32, 32)).state_dict()
+
+    first, again, other = state(1), state(1), state(2)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["linear.weight"], other["linear.weight"])
+
+
+def test_iresnet_convolutions_start_with_standard_deviation_one_tenth():
+    torch.manual_seed(0)
+    net = build("iresnet18", 8, (32, 32))
+    weights = torch.cat([m.weight.flatten() for m in net.modules() if isinstance(m, torch.nn.Conv2d)])
+    # over 11 million draws the standard deviation is known to 0.0001
+    assert abs(weights.std().item() - 0.1) < 1e-4 and abs(weights.mean().item()) < 2e-4
+
+
+def test_spherenet_starts_as_published():
+    torch.manual_seed(0)
+    net = build("spherenet20", 512, (112, 96))
+    residual = net.features[-1].conv1
+    strided = net.features[-3]  # 512 filters over 256 channels
+    assert residual.bias is None and abs(residual.weight.std().item() - 0.01) < 1e-4
+    for layer, fan_in in ((strided, 9 * 256), (net.linear, 512 * 7 * 6)):
+        bound = (3 / fan_in) ** 0.5
+        assert 0.999 * bound < layer.weight.abs().max().item() <= bound * (1 + 1e-6)
+        assert not layer.bias.any()
+
+
+@pytest.mark.parametrize("name", NO_BATCH_STATISTICS)
+def test_an_embedding_does_not_depend_on_the_rest_of_the_batch(name):
+    torch.manual_seed(0)
+    net = build(name, 8, (32, 32)).double()
+    batch = images(5).double()
+    together = net(batch)
+    torch.testing.assert_close(together[3:4], net(batch[3:4]), rtol=1e-12, atol=1e-12)
+    batch[0] += 100
+    torch.testing.assert_close(together[3], net(batch)[3], rtol=1e-12, atol=1e-12)
+    assert together.dtype == torch.float64  # never narrowed: partitioned is compared to dense in float64
+
+
+@pytest.mark.parametrize("name", NO_BATCH_STATISTICS)
+def test_an_empty_batch_gives_no_rows_and_zero_gradients(name):
+    net = build(name, 8, (32, 32))
+    embeddings = net(torch.zeros(0, 3, 32, 32))
+    assert embeddings.shape == (0, 8)
+    embeddings.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["iresnet18", *NO_BATCH_STATISTICS])
+def test_embeddings_are_not_rounded_under_autocast(name):
+    net = build(name, 8, (32, 32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embeddings = net(images(4))
+    assert embeddings.dtype == torch.float32
+    assert not torch.equal(embeddings, embeddings.bfloat16().float())
+
+
+def test_smallnet_trains_at_a_high_rate_without_warmup():
+    """20 smooth random patterns under noise and shifts; additive cosine margin 0.2 at scale 32."""
+    torch.manual_seed(0)
+    classes, chance = 20, 2.996 + 32 * 0.2  # at equal cosines: log(20) plus about the margin
+    patterns = F.interpolate(torch.randn(classes, 3, 6, 6), (32, 32), mode="bilinear")
+    net = build("smallnet", 32, (32, 32))
+    centers = torch.nn.Parameter(torch.randn(classes, 32) * 0.1)
+    optimizer = torch.optim.SGD([*net.parameters(), centers], lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(60):
+        labels = torch.randint(classes, (32,))
+        shift = torch.randint(-3, 4, (2,)).tolist()
+        batch = patterns[labels].roll(shift, (2, 3)) + 0.3 * torch.randn(32, 3, 32, 32)
+        cosines = F.normalize(net(batch)) @ F.normalize(centers).T
+        loss = F.cross_entropy(32 * (cosines - 0.2 * F.one_hot(labels, classes)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.8 * chance
+    assert sum(losses[-10:]) / 10 < 0.2 * chance
+
+
+def test_errors_name_the_setting_and_what_is_wanted():
+    with pytest.raises(ValueError, match="backbone.name is 'iresnet51'.*did you mean 'iresnet50'"):
+        build("iresnet51", 8, (32, 32))
+    with pytest.raises(ValueError, match="embedding_dim is 0, wanted at least 1"):
+        build("smallnet", 0, (32, 32))
+    with pytest.raises(ValueError, match="100 x 112 pixels, wanted .* multiples of 16.* example 96 x 112"):
+        build("smallnet", 8, (100, 112))
+    with pytest.raises(ValueError, match="0 x 32 pixels.* example 16 x 32"):
+        build("smallnet", 8, (0, 32))
+    # 30 pixels leave a 2 x 2 map as 32 do, so nothing else would notice
+    with pytest.raises(ValueError, match=r"got images of shape \(2, 3, 30, 32\), wanted \(b, 3, 32, 32\)"):
+        build("smallnet", 8, (32, 32))(images(2, 30, 32))

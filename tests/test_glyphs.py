@@ -1,0 +1,298 @@
+"""Real fonts (those in matplotlib's wheel), really drawn: selection, splits, pens, errors; no network."""
+
+import shutil
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+import pytest
+from fontTools.ttLib import TTCollection, TTFont
+
+from partial_fc.data.shards import Index, verify
+from partial_fc.prepare.faces import Glyph, Pen, draw_faces, draw_many, fit_faces, measure, read_faces
+from partial_fc.prepare.glyphs import (
+    HAN,
+    LETTERS,
+    SPLITS,
+    STYLIZED,
+    is_held_out,
+    is_test,
+    prepare_glyphs,
+    select,
+)
+
+FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
+LATIN = ((0x41, 0x5A), (0x61, 0x7A))
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory) -> dict[str, Index]:
+    return prepare_glyphs("letters", tmp_path_factory.mktemp("glyphs") / "letters", size=SIZE, workers=2)
+
+
+@pytest.fixture(scope="module")
+def mixed_fonts(tmp_path_factory) -> Path:
+    """Three designs, one of them under two names, a font of placeholders, and a file that is no font."""
+    folder = tmp_path_factory.mktemp("fonts")
+    for name in ("DejaVuSans", "DejaVuSerif", "LastResortHE-Regular", "STIXGeneral"):
+        shutil.copy(FONTS / f"{name}.ttf", folder)
+    (folder / "more").mkdir()
+    shutil.copy(FONTS / "DejaVuSans.ttf", folder / "more" / "Twin.ttf")
+    (folder / "more" / "broken.ttf").write_text("this is not a font")
+    return folder
+
+
+def images(index: Index) -> list[bytes]:
+    assert len(index.shard_names) == 1
+    shard = index.shard_path(0).read_bytes()
+    return [shard[start : start + size] for start, size in zip(index.offset, index.size, strict=True)]
+
+
+def identities(index: Index) -> dict[str, list[int]]:
+    """Class name -> its sample numbers."""
+    names = index.classes()
+    found: dict[str, list[int]] = {name: [] for name in names}
+    for sample, label in enumerate(index.label.tolist()):
+        found[names[label]].append(sample)
+    return found
+
+
+def glyph(code_point: int, face: int, drawing: str, shape: str = "") -> Glyph:
+    return Glyph(code_point, face, drawing.encode(), (shape or drawing).encode(), b"", (0, 0))
+
+
+def test_some_hundreds_of_identities_come_without_a_download(letters):
+    assert set(letters) == set(SPLITS)
+    assert letters["train"].num_classes >= 500
+    assert letters["test_seen"].num_classes >= 80
+    assert letters["test_unseen"].num_classes >= 40
+    for index in letters.values():
+        verify(index)
+
+
+def test_every_image_decodes_and_has_ink(letters):
+    for index in letters.values():
+        for png in images(index):
+            image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+            assert image.shape == (SIZE, SIZE) and image.dtype == np.uint8
+            assert image.mean() >= 1
+
+
+def test_mean_and_std_are_those_of_the_training_pixels(letters):
+    pixels = np.stack(
+        [cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED) for png in images(letters["train"])]
+    )
+    for index in letters.values():
+        assert index.prepared["mean"] == pytest.approx(pixels.mean(), abs=1e-3)
+        assert index.prepared["std"] == pytest.approx(pixels.std(), abs=1e-3)
+
+
+def test_identities_are_in_one_split_only(letters):
+    train, seen, unseen, distractors = (set(letters[split].classes()) for split in SPLITS)
+    assert unseen <= seen
+    assert not train & seen and not distractors & (train | seen)
+    assert all(is_test(int(name[2:], 16), seed=0) for name in seen)
+    assert not any(is_test(int(name[2:], 16), seed=0) for name in train)
+
+
+def test_held_out_faces_are_in_test_unseen_only(letters):
+    held_out = {"STIXGeneral", "STIXGeneralBol", "STIXGeneralBolIta", "STIXGeneralItalic"}
+    for split, index in letters.items():
+        faces = index.prepared["faces"]
+        assert set(index.prepared["held_out_faces"]) == held_out
+        drawn_by = {faces[number] for number in index.extra["face"].tolist()}
+        assert drawn_by == held_out if split == "test_unseen" else not drawn_by & held_out
+
+
+def test_identities_have_enough_distinct_samples(letters):
+    for split in ("train", "test_seen"):
+        pngs, faces = images(letters[split]), letters[split].extra["face"]
+        for samples in identities(letters[split]).values():
+            assert len(samples) >= 6
+            assert len({pngs[i] for i in samples}) == len({int(faces[i]) for i in samples}) == len(samples)
+    assert max(map(len, identities(letters["distractors"]).values())) < 6
+
+
+def test_letters_that_look_alike_are_no_identities(letters):
+    # Latin A, Greek Alpha and Cyrillic A have one bitmap in every face: a label would be a guess.
+    names = {name for split in SPLITS[:3] for name in letters[split].classes()}
+    assert not names & {"U+0041", "U+0391", "U+0410"}
+    assert {"U+0052", "U+03A9", "U+0416"} <= names  # R, Omega, Zhe look like nothing else
+
+
+def test_every_claimed_glyph_is_accounted_for(letters):
+    prepared = letters["train"].prepared
+    written = sum(index.num_samples for index in letters.values())
+    assert written + sum(prepared["dropped"].values()) == prepared["claimed"]
+    assert prepared["dropped"]["shared_bitmap"] > 0 and prepared["dropped"]["held_out_face"] > 0
+
+
+def test_samples_are_in_a_random_order(letters):
+    label = letters["train"].label
+    assert np.count_nonzero(np.diff(label) >= 0) / len(label) == pytest.approx(0.5, abs=0.05)
+
+
+def test_result_does_not_depend_on_the_number_of_processes(tmp_path):
+    made = [
+        prepare_glyphs("letters", tmp_path / f"{workers}", size=SIZE, ranges=LATIN, workers=workers)
+        for workers in (1, 2)
+    ]
+    for split in made[0]:
+        assert made[0][split].fingerprint == made[1][split].fingerprint
+        assert made[0][split].prepared == made[1][split].prepared
+
+
+def test_split_of_an_identity_depends_on_nothing_else(letters, tmp_path):
+    fewer = prepare_glyphs("letters", tmp_path / "latin", size=SIZE, ranges=LATIN, min_samples=4, workers=2)
+    assert not set(fewer["train"].classes()) & set(letters["test_seen"].classes())
+    assert not set(fewer["test_seen"].classes()) & set(letters["train"].classes())
+
+
+def test_test_share_and_seed():
+    first, last = HAN[0]
+    of_seed = [{c for c in range(first, last + 1) if is_test(c, seed)} for seed in (0, 1)]
+    for chosen in of_seed:
+        assert len(chosen) / (last + 1 - first) == pytest.approx(0.15, abs=0.01)
+    assert len(of_seed[0] & of_seed[1]) / len(of_seed[0]) == pytest.approx(0.15, abs=0.03)
+
+
+def test_select_drops_bitmaps_that_a_face_uses_more_than_once():
+    boxes = [glyph(code_point, 0, "box") for code_point in range(5)]
+    shared = [glyph(10, 0, "same"), glyph(11, 0, "same")]
+    fine = [glyph(20, 0, "a"), glyph(21, 0, "b"), glyph(10, 1, "same")]
+    splits, dropped = select(boxes + shared + fine, set(), min_samples=1, seed=0)
+    kept = [glyph for split in splits.values() for glyph in split]
+    assert Counter(kept) == Counter(fine)
+    assert dropped == Counter(placeholder=5, shared_bitmap=2)
+
+
+def test_select_counts_distinct_samples_of_seen_faces_only():
+    train = next(c for c in range(100) if not is_test(c, 0))
+    enough = [glyph(train, 0, "a"), glyph(train, 1, "b")]
+    held_out = [glyph(train, 2, "c"), glyph(train, 3, "d")]
+    for glyphs, split in (
+        (enough + held_out, "train"),
+        (enough[:1] + held_out, "distractors"),
+        ([enough[0], glyph(train, 1, "a"), *held_out], "distractors"),  # the same bitmap
+        ([enough[0], glyph(train, 1, "moved a", shape="a"), *held_out], "distractors"),  # the same drawing
+    ):
+        splits, dropped = select(glyphs, {2, 3}, min_samples=2, seed=0)
+        assert [name for name in SPLITS if splits[name]] == [split]
+        assert dropped["held_out_face"] == 2 and not splits["test_unseen"]
+        assert sum(map(len, splits.values())) + dropped.total() == len(glyphs)
+
+
+def test_select_keeps_the_seen_one_of_two_equal_drawings():
+    test = next(c for c in range(100) if is_test(c, 0))
+    glyphs = [glyph(test, 0, "a"), glyph(test, 1, "a"), glyph(test, 0 + 2, "b")]
+    splits, dropped = select(glyphs, {0}, min_samples=2, seed=0)
+    assert [sample.face for sample in splits["test_seen"]] == [1, 2]
+    assert splits["test_unseen"] == [] and dropped == Counter(duplicate=1)
+
+
+def test_pen_makes_reference_characters_fill_the_canvas_and_centers_them():
+    size, fill = 64, 0.6
+    for name in ("DejaVuSans", "DejaVuSerif-BoldItalic", "STIXGeneral"):
+        (face,) = read_faces(FONTS / f"{name}.ttf", LATIN)
+        _, drawn = measure(face, face.code_points, size, fill)
+        boxes = []
+        for bitmap in drawn.values():
+            rows, columns = np.flatnonzero(bitmap.any(1)), np.flatnonzero(bitmap.any(0))
+            boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+        left, top, right, bottom = np.array(boxes).T
+        assert np.median(np.maximum(right - left, bottom - top)) == pytest.approx(fill * size, abs=1.5)
+        assert np.median((left + right) / 2) == pytest.approx(size / 2, abs=1)
+        assert np.median((top + bottom) / 2) == pytest.approx(size / 2, abs=1)
+        x, capital_x = (drawn[ord(letter)].any(1).sum() for letter in "xX")
+        assert x < 0.8 * capital_x  # one pen for the whole face, not one per glyph
+
+
+def test_a_design_is_used_once_and_unusable_files_are_named(mixed_fonts, tmp_path):
+    made = prepare_glyphs(
+        mixed_fonts, tmp_path / "out", min_samples=2, size=SIZE, ranges=LETTERS, hold_out=["stix"], workers=2
+    )
+    prepared = made["train"].prepared
+    assert prepared["faces"] == ["DejaVuSans", "DejaVuSerif", "STIXGeneral"]
+    dropped = prepared["dropped_faces"]
+    assert set(dropped) == {"Twin", "LastResortHE-Regular", "broken.ttf"}
+    assert dropped["Twin"] == "the same design as DejaVuSans"
+    assert dropped["LastResortHE-Regular"] == "draws too few characters of the ranges"
+    assert dropped["broken.ttf"].startswith("cannot be read: ")
+
+
+def test_weights_and_slants_of_a_family_are_different_faces():
+    files = sorted(FONTS.glob("DejaVuSans*.ttf"))
+    faces = [face for path in files for face in read_faces(path, LETTERS) if len(face.code_points) > 100]
+    with ThreadPoolExecutor(1) as pool:
+        fitted, dropped = fit_faces(pool, faces, SIZE, 0.6, seed=0)
+    assert {face.name for face, _ in fitted} == {face.name for face in faces} and not dropped
+    assert len(faces) == 8
+
+
+def test_glyphs_without_ink_or_with_a_damaged_outline_are_counted(tmp_path):
+    font = TTFont(FONTS / "DejaVuSans.ttf")
+    content = bytearray((FONTS / "DejaVuSans.ttf").read_bytes())
+    start = font.reader.tables["glyf"].offset + font["loca"][font.getGlyphID("B")]
+    content[start : start + 2] = b"\x7f\xff"  # the number of contours
+    (tmp_path / "damaged.ttf").write_bytes(content)
+    (face,) = read_faces(tmp_path / "damaged.ttf", [(0x20, 0x20), (0x41, 0x43)])
+    glyphs, dropped = draw_many(face, 7, Pen(24, 4, 26), SIZE, face.code_points)
+    assert [(glyph.code_point, glyph.face) for glyph in glyphs] == [(0x41, 7), (0x43, 7)]
+    assert dropped == Counter(blank=1, error=1)
+
+
+def test_a_collection_has_several_faces(tmp_path):
+    collection = TTCollection()
+    collection.fonts = [TTFont(FONTS / "DejaVuSans.ttf"), TTFont(FONTS / "cmr10.ttf")]
+    collection.save(tmp_path / "both.ttc")
+    sans, roman = read_faces(tmp_path / "both.ttc", LETTERS)
+    assert [(face.name, face.number) for face in (sans, roman)] == [("both#0", 0), ("both#1", 1)]
+    assert len(sans.code_points) > len(roman.code_points) > 50
+    with ThreadPoolExecutor(1) as pool:
+        fitted, _ = fit_faces(pool, [sans, roman], SIZE, 0.6, seed=0)
+        glyphs, _ = draw_faces(pool, fitted, SIZE)
+    drawn = {glyph.face: glyph.digest for glyph in glyphs if glyph.code_point == ord("g")}
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("fonts-kouzan-mouhitsu/usr/share/fonts/truetype/KouzanBrushFontSousyo.ttf", True),
+        ("fonts-yusei-magic/a.ttf", True),
+        ("YuseiMagic-Regular.ttf", True),
+        ("truetype/setofont.ttf", True),
+        ("fonts-arphic-ukai/usr/share/fonts/truetype/arphic/ukai.ttc", False),
+        ("lipstick.ttf", False),
+    ],
+)
+def test_held_out_faces_are_told_by_the_beginning_of_a_name(path, expected):
+    assert is_held_out(Path(path), STYLIZED) is expected
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path):
+    with pytest.raises(FileExistsError, match="delete it, or choose another folder"):
+        prepare_glyphs("letters", tmp_path)
+
+
+def test_a_source_without_fonts_is_an_error_that_names_the_sources(tmp_path):
+    with pytest.raises(ValueError, match="got the source 'smal', wanted small, medium, large, letters or a"):
+        prepare_glyphs("smal", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no font file"):
+        prepare_glyphs(tmp_path / "empty", tmp_path / "out")
+
+
+def test_settings_that_leave_nothing_are_errors_that_say_what_to_change(mixed_fonts, tmp_path):
+    options = {"size": SIZE, "ranges": LATIN, "workers": 2}
+    with pytest.raises(ValueError, match="0 of 3 faces are held out.*: DejaVuSans, DejaVuSerif, STIXGeneral"):
+        prepare_glyphs(mixed_fonts, tmp_path / "out", hold_out=["kouzan"], **options)
+    with pytest.raises(ValueError, match="no glyph is left for train.*2 seen faces.*min_samples is 3"):
+        prepare_glyphs(mixed_fonts, tmp_path / "out", hold_out=["stix"], min_samples=3, **options)
+    with pytest.raises(ValueError, match="none of the 6 font files"):
+        prepare_glyphs(mixed_fonts, tmp_path / "out", size=SIZE, ranges=HAN, workers=2)
+    assert list(tmp_path.iterdir()) == []

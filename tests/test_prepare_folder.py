@@ -1,0 +1,205 @@
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from partial_fc.data.reader import decode, images_in_order
+from partial_fc.data.shards import Index, verify
+from partial_fc.prepare.folder import REASONS, prepare_folder
+
+SIZE = (16, 12)
+
+
+def pixels(seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """(H, W, 3) RGB, smooth enough for JPEG."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def put(path: Path, seed: int, size: tuple[int, int] = SIZE) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = cv2.imencode(path.suffix.lower(), pixels(seed, size)[..., ::-1])[1].tobytes()
+    path.write_bytes(data)
+    return data
+
+
+def stored(index: Index) -> dict[bytes, str]:
+    """The bytes of every stored image, with the name of its class."""
+    names = index.classes()
+    out = {}
+    for i in range(index.num_samples):
+        with index.shard_path(i).open("rb") as file:
+            out[os.pread(file.fileno(), int(index.size[i]), int(index.offset[i]))] = names[index.label[i]]
+    return out
+
+
+def dropped(index: Index) -> dict[str, int]:
+    return {reason: count for reason, count in index.prepared["dropped"].items() if count}
+
+
+def test_images_of_the_wanted_size_keep_their_bytes(tmp_path):
+    source = tmp_path / "source"
+    wanted = {}
+    for i in range(30):
+        identity, extension = ("b", "a", "c")[i % 3], ("png", "jpg", "bmp", "webp")[i % 4]
+        wanted[put(source / identity / f"{i}.{extension}", i)] = identity
+    index = prepare_folder(source, tmp_path / "out", size=SIZE)
+    assert stored(index) == wanted
+    assert index.classes() == ["a", "b", "c"]
+    assert index.prepared["image_size"] == [16, 12]
+    assert index.prepared["encoded_anew"] == 0
+    assert set(index.prepared["dropped"]) == set(REASONS) and dropped(index) == {}
+    verify(index)
+    (batch,) = images_in_order(index, np.arange(30), 30, 0)
+    assert batch.images.shape == (30, 3, 16, 12)
+
+
+def test_images_of_other_sizes_are_cut_and_resized(tmp_path):
+    kept = put(tmp_path / "source" / "a" / "kept.png", 0)
+    put(tmp_path / "source" / "a" / "wide.png", 1, (16, 32))
+    put(tmp_path / "source" / "a" / "large.png", 2, (160, 120))
+    index = prepare_folder(tmp_path / "source", tmp_path / "out", size=SIZE)
+    assert index.prepared["encoded_anew"] == 2
+    assert kept in stored(index)
+    wanted = {
+        pixels(0).tobytes(),
+        pixels(1, (16, 32))[:, 10:22].tobytes(),  # the middle; not scaled
+        np.rint(pixels(2, (160, 120)).reshape(16, 10, 12, 10, 3).mean(axis=(1, 3))).astype(np.uint8).tobytes(),
+    }
+    assert {decode(data).tobytes() for data in stored(index)} == wanted
+
+
+def test_jpeg_stays_jpeg_and_the_rest_becomes_png(tmp_path):
+    for seed, extension in enumerate(("jpg", "jpeg", "png", "bmp", "webp")):
+        put(tmp_path / "source" / extension / f"0.{extension}", seed, (32, 24))
+    index = prepare_folder(tmp_path / "source", tmp_path / "out", size=SIZE)
+    is_jpeg = {name: data.startswith(b"\xff\xd8\xff") for data, name in stored(index).items()}
+    assert is_jpeg == {"jpg": True, "jpeg": True, "png": False, "bmp": False, "webp": False}
+
+
+def test_the_quality_is_that_of_the_jpegs(tmp_path):
+    put(tmp_path / "source" / "a" / "large.jpg", 2, (160, 120))
+    sizes = [
+        prepare_folder(tmp_path / "source", tmp_path / str(quality), size=(80, 60), quality=quality).size[0]
+        for quality in (20, 95)
+    ]
+    assert sizes[0] < sizes[1]
+
+
+def test_what_is_dropped_is_counted_by_its_reason(tmp_path, capsys):
+    source = tmp_path / "source"
+    wanted = {put(source / "a" / f"{i}.png", i): "a" for i in range(3)}
+    wanted |= {put(source / "b" / f"{i}.png", 10 + i): "b" for i in range(2)}
+    put(source / "stray.png", 20)
+    (source / "readme.txt").write_text("about")
+    (source / "a" / "notes.txt").write_text("about")
+    (source / "a" / "empty.png").write_bytes(b"")
+    (source / "a" / "text.png").write_text("no image")
+    (source / "a" / "cut.png").write_bytes(put(source / "a" / "whole.png", 30)[:-30])
+    (source / "a" / "whole.png").unlink()
+    (source / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(source / "a" / "pipe.png")
+    put(source / "a" / "same.png", 0)
+    put(source / "a" / "noise.png", 40)
+    put(source / "b" / "noise.png", 40)
+    put(source / "b" / "noise2.png", 40)
+    put(source / "single" / "0.png", 50)
+    (source / "nothing").mkdir()
+    put(source / ".hidden" / "0.png", 60)
+    put(source / "a" / ".hidden.png", 61)
+    put(source / "a" / ".thumbs" / "0.png", 62)
+
+    index = prepare_folder(source, tmp_path / "out", size=SIZE, min_samples=2)
+    counts = {
+        "outside_identity": 2,
+        "not_an_image": 1,
+        "unreadable": 2,
+        "empty": 1,
+        "undecodable": 2,
+        "two_identities": 3,
+        "duplicate": 1,
+        "too_few_samples": 1,
+    }
+    assert dropped(index) == counts
+    assert stored(index) == wanted
+    assert index.prepared["dropped_identities"] == 1
+    printed = capsys.readouterr().out
+    assert "5 images of 2 identities" in printed and "3 two_identities" in printed
+    on_disk = json.loads((tmp_path / "out" / "index.json").read_text(encoding="utf-8"))
+    assert on_disk["prepared"]["dropped"] == counts
+
+
+def test_depth_links_case_and_unicode(tmp_path):
+    source = tmp_path / "source"
+    wanted = {
+        put(source / "王" / "deep" / "er" / "1.PNG", 1): "王",
+        put(source / "Zoë" / "2.JPG", 2): "Zoë",
+        put(source / "Zoë" / "ünï cödé.name.png", 3): "Zoë",
+        put(tmp_path / "elsewhere" / "4.png", 4): "linked",
+        put(tmp_path / "5.png", 5): "王",
+    }
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    (source / "王" / "link.png").symlink_to(tmp_path / "5.png")
+    (source / "王" / "deep" / "circle").symlink_to(source / "王")
+    index = prepare_folder(source, tmp_path / "out", size=SIZE)
+    assert stored(index) == wanted
+    assert index.classes() == sorted(["王", "Zoë", "linked"])
+    assert dropped(index) == {}
+
+
+def test_a_name_that_is_no_utf8_is_escaped(tmp_path):
+    for name in (b"\xff", b"line\nbreak"):
+        put(Path(os.fsdecode(os.fsencode(tmp_path / "source") + b"/" + name)) / "0.png", len(name))
+    index = prepare_folder(tmp_path / "source", tmp_path / "out", size=SIZE)
+    assert index.classes() == ["line\\nbreak", "\\xff"]
+
+
+def test_equal_sources_and_seeds_give_equal_shards(tmp_path):
+    def digest(out: str, seed: int) -> tuple[str, bytes]:
+        index = prepare_folder(tmp_path / "source", tmp_path / out, size=(8, 8), seed=seed)
+        shards = b"".join((index.path / name).read_bytes() for name in index.shard_names)
+        return index.fingerprint, hashlib.sha256(shards).digest()
+
+    for i in range(20):
+        put(tmp_path / "source" / f"{i % 4}" / f"{i}.jpg", i)
+    assert digest("first", 0) == digest("again", 0) != digest("other", 1)
+
+
+def test_samples_are_in_random_order(tmp_path):
+    for i in range(40):
+        put(tmp_path / "source" / f"{i // 10}" / f"{i}.png", i)
+    label = prepare_folder(tmp_path / "source", tmp_path / "out", size=SIZE).label
+    assert np.count_nonzero(np.diff(label)) > 5 and label.tolist() != sorted(label.tolist())
+
+
+def test_without_a_size_all_images_must_have_one(tmp_path):
+    put(tmp_path / "source" / "a" / "0.png", 0)
+    assert prepare_folder(tmp_path / "source", tmp_path / "out", size=None).prepared["image_size"] == [16, 12]
+    put(tmp_path / "source" / "a" / "1.png", 1, (8, 6))
+    with pytest.raises(ValueError, match="got images of 2 sizes .*16 x 12: 1.*wanted one: give the size"):
+        prepare_folder(tmp_path / "source", tmp_path / "other", size=None)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_source_without_images_is_an_error(tmp_path):
+    (tmp_path / "source" / "a").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has no image to use; dropped: nothing. Wanted source/<identity>/<image>"):
+        prepare_folder(tmp_path / "source", tmp_path / "out", size=SIZE)
+    put(tmp_path / "source" / "a" / "0.png", 0)
+    with pytest.raises(ValueError, match="dropped: 1 too_few_samples.* at least 2 of an identity"):
+        prepare_folder(tmp_path / "source", tmp_path / "out", size=SIZE, min_samples=2)
+
+
+def test_wrong_arguments_are_errors(tmp_path):
+    put(tmp_path / "source" / "a" / "0.png", 0)
+    with pytest.raises(NotADirectoryError, match="missing is no folder"):
+        prepare_folder(tmp_path / "missing", tmp_path / "out", size=SIZE)
+    with pytest.raises(FileExistsError, match="delete it, or choose another"):
+        prepare_folder(tmp_path / "source", tmp_path / "source", size=SIZE)
+    for wrong in ({"min_samples": 0}, {"quality": 101}, {"size": (0, 4)}):
+        with pytest.raises(ValueError, match="wanted at least 1, 1 to 100"):
+            prepare_folder(tmp_path / "source", tmp_path / "out", **{"size": SIZE} | wrong)

@@ -1,0 +1,250 @@
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from webdataset import WebDataset
+
+from partial_fc.data import shards
+from partial_fc.data.shards import Index, load_index, verify, write_shards
+
+CLASSES = ["alpha", "βήτα", "丙"]
+PREPARED = {"kind": "test", "image_size": [2, 2]}
+
+
+def payloads(count: int) -> list[tuple[bytes, str, int]]:
+    """Payloads of awkward sizes: below, at and above a tar block."""
+    rng = np.random.default_rng(0)
+    sizes = [1, 511, 512, 513, 1024, 2000]
+    return [(rng.bytes(sizes[i % 6]), ("jpg", "png", "bmp")[i % 3], i % len(CLASSES)) for i in range(count)]
+
+
+def write(out: Path, count: int = 25, **options) -> Index:
+    options = {"shard_bytes": 20_000, "prepared": PREPARED, **options}
+    return write_shards(out, payloads(count), CLASSES, **options)
+
+
+def edit_description(index: Index, **changes) -> None:
+    file = index.path / "index.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def edit_array(index: Index, name: str, sample: int, value: int) -> None:
+    file = index.path / "index" / f"{name}.npy"
+    values = np.load(file)
+    values[sample] = value
+    np.save(file, values)
+
+
+def test_an_offset_and_a_size_are_the_image(tmp_path):
+    index = write(tmp_path / "set")
+    assert len(index.shard_names) > 2
+    for i, (image, _, label) in enumerate(payloads(25)):
+        with index.shard_path(i).open("rb") as file:
+            assert os.pread(file.fileno(), int(index.size[i]), int(index.offset[i])) == image
+        assert index.label[i] == label
+        assert index.key(i) == f"{i:09d}"
+
+
+def test_the_index_describes_the_folder(tmp_path):
+    index = write(tmp_path / "set", prepared=PREPARED | {"dropped": {"empty": 3}})
+    assert (index.num_samples, index.num_classes) == (25, 3)
+    assert index.classes() == CLASSES
+    assert index.prepared == PREPARED | {"dropped": {"empty": 3}}
+    assert sum(index.samples_per_shard) == 25
+    assert sorted(path.name for path in index.path.glob("*.tar")) == index.shard_names
+    for name in index.shard_names:
+        assert (index.path / name).stat().st_size <= 20_000 + 10_240  # tar pads the end to 10,240 bytes
+    assert isinstance(index.label, np.memmap)
+    assert not (tmp_path / "set.partial").exists()
+
+
+def test_webdataset_reads_the_same_samples(tmp_path):
+    index = write(tmp_path / "set")
+    urls = [str(index.path / name) for name in index.shard_names]
+    read = list(WebDataset(urls, shardshuffle=False))
+    assert len(read) == 25
+    for i, (sample, (image, extension, label)) in enumerate(zip(read, payloads(25), strict=True)):
+        assert sample["__key__"] == f"{i:09d}"
+        assert sample[extension] == image
+        assert sample["cls"] == str(label).encode()
+
+
+def test_equal_input_gives_equal_bytes(tmp_path):
+    def digests(index: Index) -> dict[str, str]:
+        files = sorted(path for path in index.path.rglob("*") if path.is_file())
+        return {str(f.relative_to(index.path)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+    first, second = write(tmp_path / "first"), write(tmp_path / "second")
+    assert digests(first) == digests(second)
+    assert first.fingerprint == second.fingerprint
+
+
+def test_the_fingerprint_tells_data_sets_apart(tmp_path):
+    fingerprints = {
+        write(tmp_path / "a").fingerprint,
+        write(tmp_path / "b", count=24).fingerprint,
+        write(tmp_path / "c", shard_bytes=10_000).fingerprint,
+        write(tmp_path / "d", arrays={"face": np.zeros(25, np.int32)}).fingerprint,
+        write(tmp_path / "e", arrays={"face": np.ones(25, np.int32)}).fingerprint,
+    }
+    assert len(fingerprints) == 5
+
+
+def test_extra_arrays_come_back(tmp_path):
+    face = np.arange(25, dtype=np.int32)
+    index = write(tmp_path / "set", arrays={"face": face})
+    np.testing.assert_array_equal(index.extra["face"], face)
+
+
+def test_a_sample_larger_than_a_shard_gets_its_own(tmp_path):
+    index = write(tmp_path / "set", count=6, shard_bytes=1)
+    assert index.samples_per_shard.tolist() == [1] * 6
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([(b"x", "jpg", 0), (b"x", "jpg", 3)], "sample 000000001 has the label 3, wanted 0 <= label < 3"),
+        ([(b"x", "jpg", -1)], "sample 000000000 has the label -1"),
+        ([(b"x", ".jpg", 0)], "extension '.jpg'"),
+        ([(b"x", "cls", 0)], "extension 'cls'"),
+        ([], "no samples"),
+    ],
+)
+def test_bad_samples_are_named_and_leave_nothing(tmp_path, samples, message):
+    with pytest.raises(ValueError, match=message):
+        write_shards(tmp_path / "set", samples, CLASSES, prepared=PREPARED)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_class_names_and_arrays_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="line break"):
+        write_shards(tmp_path / "set", payloads(2), ["a", "b\nc"], prepared=PREPARED)
+    with pytest.raises(ValueError, match="got 24 rows for array 'face', wanted one a sample: 25"):
+        write(tmp_path / "set", arrays={"face": np.zeros(24)})
+    with pytest.raises(ValueError, match="named 'label'"):
+        write(tmp_path / "set", arrays={"label": np.zeros(25)})
+
+
+def test_an_existing_folder_is_an_error_and_stays(tmp_path):
+    fingerprint = write(tmp_path / "set").fingerprint
+    with pytest.raises(FileExistsError, match="delete it, or choose another folder"):
+        write(tmp_path / "set", count=3)
+    assert load_index(tmp_path / "set").fingerprint == fingerprint
+
+
+def test_what_a_killed_run_left_is_replaced(tmp_path):
+    (tmp_path / "set.partial").mkdir()
+    (tmp_path / "set.partial" / "shard-000099.tar").write_bytes(b"half")
+    index = write(tmp_path / "set")
+    assert not list(index.path.glob("shard-000099.tar"))
+
+
+def test_a_folder_without_an_index_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no index.json"):
+        load_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "format version 2, this partial_fc reads up to 1"),
+        ({"format": "other"}, "has the format 'other'"),
+        ({"num_samples": 26}, "has 25 rows, index.json says 26 samples"),
+        ({"arrays": {}}, "got none for the array 'shard'"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_an_error(tmp_path, changes, message):
+    index = write(tmp_path / "set")
+    edit_description(index, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_index(index.path)
+
+
+def test_a_truncated_shard_is_named(tmp_path):
+    index = write(tmp_path / "set")
+    shard = index.path / index.shard_names[1]
+    size = shard.stat().st_size
+    os.truncate(shard, size - 1)
+    with pytest.raises(ValueError, match=rf"shard-000001.tar has {size - 1} bytes, the index says {size}"):
+        load_index(index.path)
+
+
+@pytest.mark.parametrize("file", ["shard-000001.tar", "index/size.npy"])
+def test_a_missing_file_is_named(tmp_path, file):
+    index = write(tmp_path / "set")
+    (index.path / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{file} is missing"):
+        load_index(index.path)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_that_is_no_class_is_named_with_its_key(tmp_path, label):
+    index = write(tmp_path / "set")
+    edit_array(index, "label", 17, label)
+    with pytest.raises(ValueError, match=f"sample 000000017 has the label {label}, wanted 0 <= label < 3"):
+        load_index(index.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("shard", 99, "sample 17 is in shard number 99, there are"),
+        ("shard", 0, "for sample 17, which is outside"),
+        ("offset", 0, "got .* bytes at 0 of shard-.* for sample 17"),
+        ("size", 2**30, "for sample 17, which is outside"),
+    ],
+)
+def test_an_image_outside_its_shard_is_named(tmp_path, name, value, message):
+    index = write(tmp_path / "set")
+    edit_array(index, name, 17, value)
+    with pytest.raises(ValueError, match=message):
+        load_index(index.path)
+
+
+@pytest.mark.parametrize("sample", [15, 16, 17, 24])
+def test_the_checks_reach_across_their_chunks(tmp_path, monkeypatch, sample):
+    monkeypatch.setattr(shards, "_CHECKED_AT_ONCE", 4)
+    index = write(tmp_path / "set", shard_bytes=2**20)
+    edit_array(index, "offset", sample, int(index.offset[sample - 1]))
+    with pytest.raises(ValueError, match=f"for sample {sample}, .* before the end of sample {sample - 1}"):
+        load_index(index.path)
+
+
+def test_an_array_of_another_type_is_an_error(tmp_path):
+    index = write(tmp_path / "set")
+    file = index.path / "index" / "label.npy"
+    np.save(file, np.load(file).astype(np.float32))
+    with pytest.raises(ValueError, match=r"got float32 \(25,\) for the array 'label', wanted int64"):
+        load_index(index.path)
+
+
+def test_missing_class_names_are_an_error(tmp_path):
+    index = write(tmp_path / "set")
+    (index.path / "classes.txt").write_text("only\n")
+    with pytest.raises(ValueError, match="names 1 classes, index.json says 3"):
+        index.classes()
+
+
+@pytest.mark.parametrize("file", ["shard-000001.tar", "index/label.npy"])
+def test_verify_names_the_file_with_a_flipped_bit(tmp_path, file):
+    index = write(tmp_path / "set")
+    verify(index)
+    path = index.path / file
+    content = bytearray(path.read_bytes())
+    content[-20_000 if file.endswith("tar") else -1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file} is damaged"):
+        verify(index)
+
+
+def test_a_broken_tar_header_gives_shard_and_offset_for_a_key(tmp_path):
+    index = write(tmp_path / "set")
+    offset = int(index.offset[17])
+    with index.shard_path(17).open("r+b") as file:
+        file.seek(offset - 512)
+        file.write(bytes(100))
+    assert index.key(17) == f"{index.shard_path(17).name}@{offset}"
