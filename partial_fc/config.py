@@ -117,8 +117,8 @@ class Head(Section):
     """Probability of each negative class in a step; positives come on top."""
     chunk: int | None = Field(None, ge=1)
     """Rows of logits that exist at once; unset: 2048 on a CPU, 16384 elsewhere."""
-    init_std: float = Field(0.01, gt=0)
-    """Standard deviation of initial class centers."""
+    init_std: float | None = Field(None, gt=0)
+    """Standard deviation of initial class centers; unset: 1 / sqrt(embedding_dim), centers of length 1."""
     optim: HeadOptim = HeadOptim()
 
 

@@ -117,6 +117,15 @@ def pytest_collection_modifyitems(config, items) -> None:
                 item.add_marker(pytest.mark.skip(reason="not run: takes minutes, see `make soak`"))
 
 
+REPOSITORY = Path(__file__).parent.parent
+
+
 @pytest.fixture(scope="session")
-def repository() -> Path:
-    return Path(__file__).parent.parent
+def glyphs_ci() -> Path:
+    """The shards of configs/glyphs_ci.yaml, made once and left there: letters in the fonts that matplotlib brings."""
+    from partial_fc.prepare.glyphs import prepare_glyphs
+
+    path = REPOSITORY / "data" / "glyphs_ci"
+    if not path.exists():
+        prepare_glyphs("letters", path, size=32)
+    return path

@@ -1,4 +1,4 @@
-"""The font sets: their packages, how a fetched one is recognized, and real downloads where apt-get can do them."""
+"""The font sets: their packages, how a fetched set is told, and real downloads where apt-get can do them."""
 
 import os
 import shutil

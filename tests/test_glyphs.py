@@ -87,8 +87,8 @@ def test_mean_and_std_are_those_of_the_training_pixels(letters):
         [cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED) for png in images(letters["train"])]
     )
     for index in letters.values():
-        assert index.prepared["mean"] == pytest.approx(pixels.mean(), abs=1e-3)
-        assert index.prepared["std"] == pytest.approx(pixels.std(), abs=1e-3)
+        assert index.prepared["mean"] == pytest.approx([pixels.mean()] * 3, abs=1e-3)
+        assert index.prepared["std"] == pytest.approx([pixels.std()] * 3, abs=1e-3)
 
 
 def test_identities_are_in_one_split_only(letters):

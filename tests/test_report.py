@@ -162,6 +162,17 @@ def test_several_runs_are_compared(run, tmp_path):
     assert "P1 and P3, second" in page.text
 
 
+def test_runs_evaluated_on_different_data_are_not_passed_off_as_comparable(run, tmp_path):
+    models = json.loads((run / "evaluation.json").read_text())["models"]
+    assert "different data" not in report([run], tmp_path / "report.html").text
+    for sets in models.values():
+        sets["P1"]["num_samples"] = 71
+    write_run(tmp_path / "other", models, lr=0.1)
+    page = report([run, tmp_path / "other"], tmp_path / "report.html")
+    assert page.text.count("evaluated on different data") == 1
+    assert "71 samples of 24 identities" in page.text
+
+
 def test_an_unfinished_run_says_what_it_lacks(tmp_path):
     write_run(tmp_path / "young", None, lr=0.1)
     with (tmp_path / "young" / "metrics.jsonl").open("a") as file:

@@ -7,7 +7,7 @@ import torch
 from partial_fc.evaluate import pairs as pairs_module
 from partial_fc.evaluate.pairs import BINS, all_pairs
 from partial_fc.evaluate.scores import on_grid
-from partial_fc.evaluate.verification import fold_accuracy, tar_at_far, verification_pairs
+from partial_fc.evaluate.verification import _unordered_pair, fold_accuracy, tar_at_far, verification_pairs
 from tests.conftest import run_ranks
 
 
@@ -129,6 +129,15 @@ def test_fold_accuracy_of_separated_scores_is_one_and_of_inverted_scores_zero():
     assert fold_accuracy(np.where(same, 0.2, 0.8), same, 10)[:2] == (0.5, 0.0)
 
 
+def test_of_equally_good_thresholds_the_highest_is_taken():
+    # On the other fold, accepting all and rejecting all both give one right answer of two.
+    score, same = np.array([0.9, 0.5, 0.9, 0.5]), np.array([False, True, False, True])
+    thresholds = fold_accuracy(score, same, np.array([0, 0, 1, 1]))[2]
+    assert thresholds.tolist() == [np.nextafter(0.9, 1)] * 2
+    score, same = np.array([0.9, 0.7, 0.5, 0.9, 0.7, 0.5]), np.array([True, False, True] * 2)
+    assert fold_accuracy(score, same, np.repeat([0, 1], 3))[2].tolist() == [0.9, 0.9]
+
+
 def test_folds_may_be_a_number_of_equal_runs():
     rng = np.random.default_rng(1)
     same = rng.random(103) < 0.5
@@ -175,6 +184,25 @@ def test_verification_pairs_cover_every_pair_when_all_are_wanted():
         counts = [np.count_nonzero((fold == f) & (same == kind)) for f in (0, 1)]
         assert counts[0] == counts[1] > 0
     assert len({frozenset(pair) for pair in pairs.tolist()}) == len(pairs)
+
+
+def test_single_samples_do_not_leave_a_fold_without_genuine_pairs():
+    labels = np.concatenate([np.arange(10).repeat(2), np.arange(10, 200)])
+    for seed in range(5):
+        pairs, same, fold = verification_pairs(labels, seed, pairs_per_fold=5)
+        assert np.count_nonzero(same) == 10  # one identity with a pair in each fold
+        assert sorted(fold[same]) == list(range(10))
+
+
+def test_unordered_pairs_are_numbered_without_gaps():
+    wanted = [(low, high) for high in range(1, 60) for low in range(high)]
+    low, high = _unordered_pair(np.arange(len(wanted)))
+    assert list(zip(low, high, strict=True)) == wanted
+    for high_wanted in (2**26, 2**28 + 1, 3 * 2**27, 2**31):  # where 8 n + 1 is no exact float any more
+        first = high_wanted * (high_wanted - 1) // 2
+        low, high = _unordered_pair(np.array([first - 1, first, first + high_wanted - 1]))
+        assert low.tolist() == [high_wanted - 2, 0, high_wanted - 1]
+        assert high.tolist() == [high_wanted - 1, high_wanted, high_wanted]
 
 
 @pytest.mark.parametrize("labels", [np.arange(30), np.arange(30) // 5])
@@ -241,16 +269,23 @@ def test_all_pairs_is_every_pair(monkeypatch, n, identities, max_far, compact_at
     assert found["highest_impostor"] == [p[:3] for p in highest]
 
 
-def test_every_point_of_the_roc_is_reached_by_some_threshold():
+def test_the_roc_is_conservative_at_each_of_its_fars():
     embeddings, labels = embeddings_and_labels(80, 6, 10)
-    curve = all_pairs(embeddings, labels, max_far=0.01).roc()
+    found = all_pairs(embeddings, labels, max_far=0.01)
+    curve = found.roc()
     pairs = naive_pairs(embeddings, labels)
     score, same = np.array([p[2] for p in pairs]), np.array([p[3] for p in pairs])
-    reachable = {(np.mean(score[~same] >= t), np.mean(score[same] >= t)) for t in (*np.linspace(-1, 1, BINS + 1), 2)}
-    reachable |= {tar_at_far(score, same, far)[::-2] for far in np.arange(33) / np.count_nonzero(~same)}
-    assert set(curve) <= reachable
     assert curve[-1] == (1.0, 1.0)
-    assert curve == sorted(curve)
+    edges = np.linspace(-1, 1, BINS + 1)
+    at_edges = [(np.mean(score[~same] >= edge), np.mean(score[same] >= edge)) for edge in edges]
+    wanted = set()
+    for far in np.logspace(-np.log10(found.num_impostor), 0, 100):
+        if far * found.num_impostor < len(found.impostor):  # exact
+            tar, _, reached = tar_at_far(score, same, far)
+        else:  # the lowest bin edge that does not exceed it
+            reached, tar = max(rates for rates in at_edges if rates[0] <= far)
+        wanted.add((reached, tar))
+    assert curve == sorted(wanted)
     assert [tar for _, tar in curve] == sorted(tar for _, tar in curve)
     assert len(curve) > 20
 
@@ -271,6 +306,11 @@ def test_identical_embeddings_accept_nothing():
     assert (tar, far_reached) == (0.0, 0.0)
     assert threshold > found.genuine[-1]
     assert [pair[:2] for pair in found.highest_impostor] == [(0, j) for j in range(3, 11)]
+    # Whatever tile a pair is met in: of equal scores the first positions are kept.
+    shuffled = np.random.default_rng(0).permutation(labels)
+    different = [(i, j) for i in range(30) for j in range(i + 1, 30) if shuffled[i] != shuffled[j]]
+    found = all_pairs(embeddings, shuffled, max_far=0.5, chunk=4)
+    assert [pair[:2] for pair in found.highest_impostor] == different[:8]
 
 
 def test_scores_do_not_depend_on_the_order_of_summation():

@@ -6,7 +6,7 @@ ones, counts in bins, and the extreme pairs; all of it equal on all ranks and in
 ranks, of `chunk` and of the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,7 +117,14 @@ def all_pairs(
     return _merge(genuine, highest, counts, lowest_genuine, highest_impostor, num_impostor)
 
 
-def _merge(genuine, highest, counts, lowest_genuine, highest_impostor, num_impostor) -> PairScores:
+def _merge(
+    genuine: list[Tensor],
+    highest: "_Highest",
+    counts: Tensor,
+    lowest_genuine: "_Hardest",
+    highest_impostor: "_Hardest",
+    num_impostor: int,
+) -> PairScores:
     """All ranks' parts, as one result on all ranks."""
     ours = (
         np.concatenate([np.empty(0), *(part.cpu().numpy() for part in genuine)]),
@@ -195,12 +202,14 @@ class _Hardest:
         found = zip(low.tolist(), high.tolist(), scores[places].tolist(), strict=True)
         self.best = self.merged([self.best, list(found)])
 
-    def merged(self, lists) -> list[Pair]:
+    def merged(self, lists: Iterable[list[Pair]]) -> list[Pair]:
         pairs = [pair for part in lists for pair in part]
         return sorted(pairs, key=lambda pair: (-self.sign * pair[2], pair[0], pair[1]))[: self.keep]
 
 
-def _pair_finder(row_positions: Tensor, column_positions: Tensor, mask: Tensor | None):
+def _pair_finder(
+    row_positions: Tensor, column_positions: Tensor, mask: Tensor | None
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Turns places in a tile's scores, taken where `mask` is true, into sample positions."""
 
     def find(places: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 from partial_fc.seeds import seed_for
 
 
-def tar_at_far(score: np.ndarray, same: np.ndarray, far: float | Sequence[float]):
+def tar_at_far(score: np.ndarray, same: np.ndarray, far: float | Sequence[float]) -> tuple:
     """The true accept rate where the false accept rate does not exceed `far`.
 
     score (n,) float; same (n,) bool. Returns (tar, threshold, far_reached): three floats, or three (k,)
@@ -142,7 +142,7 @@ def verification_pairs(
     return np.concatenate(pairs), same, np.repeat(np.arange(folds), 2 * each)
 
 
-def _draw_genuine(rng: np.random.Generator, members: np.ndarray, identity: np.ndarray, wanted: int):
+def _draw_genuine(rng: np.random.Generator, members: np.ndarray, identity: np.ndarray, wanted: int) -> np.ndarray:
     """Up to `wanted` of the genuine pairs of `members`, which are sorted by identity; (k, 2)."""
     first, size = np.unique(identity, return_index=True, return_counts=True)[1:]
     ends = np.cumsum(size * (size - 1) // 2)
@@ -153,7 +153,7 @@ def _draw_genuine(rng: np.random.Generator, members: np.ndarray, identity: np.nd
     return members[first[which][:, None] + np.stack([low, high], axis=1)]
 
 
-def _draw_impostor(rng: np.random.Generator, members: np.ndarray, identity: np.ndarray, wanted: int):
+def _draw_impostor(rng: np.random.Generator, members: np.ndarray, identity: np.ndarray, wanted: int) -> np.ndarray:
     """Up to `wanted` of the impostor pairs of `members`; (k, 2)."""
     total = len(members) * (len(members) - 1) // 2
     size = min(2 * wanted, total)

@@ -74,10 +74,11 @@ class PartialFC:
 
     num_classes, embedding_dim: C and D. margin: see `margins`. sample_rate: the probability of each negative in a
     step; positives come on top, and the softmax runs over what was drawn, without a correction (as published).
-    seed: of initial centers and negatives. init_std: standard deviation of initial centers. chunk: rows of logits
-    that exist at once; None: 2048 on a CPU, 16384 elsewhere. check_labels: one host read a forward; without it a
-    label out of range gives a wrong loss. dtype: of centers, logits and gradients, float32 or float64; embeddings
-    of any float type are converted.
+    seed: of initial centers and negatives. init_std: standard deviation of initial centers; None: 1 / sqrt(D), which
+    is length 1 (at a tenth of that the first updates, which grow with 1 / |w|, throw the centers together).
+    chunk: rows of logits that exist at once; None: 2048 on a CPU, 16384 elsewhere. check_labels: one host read a
+    forward; without it a label out of range gives a wrong loss. dtype: of centers, logits and gradients, float32 or
+    float64; embeddings of any float type are converted.
 
     Raises ValueError for sizes or rates out of range.
     """
@@ -92,7 +93,7 @@ class PartialFC:
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         seed: int = 0,
-        init_std: float = 0.01,
+        init_std: float | None = None,
         chunk: int | None = None,
         check_labels: bool = True,
         dtype: torch.dtype = torch.float32,
@@ -124,7 +125,7 @@ class PartialFC:
             normalized=self.margin.normalize_centers,
             has_bias=self.margin.has_bias,
             seed=seed,
-            init_std=init_std,
+            init_std=embedding_dim**-0.5 if init_std is None else init_std,
             chunk=self.chunk,
             dtype=dtype,
             device=device,

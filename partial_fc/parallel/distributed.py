@@ -15,6 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.14 renamed these two and deprecates the old names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def init_from_environment(timeout_seconds: float = 600.0) -> torch.device:
     """Joins the process group that torchrun's (or Slurm's) environment describes; returns this rank's device.
@@ -76,7 +80,7 @@ def all_gather(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     # gloo and NCCL concatenate along the first dimension, hence the leading 1
     out = tensor.new_empty((world_size(), *tensor.shape))
-    dist.all_gather_into_tensor(out, tensor.unsqueeze(0))
+    _all_gather(out, tensor.unsqueeze(0))
     return out
 
 
@@ -100,7 +104,7 @@ def reduce_scatter_sum(tensor: Tensor) -> Tensor:
         return tensor
     tensor = tensor.contiguous()
     out = tensor.new_empty((tensor.shape[0] // world_size(), *tensor.shape[1:]))
-    dist.reduce_scatter_tensor(out, tensor, op=dist.ReduceOp.SUM)
+    _reduce_scatter(out, tensor, op=dist.ReduceOp.SUM)
     return out
 
 

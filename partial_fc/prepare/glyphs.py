@@ -13,8 +13,8 @@ A code point is an identity, one face (typeface) drawing it is one sample. Four 
                ─ select ─────► a split for each glyph, or the reason why it is dropped
                ─ write ──────► shards, in a seeded random order
 
-Samples are white on black, so that what an affine augmentation or a padded convolution adds at the border is
-background. All glyphs are held in memory as PNG: 1.7 KB each at 64 pixels, 0.4 GB for the small set.
+Samples are grayscale, white on black. All glyphs are held in memory as PNG: 1.7 KB each at 64 pixels with what is
+known about them, 0.4 GB for the small set.
 """
 
 import multiprocessing
@@ -88,7 +88,7 @@ def prepare_glyphs(
     Returns the data sets by the name of their split; `distractors` is missing where nothing is left for it.
     Each has an array `face` (N,) int32 of indices into `prepared["faces"]`. `prepared["dropped"]` counts,
     by reason, the glyphs that a character map claims and no data set has; `prepared["mean"]` and `["std"]`
-    are those of the pixels of train, 0 to 255.
+    are those of the pixels of train (RGB, 0 to 255).
 
     Raises FileExistsError if `out` exists; ValueError if the source has no fonts or leaves a data set empty.
     """
@@ -137,8 +137,8 @@ def prepare_glyphs(
         "source": str(source),
         "options": {"min_samples": min_samples, "seed": seed, "ranges": ranges, "hold_out": hold_out},
         "image_size": [size, size],
-        "mean": mean,
-        "std": std,
+        "mean": [mean] * 3,
+        "std": [std] * 3,
         "faces": [face.name for face in faces],
         "held_out_faces": [faces[i].name for i in sorted(held_out)],
         "dropped_faces": dropped_faces | useless,

@@ -69,7 +69,7 @@ def _run(run: Run, color: int) -> dict:
     if not run.metrics:
         notes.append("has logged no step yet (no metrics.jsonl), so it has no training curves")
     if run.evaluation is None:
-        notes.append("has not been evaluated yet (no evaluation.json): `partial-fc evaluate` does it")
+        notes.append("has not been evaluated yet (no evaluation.json)")
     if not run.config_text:
         notes.append("has no config.yaml")
     return {"name": run.name, "color": color, "facts": facts, "notes": notes, "config": run.config_text}
@@ -89,7 +89,7 @@ def _tables(runs: Sequence[Run]) -> list[dict]:
     """A table for each set: a row for each run and model, a column for each measure."""
     tables = []
     for name in _set_names(runs):
-        rows, notes = [], []
+        rows, notes, about = [], [], []
         for color, run in _evaluated(runs):
             for model, results in _models(run, ("untrained", "trained")):
                 if name not in results:
@@ -99,9 +99,14 @@ def _tables(runs: Sequence[Run]) -> list[dict]:
                 values = [result["fold_accuracy"], *tars, result["rank1"]]
                 rows.append({"run": run.name, "color": color, "model": model, "values": values})
                 notes += [note for note in missing(result) if note not in notes]
+                about += [_about(result)] if _about(result) not in about else []
+        if len(about) > 1:
+            notes.insert(
+                0, f"The runs were evaluated on different data, so compare none of these rows: {'; '.join(about)}."
+            )
         columns = zip(*(row["values"] for row in rows), strict=True)
         best = [max((value for value in column if value is not None), default=None) for column in columns]
-        tables.append({"name": name, "about": _about(result), "rows": rows, "best": best, "notes": notes})
+        tables.append({"name": name, "about": about[0], "rows": rows, "best": best, "notes": notes})
     return tables
 
 

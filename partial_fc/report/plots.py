@@ -86,31 +86,40 @@ def curves(name: str, series: Sequence[Series], *, log: bool = False, percent: b
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         axes.set_xlabel("step")
+        axes.margins(x=0.01)
         _label_ends(axes, ends)
         return _svg(figure, name)
 
 
 def roc(name: str, series: Sequence[Series]) -> str:
-    """TAR over FAR (logarithmic); each curve is labeled at its left end."""
+    """TAR over FAR (logarithmic); each curve is labeled where it passes one half, or starts if that is above."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure()
-        starts = []
+        labels = []
         for one in series:
-            shown = one.x > 0
-            axes.plot(one.x[shown], one.y[shown], drawstyle="steps-post", **_line(one.color))
-            starts.append((one.x[shown][0], one.y[shown][0], _clipped(one.label, 24), one.color))
+            x, y = one.x[one.x > 0], one.y[one.x > 0]
+            axes.plot(x, y, drawstyle="steps-post", **_line(one.color))
+            middle = int(np.argmin(np.abs(y - 0.5)))
+            labels.append((x[middle], y[middle], one, middle == 0))
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(numticks=6))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(right=1)
-        axes.set_ylim(-0.02, 1.12)
+        axes.set_ylim(-0.02, 1.04)
         axes.set_yticks(np.linspace(0, 1, 6))
         axes.set_xlabel("false accept rate")
-        for x, y, (_, _, label, color) in _spread(starts, gap=0.1):
+        for x, y, (_, _, one, at_start) in _spread(labels, gap=0.1):
             text = axes.annotate(
-                label, (x, y), xytext=(1, 3), textcoords="offset points", color=_color(color), weight="bold", size=9
+                _clipped(one.label, 24),
+                (x, y),
+                xytext=(6, -4) if at_start else (-6, 0),
+                textcoords="offset points",
+                ha="left" if at_start else "right",
+                va="top" if at_start else "center",
+                color=_color(one.color),
+                weight="bold",
             )
-            text.set_bbox({"facecolor": _PAPER, "alpha": 0.7, "edgecolor": "none", "pad": 0.5})
+            text.set_bbox({"facecolor": _PAPER, "alpha": 0.75, "edgecolor": "none", "pad": 0.5})
         return _svg(figure, name)
 
 
@@ -122,42 +131,25 @@ def histogram(
         figure, axes = _figure()
         low, high = _occupied(edges, genuine + impostor)
         floor = 0.5 / max(impostor.sum(), genuine.sum())
-        top = 1.0
-        for counts, label, color in ((impostor, "impostor", 1), (genuine, "genuine", 0)):
+        for counts, label, color, side in ((impostor, "impostor", 1, "right"), (genuine, "genuine", 0, "left")):
             share = np.maximum(counts / counts.sum(), floor)
             axes.stairs(share, edges, baseline=floor, fill=True, color=_color(color), alpha=0.25, linewidth=0)
             axes.stairs(share, edges, baseline=floor, color=_color(color), linewidth=1.4)
-            middle = np.average((edges[1:] + edges[:-1]) / 2, weights=counts)
-            axes.annotate(
-                label,
-                (middle, share.max()),
-                xytext=(0, 4),
-                textcoords="offset points",
-                ha="center",
-                color=_color(color),
-                weight="bold",
-            )
-            top = max(top, share.max())
+            place = (np.average((edges[1:] + edges[:-1]) / 2, weights=counts), share.max())
+            offset = {"xytext": (-3 if side == "right" else 3, 4), "textcoords": "offset points"}
+            axes.annotate(label, place, ha=side, color=_color(color), weight="bold", **offset)
         axes.set_yscale("log")
-        axes.set_ylim(floor, top * 6)
+        axes.set_ylim(floor, 9)  # above 1, room for the labels
         axes.set_xlim(low, high)
         axes.yaxis.set_major_locator(LogLocator(numticks=6))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("cosine score")
         for label, at in thresholds:
             axes.axvline(at, color=_MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
-            axes.annotate(
-                label,
-                (at, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(-2, -2),
-                textcoords="offset points",
-                rotation=90,
-                ha="right",
-                va="top",
-                color=_MUTED,
-                size=7.5,
-            )
+            beyond = at > (low + high) / 2
+            offset = {"xytext": (-3 if beyond else 3, -1), "textcoords": "offset points"}
+            place = {"xy": (at, 1), "xycoords": ("data", "axes fraction"), **offset}
+            axes.annotate(label, ha="right" if beyond else "left", va="top", color=_MUTED, size=8, **place)
         return _svg(figure, name)
 
 
@@ -193,6 +185,7 @@ def _occupied(edges: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
 
 def _label_ends(axes: Axes, ends: list[tuple]) -> None:
     """Labels to the right of the curves' ends, moved apart where they would overlap."""
+    axes.get_xlim(), axes.get_ylim()  # settles the limits, which matplotlib leaves open until asked
     to_axes = axes.transData + axes.transAxes.inverted()
     places = [(1.0, to_axes.transform((x, y))[1], label, color) for x, y, label, color in ends]
     for x, y, (_, _, label, color) in _spread(places, gap=0.085):

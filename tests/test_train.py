@@ -1,0 +1,325 @@
+"""The real train() on real shards: the same run at any number of ranks, resumed anywhere, stopped cleanly."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from partial_fc import checkpoint
+from partial_fc.config import load_config
+from partial_fc.data.order import Order
+from partial_fc.data.shards import load_index
+from partial_fc.metrics import cut_back
+from partial_fc.parallel import distributed
+from partial_fc.train import build, read_batches, train
+from tests.conftest import REPOSITORY, run_ranks
+
+CONFIG = REPOSITORY / "configs" / "glyphs_ci.yaml"
+QUICK = (
+    "run.epochs=null",
+    "run.steps=30",
+    "data.workers=0",
+    "checkpoint.every=10",
+    "checkpoint.keep=9",
+    "track.log_every=1",
+    "track.wandb=disabled",
+    "optim.lr=0.02",
+    "optim.warmup_steps=5",
+)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node")
+
+
+def config_for(run: Path, data: Path, *overrides: str):
+    return load_config(CONFIG, [*QUICK, f"run.dir={run}", f"data.train={data}", *overrides])
+
+
+def train_here(run: Path, data: Path, *overrides: str) -> bool:
+    return train(config_for(run, data, *overrides), torch.device("cpu"))
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run: Path, name: str = "loss") -> list[float]:
+    return [row[name] for row in rows(run)]
+
+
+def checksums(run: Path) -> dict[str, str]:
+    """SHA-256 of every file of the latest checkpoint: the state, bit for bit."""
+    return {entry["name"]: entry["sha256"] for entry in checkpoint.find_latest(run).files()}
+
+
+@pytest.fixture(scope="module")
+def reference(glyphs_ci, tmp_path_factory) -> Path:
+    """An uninterrupted run on two ranks, with checkpoints at 10, 20 and 30."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    assert run_ranks(train_here, 2, run, glyphs_ci / "train") == [True, True]
+    return run
+
+
+def test_the_loss_falls_and_the_row_is_complete(reference):
+    losses = curve(reference)
+    assert len(losses) == 30 and sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    last = rows(reference)[-1]
+    assert last["step"] == 30 and last["epoch"] == pytest.approx(30 / (8535 // 48), rel=0.02)
+    for name in ("lr", "samples_per_second", "data_wait", "step_time", "target_cosine", "memory"):
+        assert last[name] > 0, name
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_any_number_of_ranks_follows_the_same_curve(reference, glyphs_ci, tmp_path, world_size):
+    run_ranks(train_here, world_size, tmp_path / "run", glyphs_ci / "train")
+    assert curve(tmp_path / "run") == pytest.approx(curve(reference), rel=2e-3)
+    assert curve(tmp_path / "run", "lr") == curve(reference, "lr")
+
+
+def test_the_same_run_twice_is_the_same_bit_for_bit(reference, glyphs_ci, tmp_path):
+    run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train")
+    assert checksums(tmp_path / "run") == checksums(reference)
+    assert curve(tmp_path / "run") == curve(reference)
+
+
+def batches_seen(run: Path, data: Path) -> list[tuple]:
+    config = config_for(run, data, "run.steps=5", "data.affine={degrees: 10, translate: 0.1}")
+    mine = [
+        (batch.step, batch.labels, batch.images) for batch in read_batches(config, build(config, torch.device("cpu")))
+    ]
+    gathered = distributed.gather_objects(mine)
+    return [
+        (steps[0][0], torch.cat([s[1] for s in steps]), torch.cat([s[2] for s in steps]))
+        for steps in zip(*gathered, strict=True)
+    ]
+
+
+def test_every_global_batch_holds_the_same_images_at_any_number_of_ranks(glyphs_ci, tmp_path):
+    one, two, three = (run_ranks(batches_seen, w, tmp_path / f"{w}", glyphs_ci / "train")[0] for w in (1, 2, 3))
+    for other in (two, three):
+        for (step, labels, images), (other_step, other_labels, other_images) in zip(one, other, strict=True):
+            assert step == other_step and torch.equal(labels, other_labels)
+            assert torch.equal(images, other_images), "augmentation depends on the number of ranks"
+
+
+def interrupted(reference: Path, run: Path, step: int) -> None:
+    """A run folder as it is after a kill some steps past the checkpoint of `step`."""
+    shutil.copytree(reference, run)
+    for folder in (run / "checkpoints").glob("step_*"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    cut_back(run / "metrics.jsonl", step + 3)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2')  # torn by the kill
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_resumes_at_any_number_of_ranks(reference, glyphs_ci, tmp_path, world_size):
+    interrupted(reference, tmp_path / "run", 20)
+    run_ranks(train_here, world_size, tmp_path / "run", glyphs_ci / "train")
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 31))
+    if world_size == 2:
+        assert curve(tmp_path / "run") == curve(reference)
+        assert checksums(tmp_path / "run") == checksums(reference)
+    else:
+        assert curve(tmp_path / "run") == pytest.approx(curve(reference), rel=2e-3)
+
+
+def test_three_ranks_resume_bit_for_bit(glyphs_ci, tmp_path):
+    """DDP's buckets change their order after its first backward; at three ranks that would change the sums."""
+    run_ranks(train_here, 3, tmp_path / "whole", glyphs_ci / "train", "run.steps=20")
+    interrupted(tmp_path / "whole", tmp_path / "run", 10)
+    run_ranks(train_here, 3, tmp_path / "run", glyphs_ci / "train", "run.steps=20")
+    assert checksums(tmp_path / "run") == checksums(tmp_path / "whole")
+
+
+def test_a_finished_run_stays_as_it_is(reference, glyphs_ci, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    assert run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train") == [True, True]
+    assert rows(tmp_path / "run") == rows(reference) and checksums(tmp_path / "run") == checksums(reference)
+
+
+def train_and_catch(run: Path, data: Path, *overrides: str) -> str:
+    try:
+        train_here(run, data, *overrides)
+    except distributed.RunError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("run.seed=1", "run.seed was 0, now 1.*data.restart=true"),
+        ("data.streams=6", "data.streams was 4, now 6"),
+        ("data.global_batch_size=96", "data.global_batch_size was 48, now 96"),
+        ("backbone.embedding_dim=32", "written with embedding_dim 64, this run has 32"),
+        ("head.margin={name: softmax}", "holds no 'bias'"),
+        ("head.margin={name: cosfase}", "did you mean cosface"),
+        ("head.margin.m=0.3", "head.margin.m: cosface has no such parameter; it has scale, margin"),
+        ("backbone.name=smallnett", "did you mean 'smallnet'"),
+        ("data.global_batch_size=100000", "got a global batch of 100000 samples"),
+    ],
+)
+def test_a_wrong_config_is_one_clear_error_on_all_ranks(reference, glyphs_ci, tmp_path, override, message):
+    shutil.copytree(reference, tmp_path / "run")
+    messages = run_ranks(train_and_catch, 2, tmp_path / "run", glyphs_ci / "train", override)
+    assert messages[0] == messages[1]
+    assert re.search(message, messages[0]), messages[0]
+
+
+def test_restart_accepts_another_order(reference, glyphs_ci, tmp_path):
+    interrupted(reference, tmp_path / "run", 20)
+    run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train", "data.streams=6", "data.restart=true")
+    assert rows(tmp_path / "run")[-1]["step"] == 30
+    assert curve(tmp_path / "run")[:20] == curve(reference)[:20] and curve(tmp_path / "run") != curve(reference)
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_and_then_ends_the_run(glyphs_ci, tmp_path):
+    messages = run_ranks(
+        train_and_catch, 2, tmp_path / "run", glyphs_ci / "train", "optim.lr=1e30", "optim.warmup_steps=0"
+    )
+    assert messages[0] == messages[1]
+    assert "the loss was not finite in 10 successive steps" in messages[0]
+    assert rows(tmp_path / "run")[-1]["skipped_steps"] >= 9
+
+
+def damaged(data: Path, out: Path, samples: range) -> Path:
+    shutil.copytree(data, out)
+    index = load_index(out)
+    for sample in samples:
+        with open(index.shard_path(sample), "r+b") as shard:
+            shard.seek(int(index.offset[sample]))
+            shard.write(b"not an image")
+    return out
+
+
+def test_undecodable_samples_shorten_their_batch_and_are_counted(glyphs_ci, tmp_path):
+    broken = range(0, 8000, 400)
+    data = damaged(glyphs_ci / "train", tmp_path / "data", broken)
+    steps = 60
+    run_ranks(train_here, 2, tmp_path / "run", data, f"run.steps={steps}", "data.max_undecodable=0.01")
+    index = load_index(data)
+    order = Order(index.samples_per_shard, 48, 4, 0, 8192)
+    seen = {int(sample) for step in range(steps) for sample in order.batch(step)}
+    last = rows(tmp_path / "run")[-1]
+    assert last["undecodable"] == len(seen & set(broken)) > 0
+    assert last["skipped_steps"] == 0 and last["loss"] < rows(tmp_path / "run")[0]["loss"]
+
+
+def test_too_many_undecodable_samples_end_the_run(glyphs_ci, tmp_path):
+    data = damaged(glyphs_ci / "train", tmp_path / "data", range(0, 8500, 2))
+    messages = run_ranks(train_and_catch, 2, tmp_path / "run", data)
+    assert messages[0] == messages[1] and "samples could not be decoded, more than data.max_undecodable" in messages[0]
+
+
+# ---- real processes, as users start and lose them
+
+
+def start(world_size: int, run: Path, *overrides: str) -> subprocess.Popen:
+    command = [*TORCHRUN, str(world_size), "launch/train.py", str(CONFIG), *QUICK, f"run.dir={run}", *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen, code: int | None = 0) -> str:
+    output, _ = process.communicate(timeout=200)
+    assert code is None or process.returncode == code, output
+    return output
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(f"the run did not reach step {step}: {process.communicate()[0]}")
+
+
+def workers(agent: int) -> list[int]:
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    return [int(child) for child in children if "launch/train.py" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def test_killed_and_resumed_is_the_same_run_bit_for_bit(glyphs_ci, tmp_path):
+    """kill -9 of a worker in the middle of a step, twice; the same command goes on; state, curves, evaluation equal."""
+    finish(start(2, tmp_path / "whole"))
+    killed = tmp_path / "killed"
+    for step in (4, 17):  # before the first checkpoint, and between two
+        process = start(2, killed)
+        wait_for_step(killed, step, process)
+        os.kill(workers(process.pid)[1], signal.SIGKILL)
+        finish(process, code=1)
+    assert checkpoint.find_latest(killed).step in (10, 20)
+    output = finish(start(2, killed))
+    assert checksums(killed) == checksums(tmp_path / "whole")
+    assert curve(killed) == curve(tmp_path / "whole") and curve(killed, "lr") == curve(tmp_path / "whole", "lr")
+    results = [json.loads((run / "evaluation.json").read_text()) for run in (killed, tmp_path / "whole")]
+    assert results[0] == results[1]
+    assert "TAR@1e-3" in output and (killed / "report.html").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_preempted_run_saves_at_once_and_goes_on(glyphs_ci, tmp_path, number):
+    run = tmp_path / "run"
+    process = start(2, run, "run.steps=2000", "checkpoint.every=100000")
+    wait_for_step(run, 5, process)
+    if number == signal.SIGTERM:
+        process.send_signal(number)  # the agent hands it on; its own exit code is 1 whatever the workers return
+        finish(process, code=None)
+    else:
+        os.kill(workers(process.pid)[0], number)  # one rank hears of it, all stop at the same step
+        finish(process, code=0)
+    saved = checkpoint.find_latest(run)
+    assert saved.step >= 5 and (run / "preempted").read_text() == f"step {saved.step}\n"
+    finish(start(2, run, f"run.steps={saved.step + 3}"))
+    assert not (run / "preempted").exists() and checkpoint.find_latest(run).step == saved.step + 3
+
+
+def test_a_killed_agent_takes_its_workers_with_it(glyphs_ci, tmp_path):
+    process = start(2, tmp_path / "run", "run.steps=5000")
+    wait_for_step(tmp_path / "run", 2, process)
+    orphans = workers(process.pid)
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() and " Z " not in _stat(pid) for pid in orphans):
+        assert time.monotonic() < deadline, "workers train on as orphans"
+        time.sleep(0.1)
+
+
+def _stat(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return " Z "
+
+
+def test_eight_ranks_are_wired(glyphs_ci, tmp_path):
+    output = finish(start(8, tmp_path / "run", "run.steps=3", "evaluate.sets={}"))
+    assert "8 ranks on cpu, 96 class centers on the first" in output
+    assert len(rows(tmp_path / "run")) == 3
+
+
+def test_a_wrong_run_ends_with_one_message(glyphs_ci, tmp_path):
+    output = finish(start(2, tmp_path / "run", "data.train=data/nowhere"), code=1)
+    assert output.count("error: preparing the run failed") == 1 and "data/nowhere" in output
+    command = [sys.executable, "launch/train.py", str(CONFIG), "optim.lrr=3"]
+    unknown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
+    assert unknown.returncode == 1 and "optim.lrr: unknown key; did you mean optim.lr?" in unknown.stderr
+
+
+def test_print_config_shows_every_setting_with_its_documentation():
+    command = [sys.executable, "launch/train.py", str(CONFIG), "optim.lr=0.25", "--print-config"]
+    shown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=True).stdout
+    assert "  lr: 0.25 " in shown and "Learning rate at its peak" in shown
