@@ -22,6 +22,11 @@ lint: .venv/installed
 test: lint
 	$(BIN)/python -m pytest
 
+demo: .venv/installed
+	test -f data/glyphs_demo/train/index.json || $(BIN)/partial-fc prepare glyphs $(FONTS) data/glyphs_demo --size 32
+	$(BIN)/torchrun --nproc_per_node=2 launch/train.py configs/glyphs_demo.yaml
+	@echo "run folder: runs/glyphs_demo   report: runs/glyphs_demo/report.html   (make demo again reuses both)"
+
 soak: .venv/installed
 	PARTIAL_FC_SOAK=1 $(BIN)/python -m pytest -m soak
 

@@ -16,9 +16,8 @@ from partial_fc import backbone, checkpoint
 from partial_fc.config import Config, save_config
 from partial_fc.data.augment import Affine
 from partial_fc.data.order import Order
-from partial_fc.data.reader import Batch, image_size, loader
+from partial_fc.data.reader import Batch, image_size, loader, normalize
 from partial_fc.data.shards import Index, load_index
-from partial_fc.evaluate.embed import normalize
 from partial_fc.head.margins import build_margin
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.metrics import Metrics

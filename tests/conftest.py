@@ -2,9 +2,12 @@
 
 import multiprocessing
 import os
+import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -29,14 +32,15 @@ def _serve(rank: int, world_size: int, store: str, connection) -> None:
         timeout=timedelta(seconds=CASE_TIMEOUT),
     )
     while True:
-        task = connection.recv()
+        task = pickle.loads(connection.recv_bytes())
         if task is None:
             break
         fn, args = task
         try:
-            connection.send((True, fn(*args)))
+            answer = pickle.dumps((True, fn(*args)))
         except Exception:
-            connection.send((False, traceback.format_exc()))
+            answer = pickle.dumps((False, traceback.format_exc()))
+        connection.send_bytes(answer)  # plain bytes: torch would send tensors as open file descriptors
     dist.barrier()
     dist.destroy_process_group()
 
@@ -59,18 +63,26 @@ class Ranks:
 
     def run(self, fn: Callable, *args) -> list:
         for connection in self.connections:
-            connection.send((fn, args))
-        answers = []
-        for rank, connection in enumerate(self.connections):
-            if not connection.poll(CASE_TIMEOUT):
+            connection.send_bytes(pickle.dumps((fn, args)))
+        answers: dict[int, tuple] = {}
+        deadline = time.monotonic() + CASE_TIMEOUT
+        while len(answers) < len(self.connections):
+            waiting = [c for rank, c in enumerate(self.connections) if rank not in answers]
+            ready = wait(waiting, timeout=max(deadline - time.monotonic(), 0))
+            if not ready:
                 self.kill()
-                raise TimeoutError(f"{fn.__name__}: rank {rank} gave no answer within {CASE_TIMEOUT} s")
-            answers.append(connection.recv())
-        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+                silent = [rank for rank in range(len(self.connections)) if rank not in answers]
+                failures = "\n".join(f"rank {rank}:\n{text}" for rank, (ok, text) in answers.items() if not ok)
+                raise AssertionError(f"{fn.__name__}: ranks {silent} gave no answer within the time\n{failures}")
+            for connection in ready:
+                ok, value = answers[self.connections.index(connection)] = pickle.loads(connection.recv_bytes())
+                if not ok:  # the others may wait for this rank in a collective: give them a moment to fail alike
+                    deadline = min(deadline, time.monotonic() + 3)
+        failures = [f"rank {rank}:\n{value}" for rank, (ok, value) in sorted(answers.items()) if not ok]
         if failures:
             self.kill()  # the ranks may be out of step with each other
             raise AssertionError("\n".join(failures))
-        return [value for _, value in answers]
+        return [answers[rank][1] for rank in range(len(self.connections))]
 
     @property
     def alive(self) -> bool:
@@ -78,7 +90,7 @@ class Ranks:
 
     def close(self) -> None:
         for connection in self.connections:
-            connection.send(None)
+            connection.send_bytes(pickle.dumps(None))
         for process in self.processes:
             process.join(10)
         self.kill()
@@ -96,14 +108,15 @@ def run_ranks(fn: Callable, world_size: int, *args) -> list:
     """Runs the module-level function fn(*args) on `world_size` gloo ranks; returns the list of their results."""
     pool = _pools.get(world_size)
     if pool is None or not pool.alive:
+        if pool is not None:
+            pool.kill()
         pool = _pools[world_size] = Ranks(world_size)
     return pool.run(fn, *args)
 
 
 def pytest_sessionfinish(session, exitstatus) -> None:
     for pool in _pools.values():
-        if pool.alive:
-            pool.close()
+        pool.close() if pool.alive else pool.kill()
 
 
 def pytest_collection_modifyitems(config, items) -> None:

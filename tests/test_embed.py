@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from partial_fc.backbone import build
-from partial_fc.data.reader import images_in_order
+from partial_fc.data.reader import images_in_order, normalize
 from partial_fc.data.shards import load_index, write_shards
-from partial_fc.evaluate.embed import embed, normalize
+from partial_fc.evaluate.embed import embed
 from partial_fc.evaluate.identification import identify
 from partial_fc.evaluate.pairs import all_pairs
 from partial_fc.evaluate.protocol import evaluate_set, evaluate_sets, format_table, verify

@@ -9,7 +9,7 @@ the next. So the number of workers changes nothing, and a run resumes at any ste
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -100,6 +100,12 @@ def image_size(index: Index) -> tuple[int, int]:
         raise ValueError(f"{index.path}: index.json has no prepared.image_size, wanted [height, width]")
     height, width = size
     return height, width
+
+
+def normalize(images: Tensor, mean: float | Sequence[float], std: float | Sequence[float]) -> Tensor:
+    """(b, 3, H, W) uint8 → float32 (images - mean) / std; mean and std of values 0 to 255, one number or three."""
+    mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device).view(-1, 1, 1) for v in (mean, std))
+    return (images.float() - mean) / std
 
 
 def decode(data: bytes) -> np.ndarray | None:

@@ -7,15 +7,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from partial_fc.data.reader import images_in_order
+from partial_fc.data.reader import images_in_order, normalize
 from partial_fc.data.shards import Index
 from partial_fc.parallel.distributed import all_gather, part, rank, together, world_size
-
-
-def normalize(images: Tensor, mean: float | Sequence[float], std: float | Sequence[float]) -> Tensor:
-    """(b, 3, H, W) uint8 → float32 (images - mean) / std; mean and std of values 0 to 255, one number or three."""
-    mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device).view(-1, 1, 1) for v in (mean, std))
-    return (images.float() - mean) / std
 
 
 @torch.no_grad()

@@ -1,0 +1,131 @@
+"""partial-fc: one subcommand a task."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from partial_fc.config import EvaluationSet
+from partial_fc.evaluate.runs import evaluate_run
+from partial_fc.parallel import distributed
+from partial_fc.prepare.folder import prepare_folder
+from partial_fc.prepare.glyphs import prepare_glyphs
+from partial_fc.report.page import write_report
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError, distributed.RunError) as error:
+        sys.exit(f"error: {error}" if distributed.rank() == 0 else 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="partial-fc", description="Data, evaluation and reports of partial_fc.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser("prepare", help="turn images or fonts into shards")
+    kinds = prepare.add_subparsers(required=True, metavar="KIND")
+
+    folder = kinds.add_parser("folder", help="a folder with a folder of images per identity")
+    folder.add_argument("source", type=Path, help="SOURCE/<identity>/<images>")
+    folder.add_argument("out", type=Path, help="new folder for the shards")
+    folder.add_argument(
+        "--size", type=_size, metavar="HxW", help="112 or 112x96; unset: all images have one size already"
+    )
+    folder.add_argument("--min-samples", type=int, default=1, help="leave out identities with fewer images")
+    folder.add_argument("--seed", type=int, default=0, help="of the samples' order")
+    folder.set_defaults(run=_prepare_folder)
+
+    glyphs = kinds.add_parser("glyphs", help="characters as identities, fonts as photos")
+    glyphs.add_argument("source", help="small, medium or large (fetched), letters (no download), or a folder of fonts")
+    glyphs.add_argument("out", type=Path, help="new folder for train, test_seen, test_unseen and distractors")
+    glyphs.add_argument("--size", type=int, default=64, help="side of the images, pixels")
+    glyphs.add_argument("--min-samples", type=int, help="faces that must draw an identity")
+    glyphs.add_argument("--hold-out", type=_names, metavar="NAME,...", help="beginnings of the held-out faces' names")
+    glyphs.add_argument("--ranges", type=_ranges, metavar="4E00-9FFF,...", help="code points that are identities")
+    glyphs.add_argument("--seed", type=int, default=0, help="of the split and the samples' order")
+    glyphs.set_defaults(run=_prepare_glyphs)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="verification and identification of a run, on all ranks of torchrun"
+    )
+    evaluate.add_argument("path", type=Path, help="run folder, or the folder of one checkpoint")
+    evaluate.add_argument(
+        "--data", action="append", default=[], metavar="NAME=DIR[,DISTRACTORS]", help="instead of the run's sets"
+    )
+    evaluate.add_argument("--untrained", action="store_true", help="the backbone as it was initialized, too")
+    evaluate.set_defaults(run=_evaluate)
+
+    report = commands.add_parser("report", help="one HTML page about a run, or about several compared")
+    report.add_argument("runs", type=Path, nargs="+", help="run folders")
+    report.add_argument("--out", type=Path, help="unset: report.html in the first run folder")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _ranges(text: str) -> list[tuple[int, int]]:
+    return [(int(first, 16), int(last, 16)) for first, last in (part.split("-") for part in text.split(","))]
+
+
+def _prepare_folder(arguments: argparse.Namespace) -> None:
+    prepare_folder(
+        arguments.source,
+        arguments.out,
+        size=arguments.size,
+        min_samples=arguments.min_samples,
+        seed=arguments.seed,
+    )
+
+
+def _prepare_glyphs(arguments: argparse.Namespace) -> None:
+    indexes = prepare_glyphs(
+        arguments.source,
+        arguments.out,
+        min_samples=arguments.min_samples,
+        size=arguments.size,
+        seed=arguments.seed,
+        ranges=arguments.ranges,
+        hold_out=arguments.hold_out,
+    )
+    for name, index in indexes.items():
+        print(f"{arguments.out / name}: {index.num_samples:,} samples of {index.num_classes:,} identities")
+    dropped = next(iter(indexes.values())).prepared["dropped"]
+    print(
+        "left out: " + ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    sets = {}
+    for text in arguments.data:
+        name, equals, folders = text.partition("=")
+        if not equals:
+            name, folders = Path(text.partition(",")[0]).name, text
+        data, _, distractors = folders.partition(",")
+        sets[name] = EvaluationSet(data=data, distractors=distractors or None)
+    device = distributed.init_from_environment()
+    try:
+        evaluate_run(arguments.path, device, sets=sets or None, untrained=arguments.untrained)
+        distributed.barrier()
+    finally:
+        distributed.shutdown()
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    out = arguments.out or arguments.runs[0] / "report.html"
+    write_report(arguments.runs, out)
+    print(f"report: {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Checkpoints: complete or invisible, by class, for any number of ranks, and safe to read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from partial_fc import CosFace, PartialFC, Softmax, checkpoint
+from partial_fc.parallel import distributed
+from partial_fc.parallel.engine import DDPEngine
+from tests.conftest import run_ranks
+
+CLASSES, DIM = 23, 4
+
+
+def trained(rate: float = 0.3, num_classes: int = CLASSES, steps: int = 5, softmax: bool = False) -> tuple:
+    head = PartialFC(num_classes, DIM, Softmax() if softmax else CosFace(), rate, dtype=torch.float64)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, DIM), nn.BatchNorm1d(DIM)).double()
+    engine = DDPEngine(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), torch.device("cpu"))
+    for step in range(steps):
+        x = torch.randn(12, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        labels = torch.arange(12) * 3 % num_classes
+        mine = distributed.part(12, distributed.rank(), distributed.world_size())
+        head(engine(x[mine.start : mine.stop]), labels[mine.start : mine.stop]).backward()
+        head.step(0.1)
+        engine.step(0.1)
+    return head, engine
+
+
+def save_here(run: Path, rate: float = 0.3, num_classes: int = CLASSES, softmax: bool = False) -> torch.Tensor:
+    head, engine = trained(rate, num_classes, softmax=softmax)
+    (run / "names.txt").write_text("a\nb\n")
+    checkpoint.save(
+        run, 5, head=head, engine=engine, classes=run / "names.txt", settings={"order": {}, "config": {}}, keep=2
+    )
+    return head.full_weight()
+
+
+def load_here(run: Path, rate: float = 0.3, num_classes: int = CLASSES, dim: int = DIM) -> tuple | str:
+    head, engine = trained(rate, num_classes, steps=0)
+    if dim != DIM:
+        head = PartialFC(num_classes, dim, CosFace(), rate, dtype=torch.float64)
+    try:
+        checkpoint.load(checkpoint.find_latest(run), head=head, engine=engine)
+    except distributed.RunError as error:
+        return str(error)
+    return head.full_weight(), engine.backbone_state(), engine.optimizer_state(), head.step_count
+
+
+@pytest.mark.parametrize("num_classes", [CLASSES, 2])
+@pytest.mark.parametrize("saved, loaded", [(2, 3), (3, 1), (1, 4), (4, 2)])
+def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path, saved, loaded, num_classes):
+    wanted = run_ranks(save_here, saved, tmp_path, 0.3, num_classes)[0]
+    for weight, _, optimizer, step_count in run_ranks(load_here, loaded, tmp_path, 0.3, num_classes):
+        assert torch.equal(weight, wanted) and step_count == 5
+        assert set(optimizer) == {f"{name}.momentum_buffer" for name in ("0.weight", "0.bias", "1.weight", "1.bias")}
+
+
+def test_small_parts_are_cut_and_joined(tmp_path, monkeypatch):
+    head, engine = trained(1.0, steps=3)
+    (tmp_path / "names.txt").write_text("")
+    monkeypatch.setattr(checkpoint, "PART_BYTES", 5 * 2 * DIM * 8)  # five rows of weight and momentum
+    checkpoint.save(tmp_path, 3, head=head, engine=engine, classes=tmp_path / "names.txt", settings={}, keep=1)
+    found = checkpoint.find_latest(tmp_path)
+    parts = [entry["classes"] for entry in found.files() if "classes" in entry]
+    assert parts == [[0, 5], [5, 10], [10, 15], [15, 20], [20, 23]]
+    assert torch.equal(load_here(tmp_path, 1.0)[0], head.full_weight())
+
+
+def test_a_part_is_named_by_its_classes_and_holds_rows_of_everything(tmp_path):
+    run_ranks(save_here, 2, tmp_path)
+    folder = tmp_path / "checkpoints" / "step_00000005"
+    with safe_open(folder / "centers_000000000012_000000000023.safetensors", framework="pt") as part:
+        assert {name: part.get_slice(name).get_shape() for name in part.keys()} == {  # noqa: SIM118
+            "weight": [11, DIM],
+            "momentum": [11, DIM],
+            "last_update": [11],
+        }
+    assert (folder / "classes.txt").read_text() == "a\nb\n"
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000005\n"
+
+
+def test_without_its_manifest_there_is_no_checkpoint(tmp_path):
+    assert checkpoint.find_latest(tmp_path) is None
+    save_here(tmp_path)
+    folder = tmp_path / "checkpoints" / "step_00000005"
+    later = tmp_path / "checkpoints" / "step_00000009"
+    shutil.copytree(folder, later)
+    (later / "manifest.json").unlink()  # as a kill in the middle of saving leaves it
+    assert checkpoint.find_latest(tmp_path).step == 5
+    with pytest.raises(ValueError, match="holds no manifest.json, so it is no complete checkpoint"):
+        checkpoint.open_checkpoint(later)
+    (folder / "manifest.json").unlink()
+    (folder / "rubbish").write_text("left by a killed save")
+    save_here(tmp_path)
+    assert not (folder / "rubbish").exists() and checkpoint.find_latest(tmp_path).step == 5
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    head, engine = trained()
+    (tmp_path / "names.txt").write_text("")
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, step, head=head, engine=engine, classes=tmp_path / "names.txt", settings={}, keep=2)
+    assert sorted(f.name for f in (tmp_path / "checkpoints").glob("step_*")) == ["step_00000003", "step_00000004"]
+
+
+def damage(folder: Path, kind: str) -> None:
+    part = next(folder.glob("centers_*"))
+    if kind == "flipped":
+        data = bytearray(part.read_bytes())
+        data[-3] ^= 1
+        part.write_bytes(data)
+    elif kind == "truncated":
+        part.write_bytes(part.read_bytes()[:-8])
+    else:
+        part.unlink()
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [("flipped", "is damaged: its SHA-256"), ("truncated", "bytes, the manifest says"), ("gone", "is missing")],
+)
+def test_damage_is_one_error_on_all_ranks(tmp_path, kind, message):
+    run_ranks(save_here, 2, tmp_path)
+    damage(tmp_path / "checkpoints" / "step_00000005", kind)
+    answers = run_ranks(load_here, 3, tmp_path)
+    assert len(set(answers)) == 1
+    assert message in answers[0] and "to go on from the checkpoint before it" in answers[0]
+
+
+def test_another_head_is_an_error_that_names_both(tmp_path):
+    save_here(tmp_path)
+    assert "written with num_classes 23, this run has 24" in load_here(tmp_path, num_classes=24)
+    assert "written with embedding_dim 4, this run has 5" in load_here(tmp_path, dim=5)
+
+
+def test_newer_and_foreign_manifests_are_errors(tmp_path):
+    save_here(tmp_path)
+    path = tmp_path / "checkpoints" / "step_00000005" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"version": 2}))
+    with pytest.raises(ValueError, match="has checkpoint version 2; this partial_fc reads up to 1: upgrade it"):
+        checkpoint.find_latest(tmp_path)
+    path.write_text(json.dumps(manifest | {"format": "other"}))
+    with pytest.raises(ValueError, match="has format 'other'"):
+        checkpoint.find_latest(tmp_path)
+
+
+def save_where_one_rank_cannot(run: Path) -> str:
+    head, engine = trained()
+    (run / "names.txt").write_text("")
+    written = checkpoint._write
+
+    def full_disk(path, tensors):
+        if distributed.rank() == 1:
+            raise OSError(28, "No space left on device")
+        return written(path, tensors)
+
+    checkpoint._write = full_disk
+    try:
+        checkpoint.save(run, 9, head=head, engine=engine, classes=run / "names.txt", settings={}, keep=1)
+    except distributed.RunError as error:
+        return str(error)
+    finally:
+        checkpoint._write = written
+    return "no error"
+
+
+def test_a_full_disk_on_one_rank_is_an_error_on_all_and_loses_nothing(tmp_path):
+    run_ranks(save_here, 3, tmp_path)
+    answers = run_ranks(save_where_one_rank_cannot, 3, tmp_path)
+    assert len(set(answers)) == 1 and "failed on rank 1" in answers[0] and "No space left" in answers[0]
+    assert checkpoint.find_latest(tmp_path).step == 5
+
+
+def test_the_backbone_alone(tmp_path):
+    save_here(tmp_path)
+    state = checkpoint.read_backbone(checkpoint.find_latest(tmp_path))
+    assert torch.equal(state["0.weight"], load_here(tmp_path)[1]["0.weight"])

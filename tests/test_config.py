@@ -1,0 +1,127 @@
+"""Settings: defaults once, deltas, overrides, and errors that name the nearest key and what was wanted."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from partial_fc.config import Config, describe, environment, load_config, save_config
+from partial_fc.head.margins import BY_NAME, build_margin
+from tests.conftest import REPOSITORY
+
+MINIMAL = """
+run: {steps: 10}
+data: {train: data/x, global_batch_size: 64}
+backbone: {name: smallnet}
+"""
+
+
+@pytest.fixture
+def yaml_file(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_defaults_deltas_and_overrides(yaml_file):
+    config = load_config(yaml_file, ["optim.lr=5e-2", "head.margin.scale=30", "data.affine.degrees=5", "run.seed=7"])
+    assert config.optim.lr == 0.05 and config.optim.momentum == 0.9 and config.run.seed == 7
+    assert config.head.margin.name == "cosface" and config.head.margin.parameters == {"scale": 30}
+    assert config.data.affine.degrees == 5 and config.data.affine.scale == 0
+    assert config.run.dir == "runs/tiny"
+    assert load_config(yaml_file, ["run.dir=elsewhere"]).run.dir == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
+        ("optim.sample_rate=1", "optim.sample_rate: unknown key; did you mean head.sample_rate?"),
+        ("dat.workers=1", "dat: unknown key; did you mean data?"),
+        ("head.sample_rate=2", "head.sample_rate: got 2; Input should be less than or equal to 1"),
+        ("head.sample_rate=0", "head.sample_rate: got 0; Input should be greater than 0"),
+        ("optim.lr=fast", "optim.lr: got 'fast'; Input should be a valid number"),
+        ("optim.lr=.nan", "optim.lr: got nan; Input should be a finite number"),
+        ("optim.schedule=cosine", "optim.schedule: got 'cosine'; Input should be 'polynomial' or 'constant'"),
+        ("run.epochs=3", "give either run.steps or run.epochs"),
+        ("data.streams=5", "data.global_batch_size 64 is no multiple of data.streams 5"),
+        ("data.train=null", "data.train: got None; Input should be a valid string"),
+        ("lr=3", "override 'lr=3': wanted section.key=value"),
+        ("optim.lr", "override 'optim.lr': wanted section.key=value"),
+        ("run.steps.x=1", "override 'run.steps.x=1': steps is no section"),
+        ("optim.lr=[1", "the value is no YAML"),
+    ],
+)
+def test_errors_name_what_to_change(yaml_file, override, message):
+    with pytest.raises(ValueError) as caught:
+        load_config(yaml_file, [override])
+    assert message in str(caught.value)
+
+
+def test_all_errors_come_at_once(yaml_file):
+    with pytest.raises(ValueError) as caught:
+        load_config(yaml_file, ["optim.lrr=1", "head.sample_rate=2", "data.streams=5"])
+    assert all(text in str(caught.value) for text in ("optim.lrr", "head.sample_rate", "data.streams"))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("- a\n- b", "wanted sections"), ("run: [1", "is no YAML"), ("run: {steps: 1}", "data: missing")],
+)
+def test_a_file_that_is_no_config(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "c.yaml")
+    with pytest.raises(ValueError, match="no such config file"):
+        load_config(tmp_path / "missing.yaml")
+
+
+def test_saved_config_loads_again_and_notes_its_environment(yaml_file, tmp_path):
+    config = load_config(yaml_file, ["head.margin.name=arcface", "head.margin.margin=0.4"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    noted = yaml.safe_load((tmp_path / "config.yaml").read_text())["environment"]
+    assert noted == environment() and noted["torch"] and len(noted["git_commit"].removesuffix("-dirty")) in (40, 7)
+
+
+def test_description_is_yaml_with_every_setting(yaml_file, tmp_path):
+    config = load_config(yaml_file, ["head.margin.scale=30"])
+    (tmp_path / "described.yaml").write_text(describe(config))
+    assert load_config(tmp_path / "described.yaml") == config
+
+
+def test_every_setting_is_documented():
+    def undocumented(section) -> list[str]:
+        from pydantic import BaseModel
+
+        found = []
+        for name, field in section.model_fields.items():
+            annotation = field.annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                found += undocumented(annotation)
+            elif not field.description and name not in ("momentum", "weight_decay"):  # their names say it
+                found.append(f"{section.__name__}.{name}")
+        return found
+
+    assert undocumented(Config) == []
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_the_configs_of_the_repository_are_valid(path):
+    config = load_config(path)
+    assert build_margin(config.head.margin.name, config.head.margin.parameters)
+
+
+def test_margins_by_name():
+    assert all(build_margin(name, {}) == margin() for name, margin in BY_NAME.items())
+    assert build_margin("cosface", {"scale": None, "margin": 0.2}).scale is None
+    for name, parameters, message in [
+        ("cosfase", {}, "did you mean cosface?"),
+        ("zzz", {}, "there are softmax, normsoftmax, cosface, arcface"),
+        ("softmax", {"scale": 3}, "softmax has no such parameter; it has none"),
+        ("arcface", {"margin": "big"}, "head.margin.margin: got 'big'; wanted a number"),
+        ("arcface", {"margin": None}, "head.margin.margin: got None; wanted a number"),
+        ("arcface", {"margin": 4.0}, "margin is 4.0 rad"),
+    ]:
+        with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+            build_margin(name, parameters)
