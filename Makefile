@@ -4,6 +4,8 @@
 PYTHON ?= python3
 # A font set that `partial-fc prepare glyphs` knows by name, or a folder of TTF/OTF files.
 FONTS ?= small
+# Beginnings of the names of fonts to keep for testing; unset: brush, display and pixel fonts of the small set.
+HOLD_OUT ?=
 BIN := .venv/bin
 # One thread a process: several ranks share the cores.
 export OMP_NUM_THREADS ?= 1
@@ -12,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 lint: .venv/installed
@@ -23,7 +25,8 @@ test: lint
 	$(BIN)/python -m pytest
 
 demo: .venv/installed
-	test -f data/glyphs_demo/train/index.json || $(BIN)/partial-fc prepare glyphs $(FONTS) data/glyphs_demo --size 32
+	test -f data/glyphs_demo/train/index.json || \
+	  $(BIN)/partial-fc prepare glyphs $(FONTS) data/glyphs_demo --size 32 $(if $(HOLD_OUT),--hold-out $(HOLD_OUT))
 	$(BIN)/torchrun --nproc_per_node=2 launch/train.py configs/glyphs_demo.yaml
 	@echo "run folder: runs/glyphs_demo   report: runs/glyphs_demo/report.html   (make demo again reuses both)"
 

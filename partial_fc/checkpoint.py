@@ -42,6 +42,10 @@ class Checkpoint:
     def files(self) -> list[dict]:
         return self.manifest["files"]
 
+    def classes(self) -> list[str]:
+        """The class map: the name of every class, as the data had it."""
+        return (self.path / "classes.txt").read_bytes().decode("utf-8").split("\n")[:-1]
+
 
 def find_latest(run: Path) -> Checkpoint | None:
     """The newest complete checkpoint of a run folder, or None. Raises ValueError for a newer format."""

@@ -1,6 +1,7 @@
 """What a run says while it runs: console lines, metrics.jsonl, wandb. Rank 0 only; the others get a silent one."""
 
 import json
+import math
 import os
 import resource
 import secrets
@@ -46,7 +47,8 @@ class Metrics:
         """Notes one step. `loss` was read already; `data_wait` are the seconds the step waited for its batch."""
         self.steps += 1
         self.data_wait += data_wait
-        self.losses.append(loss)
+        if math.isfinite(loss):  # a skipped step is counted, and JSON has no NaN
+            self.losses.append(loss)
 
     def row(self, step: int, *, lr: float, target_cosine: float, skipped: int, undecodable: int) -> None:
         """Writes the row of the steps since the last one; `step` counts the run's finished steps."""
@@ -54,7 +56,7 @@ class Metrics:
         row = {
             "step": step,
             "epoch": step / self.steps_per_epoch,
-            "loss": sum(self.losses) / len(self.losses),
+            "loss": sum(self.losses) / len(self.losses) if self.losses else None,
             "lr": lr,
             "samples_per_second": self.steps * self.global_batch_size / seconds,
             "step_time": seconds / self.steps,
@@ -82,7 +84,7 @@ def console_line(row: dict, total_steps: int, seconds_left: float) -> str:
     fields = [
         f"step {row['step']:>{len(str(total_steps))}}/{total_steps}",
         f"epoch {row['epoch']:5.2f}",
-        f"loss {row['loss']:7.4f}",
+        "loss       –" if row["loss"] is None else f"loss {row['loss']:7.4f}",
         f"cos {row['target_cosine']:6.3f}",
         f"lr {row['lr']:.2e}",
         f"{row['samples_per_second']:6.0f} samples/s",

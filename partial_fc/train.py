@@ -137,7 +137,7 @@ def build(config: Config, device: torch.device) -> Parts:
         net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
         found = checkpoint.find_latest(run)
         if found is not None:
-            check_unchanged(found, order_settings(config, index), config.data.restart)
+            check_unchanged(found, config, index)
     head = PartialFC(
         index.num_classes,
         config.backbone.embedding_dim,
@@ -182,13 +182,18 @@ def order_settings(config: Config, index: Index) -> dict:
     }
 
 
-def check_unchanged(found: checkpoint.Checkpoint, ours: dict, restart: bool) -> None:
-    """Raises ValueError if the checkpoint was made with another data order, unless `restart` accepts that."""
-    theirs = found.manifest["settings"]["order"]
+def check_unchanged(found: checkpoint.Checkpoint, config: Config, index: Index) -> None:
+    """Raises ValueError if the checkpoint's classes are not the data's, or its data order is another one."""
+    if found.classes() != index.classes():
+        raise ValueError(
+            f"{found.path} was written with other classes than {index.path}/classes.txt has: its class centers would "
+            "stand for the wrong identities. Use the data it was written with, or start anew in another run.dir"
+        )
+    theirs, ours = found.manifest["settings"]["order"], order_settings(config, index)
     changed = [
         f"{name} was {theirs.get(name)!r}, now {value!r}" for name, value in ours.items() if theirs.get(name) != value
     ]
-    if changed and not restart:
+    if changed and not config.data.restart:
         raise ValueError(
             f"{found.path} was made with another data order: {'; '.join(changed)}. Put it back, or accept the new "
             "order from here on with data.restart=true, or start anew in another run.dir"

@@ -24,6 +24,10 @@ def test_console_line_reads():
     assert troubled.endswith("0:00:05 left | skipped 2 | undecodable 3")
 
 
+def test_a_row_of_skipped_steps_alone_reads_too():
+    assert "loss       – | cos" in console_line(ROW | {"loss": None, "skipped_steps": 10}, 1200, 5)
+
+
 def test_cut_back_drops_later_and_torn_rows(tmp_path):
     path = tmp_path / "metrics.jsonl"
     cut_back(path, 5)

@@ -289,6 +289,40 @@ def test_errors_name_what_to_do():
             PartialFC(**arguments)
 
 
+def test_begin_step_must_know_every_label():
+    head = PartialFC(1000, 4, sample_rate=0.01)
+    head.begin_step(0, torch.tensor([1, 2, 3]))
+    with pytest.raises(
+        ValueError, match="label 500 of rank 0, row 1 is not among the labels that begin_step was given"
+    ):
+        head(torch.randn(2, 4), torch.tensor([1, 500]))
+    with torch.no_grad():  # an evaluation in between has rows of its own
+        assert head(torch.randn(2, 4), torch.tensor([1, 500])).isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+@pytest.mark.parametrize("margin", MARGINS)
+def test_cuda_equals_cpu(margin, rate):
+    heads = {
+        device: PartialFC(101, 8, MARGINS[margin], rate, dtype=torch.float64, chunk=16, init_std=0.5, device=device)
+        for device in ("cpu", "cuda")
+    }
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(12, 8, generator=generator, dtype=torch.float64)
+        labels = torch.randint(101, (12,), generator=generator)
+        results = {}
+        for device, head in heads.items():
+            embeddings = x.to(device).requires_grad_()
+            loss = head(embeddings, labels.to(device))
+            loss.backward()
+            head.step(0.1)
+            results[device] = (loss.detach().cpu(), embeddings.grad.cpu(), head.full_weight().cpu())
+        for got, wanted in zip(results["cuda"], results["cpu"], strict=True):
+            assert error(got, wanted) < EXACT
+
+
 def wrong_label(label: int) -> str:
     head = PartialFC(10, 4)
     labels = torch.tensor([1, label if distributed.rank() == 1 else 2])

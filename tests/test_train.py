@@ -174,6 +174,24 @@ def test_a_wrong_config_is_one_clear_error_on_all_ranks(reference, glyphs_ci, tm
     assert re.search(message, messages[0]), messages[0]
 
 
+def test_the_same_number_of_other_classes_is_an_error(reference, glyphs_ci, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    shutil.copytree(glyphs_ci / "train", tmp_path / "data")
+    names = (tmp_path / "data" / "classes.txt").read_text().splitlines()
+    (tmp_path / "data" / "classes.txt").write_text("\n".join([*names[1:], names[0]]) + "\n")
+    messages = run_ranks(train_and_catch, 2, tmp_path / "run", tmp_path / "data", "data.restart=true")
+    assert messages[0] == messages[1] and "was written with other classes" in messages[0]
+
+
+def test_wandb_notes_the_run_under_one_id(glyphs_ci, tmp_path):
+    run = tmp_path / "run"
+    for steps in (2, 4):  # the second goes on where the first stopped
+        finish(start(2, run, f"run.steps={steps}", "track.wandb=offline", "evaluate.sets={}"))
+    ids = {folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")}
+    assert ids == {(run / "wandb_id").read_text().strip()}
+    assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == len(list((run / "wandb").glob("offline-run-*")))
+
+
 def test_restart_accepts_another_order(reference, glyphs_ci, tmp_path):
     interrupted(reference, tmp_path / "run", 20)
     run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train", "data.streams=6", "data.restart=true")

@@ -139,7 +139,7 @@ class PartialFC:
         self._buffers = Buffers(dtype, device)
         self._ids: Tensor | None = None
         self._rows: Rows | None = None
-        self._open = False  # begin_step was called: several forwards may follow
+        self._step_labels: Tensor | None = None  # what begin_step was given: several forwards may follow
         self._forwards: list[_Forward] = []
 
     # ---- a step: begin_step (optional), forwards, backwards, step
@@ -153,8 +153,8 @@ class PartialFC:
         if self._forwards:
             raise RuntimeError("begin_step while a forward waits for its update: call step(lr) or skip_step() first")
         self.step_count = step
-        self._ids, self._rows = self._rows_in_use(labels.to(self.device), self._buffers)
-        self._open = True
+        self._step_labels = labels.to(self.device)
+        self._ids, self._rows = self._rows_in_use(self._step_labels, self._buffers)
 
     def __call__(self, embeddings: Tensor, labels: Tensor, padded_size: int | None = None) -> Tensor:
         """The mean loss () over the global batch, equal on all ranks.
@@ -166,7 +166,7 @@ class PartialFC:
         """
         self._check_shapes(embeddings, labels)
         training = torch.is_grad_enabled()
-        if training and self._forwards and not self._open:
+        if training and self._forwards and self._step_labels is None:
             raise RuntimeError(
                 "second training forward before step(lr): update first, or call begin_step(step, labels of the "
                 "whole global batch) before the forwards of a step, or evaluate under torch.no_grad()"
@@ -176,7 +176,10 @@ class PartialFC:
                 sizes = distributed.all_gather(torch.tensor(len(labels), device=self.device))
                 padded_size = int(sizes.max())
             x, gathered = self._gather(embeddings.detach(), labels, padded_size)
-            if self._open:
+            planned = self._step_labels if training else None
+            if self.check_labels:
+                self._check_labels(gathered, planned, padded_size)
+            if planned is not None:
                 ids, rows = self._ids, self._rows
             else:
                 buffers = self._buffers if training else Buffers(self.dtype, self.device)
@@ -213,7 +216,7 @@ class PartialFC:
         self._close()
 
     def _close(self) -> None:
-        self._forwards, self._ids, self._rows, self._open = [], None, None, False
+        self._forwards, self._ids, self._rows, self._step_labels = [], None, None, None
         self.step_count += 1
 
     # ---- for tests, exports, small C
@@ -249,16 +252,31 @@ class PartialFC:
         packed[:, -width:] = bits.view(self.dtype)
         everything = distributed.all_gather(packed).flatten(0, 1)
         gathered = everything[:, -width:].contiguous().view(torch.int64).squeeze(1)
-        if self.check_labels:
-            wrong = (gathered != PADDING) & ((gathered < 0) | (gathered >= self.num_classes))
-            if wrong.any():  # the one host read; equal on all ranks, so all of them raise
-                position = int(wrong.nonzero()[0])
-                raise ValueError(
-                    f"label {int(gathered[position])} of rank {position // padded_size}, row {position % padded_size} "
-                    f"is out of range: this head has {self.num_classes} classes, so labels run from 0 to "
-                    f"{self.num_classes - 1}; check the data's class count or raise num_classes"
-                )
         return everything[:, :-width].contiguous(), gathered
+
+    def _check_labels(self, gathered: Tensor, planned: Tensor | None, padded_size: int) -> None:
+        """Raises ValueError for a label that is out of range, or that is not among those `planned` by begin_step.
+
+        One host read, of what is equal on all ranks: so all of them raise.
+        """
+        outside = (gathered < 0) | (gathered >= self.num_classes)
+        wrong = outside
+        if planned is not None and self.sample_rate < 1:
+            wrong = outside | ~torch.isin(gathered, planned)
+        wrong = wrong & (gathered != PADDING)
+        if not wrong.any():
+            return
+        position = int(wrong.nonzero()[0])
+        where = f"label {int(gathered[position])} of rank {position // padded_size}, row {position % padded_size}"
+        if outside[position]:
+            raise ValueError(
+                f"{where} is out of range: this head has {self.num_classes} classes, so labels run from 0 to "
+                f"{self.num_classes - 1}; check the data's class count or raise num_classes"
+            )
+        raise ValueError(
+            f"{where} is not among the labels that begin_step was given, so its class center may not be in use: give "
+            "begin_step the labels of the whole global batch, of all its micro-batches"
+        )
 
     def _rows_in_use(self, labels: Tensor, buffers: Buffers) -> tuple[Tensor | None, Rows]:
         """This rank's positives among `labels` and its drawn negatives: local ids (U,), sorted, and their rows."""

@@ -1,0 +1,126 @@
+"""The house: imports point one way, outside packages have one door each, importing does nothing, the tree is true."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "partial_fc"
+MODULES = sorted(path.relative_to(REPOSITORY) for path in PACKAGE.rglob("*.py"))
+
+# A module imports from lower floors, or from its own package.
+FLOORS = [
+    {"seeds", "config"},
+    {"parallel", "backbone", "optim"},
+    {"data", "head"},
+    {"checkpoint", "prepare", "metrics"},
+    {"evaluate", "train"},
+    {"report"},
+    {"cli", "launch"},
+]
+DOORS = {
+    "torch.distributed": {"parallel/distributed.py"},
+    "webdataset": {"data/shards.py"},
+    "wandb": {"metrics.py"},
+    "yaml": {"config.py", "report/runs.py"},
+    "safetensors": {"checkpoint.py"},
+    "PIL": {"prepare/faces.py"},
+    "fontTools": {"prepare/faces.py"},
+    "jinja2": {"report/page.py"},
+    "pickle": set(),
+}
+NO_RANKS = {"data/order.py", "data/augment.py", "optim.py", "head/margins.py", "head/softmax.py", "head/partition.py"}
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse((REPOSITORY / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def floor(room: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def room_of(path: Path) -> str:
+    return path.with_suffix("").parts[1]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_point_one_way(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    for name in imports(path):
+        if name.startswith("partial_fc."):
+            other = name.split(".")[1]
+            assert other == room or floor(other) < floor(room), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("package", DOORS)
+def test_each_outside_package_has_its_door(package):
+    users = {
+        str(path.relative_to("partial_fc"))
+        for path in MODULES
+        if any(name == package or name.startswith(package + ".") for name in imports(path))
+    }
+    assert users == DOORS[package]
+
+
+def test_what_knows_nothing_of_ranks():
+    for name in NO_RANKS:
+        assert not any("distributed" in found for found in imports(Path("partial_fc") / name)), name
+    for path in MODULES:
+        if path.parts[1] == "backbone":
+            assert not any("distributed" in found for found in imports(path)), path
+
+
+def test_importing_does_nothing():
+    """Neither CUDA nor a process group, no output, no thread count changed, no random number drawn."""
+    names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in MODULES]
+    program = f"""
+import importlib, threading, torch
+before, threads = torch.random.get_rng_state(), torch.get_num_threads()
+for name in {names!r}:
+    importlib.import_module(name)
+import torch.distributed as dist
+assert not dist.is_initialized() and not torch.cuda.is_initialized()
+assert torch.equal(before, torch.random.get_rng_state()) and threads == torch.get_num_threads()
+assert threading.active_count() == 1, threading.enumerate()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+
+
+def test_the_readme_shows_the_tree_as_it_is():
+    text = (REPOSITORY / "README.md").read_text()
+    tree = re.search(r"```text tree\n(.*?)```", text, re.DOTALL).group(1)
+    shown, folder = set(), ""
+    for line in tree.splitlines():
+        if not line.startswith(" "):
+            folder = line
+            continue
+        names, _, phrase = line.strip().partition("  ")
+        assert phrase.strip(), f"no phrase beside {names}"
+        shown |= {folder + name for name in names.split()}
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    wanted = {
+        path for path in listed.splitlines() if path.endswith((".py", ".yaml", ".j2")) and not path.startswith("tests/")
+    }
+    wanted = {path for path in wanted if not path.endswith("__init__.py")}
+    assert shown >= wanted, f"missing in the README: {sorted(wanted - shown)}"
+    gone = {path for path in shown if not (REPOSITORY / path).exists()}
+    assert not gone, f"in the README but not there: {sorted(gone)}"
+
+
+def test_modules_stay_small():
+    assert {str(p): n for p in MODULES if (n := len((REPOSITORY / p).read_text().splitlines())) > 420} == {}
