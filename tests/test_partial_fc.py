@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc import ArcFace, CosFace, PartialFC
+from partial_fc.head.exchange import gather_batch
 from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
 from tests.dense import MARGINS, Case, auxiliary_loss, dense_logits, run_dense
@@ -343,9 +344,10 @@ def test_label_out_of_range_stops_all_ranks_with_one_message(label):
 def test_large_labels_travel_exactly():
     """As float32 values labels are exact only to 2^24; they travel as bit patterns."""
     labels = torch.tensor([2**24 + 1, 2**25 + 3])
-    head = PartialFC(10, 4, check_labels=False)
-    _, gathered = head._gather(torch.randn(2, 4), labels, 3)
-    assert torch.equal(gathered[:2], labels)
+    x = torch.randn(2, 4)
+    for dtype in (torch.float32, torch.float64):
+        embeddings, gathered = gather_batch(x, labels, 3, dtype, torch.device("cpu"))
+        assert torch.equal(gathered[:2], labels) and torch.equal(embeddings[:2], x.to(dtype))
 
 
 def test_gradcheck_through_the_head():

@@ -10,15 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partial_fc.head import softmax
+from partial_fc.head import exchange, softmax
 from partial_fc.head.centers import Centers, draw_negatives
 from partial_fc.head.margins import CosFace, Margin
 from partial_fc.head.partition import class_range
 from partial_fc.head.softmax import Buffers, Rows
 from partial_fc.parallel import distributed
-
-# The label of a padding row on the wire; no caller can mean it, while -1 may be a caller's mistake.
-PADDING = torch.iinfo(torch.int64).min
 
 
 @dataclass
@@ -175,10 +172,12 @@ class PartialFC:
             if padded_size is None:
                 sizes = distributed.all_gather(torch.tensor(len(labels), device=self.device))
                 padded_size = int(sizes.max())
-            x, gathered = self._gather(embeddings.detach(), labels, padded_size)
+            x, gathered = exchange.gather_batch(embeddings.detach(), labels, padded_size, self.dtype, self.device)
             planned = self._step_labels if training else None
             if self.check_labels:
-                self._check_labels(gathered, planned, padded_size)
+                exchange.check_labels(
+                    gathered, self.num_classes, planned if self.sample_rate < 1 else None, padded_size
+                )
             if planned is not None:
                 ids, rows = self._ids, self._rows
             else:
@@ -240,44 +239,6 @@ class PartialFC:
                 f"labels are {labels.dtype} {tuple(labels.shape)}; wanted int64 ({len(embeddings)},), one per embedding"
             )
 
-    def _gather(self, embeddings: Tensor, labels: Tensor, padded_size: int) -> tuple[Tensor, Tensor]:
-        """All ranks' embeddings (B, D) and labels (B,), in one collective: labels travel as bit patterns."""
-        if len(labels) > padded_size:
-            raise ValueError(f"this rank has {len(labels)} rows, more than padded_size {padded_size}")
-        width = 8 // self.dtype.itemsize
-        packed = torch.zeros(padded_size, self.embedding_dim + width, dtype=self.dtype, device=self.device)
-        packed[: len(labels), :-width] = embeddings
-        bits = torch.full((padded_size, 1), PADDING, device=self.device)
-        bits[: len(labels), 0] = labels
-        packed[:, -width:] = bits.view(self.dtype)
-        everything = distributed.all_gather(packed).flatten(0, 1)
-        gathered = everything[:, -width:].contiguous().view(torch.int64).squeeze(1)
-        return everything[:, :-width].contiguous(), gathered
-
-    def _check_labels(self, gathered: Tensor, planned: Tensor | None, padded_size: int) -> None:
-        """Raises ValueError for a label that is out of range, or that is not among those `planned` by begin_step.
-
-        One host read, of what is equal on all ranks: so all of them raise.
-        """
-        outside = (gathered < 0) | (gathered >= self.num_classes)
-        wrong = outside
-        if planned is not None and self.sample_rate < 1:
-            wrong = outside | ~torch.isin(gathered, planned)
-        wrong = wrong & (gathered != PADDING)
-        if not wrong.any():
-            return
-        position = int(wrong.nonzero()[0])
-        where = f"label {int(gathered[position])} of rank {position // padded_size}, row {position % padded_size}"
-        if outside[position]:
-            raise ValueError(
-                f"{where} is out of range: this head has {self.num_classes} classes, so labels run from 0 to "
-                f"{self.num_classes - 1}; check the data's class count or raise num_classes"
-            )
-        raise ValueError(
-            f"{where} is not among the labels that begin_step was given, so its class center may not be in use: give "
-            "begin_step the labels of the whole global batch, of all its micro-batches"
-        )
-
     def _rows_in_use(self, labels: Tensor, buffers: Buffers) -> tuple[Tensor | None, Rows]:
         """This rank's positives among `labels` and its drawn negatives: local ids (U,), sorted, and their rows."""
         if self.sample_rate == 1:
@@ -299,7 +260,7 @@ class PartialFC:
         self, x: Tensor, labels: Tensor, ids: Tensor | None, rows: Rows, padded_size: int, training: bool
     ) -> tuple[Tensor, Tensor | None, _Forward | None]:
         """Loss (), this rank's embedding gradient (padded_size, D) and what `step` needs."""
-        real = labels != PADDING
+        real = labels != exchange.PADDING
         count = real.sum().clamp_min(1)
         column = self._columns(labels, ids)
         target = softmax.find_targets(x, rows, column)
@@ -312,7 +273,7 @@ class PartialFC:
             weighted=training,
             buffers=self._buffers,
         )
-        log_negatives, cosine, w_length, bias = self._combine(maximum, total, target)
+        log_negatives, cosine, w_length, bias = exchange.sum_over_ranks(maximum, total, target, self.bounded)
         psi, psi_prime = _with_derivative(self.margin.target, cosine)
         factor_x = target.x_length.squeeze(1) if self.margin.scale is None else self.margin.scale
         factor_w = 1.0 if self.margin.normalize_centers else w_length
@@ -338,24 +299,6 @@ class PartialFC:
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.margin.scale is None else softmax.unit(x)[0] * self.margin.scale
-
-    def _combine(self, maximum: Tensor, total: Tensor, target: softmax.Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sums over ranks in one collective: log of the negatives' sum, target cosine, |w| and bias, each (B,) float64.
-
-        A target's values are those of its owner and 0 elsewhere. Bounded logits need a sum; others pairs of
-        (maximum, sum), combined in rank order, so that all ranks round alike.
-        """
-        w_length = torch.where(target.owned, target.w_length.squeeze(1), 0)
-        if self.bounded:
-            total, cosine, w_length, bias = distributed.all_reduce_sum(
-                torch.stack([total, target.cosine, w_length, target.bias])
-            )
-            return torch.log(total), cosine, w_length, bias
-        parts = distributed.all_gather(torch.stack([maximum, total, target.cosine, w_length, target.bias]))
-        largest = parts[:, 0].amax(dim=0)
-        total = (parts[:, 1] * torch.exp(parts[:, 0] - largest)).sum(dim=0)
-        cosine, w_length, bias = parts[:, 2:].sum(dim=0)
-        return torch.log(total) + largest, cosine, w_length, bias
 
     def _target_part(self, kept: _Forward, target: softmax.Target, by_embedding: bool) -> Tensor:
         """(p_t - 1) times the target logit's derivative by x or by w, (B, D); zeros for targets of other ranks."""
