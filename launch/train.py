@@ -24,19 +24,14 @@ def main() -> None:
     if arguments.print_config:
         print(describe(config), end="")
         return
-    device = distributed.init_from_environment()
-    try:
+    with distributed.job() as device:
         finished = train(config, device)
         if finished and config.evaluate.sets:
-            evaluate_run(config.run.dir, device)
-        if finished and distributed.rank() == 0:
-            write_report([config.run.dir], f"{config.run.dir}/report.html")
-            print(f"report: {config.run.dir}/report.html")
-        distributed.barrier()
-    except distributed.RunError as error:  # the same on all ranks, so one of them says it
-        sys.exit(f"error: {error}" if distributed.rank() == 0 else 1)
-    finally:
-        distributed.shutdown()
+            evaluate_run(config.run.dir, device, config.evaluate)
+        with distributed.together("writing the report"):
+            if finished and distributed.rank() == 0:
+                write_report([config.run.dir], f"{config.run.dir}/report.html")
+                print(f"report: {config.run.dir}/report.html")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ def save(run: Path, step: int, *, head: PartialFC, engine: DDPEngine, classes: P
     folder = run / "checkpoints" / f"step_{step:08d}"
     with distributed.together(f"saving {folder}"):
         if distributed.rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed save left
+            _remove_incomplete(folder.parent)  # what killed saves left
+            _remove(folder)
             folder.mkdir(parents=True)
     written: list[dict] = []
     with distributed.together(f"saving {folder}"):
@@ -99,6 +100,7 @@ def save(run: Path, step: int, *, head: PartialFC, engine: DDPEngine, classes: P
                 "num_classes": head.num_classes,
                 "embedding_dim": head.embedding_dim,
                 "dtype": str(head.dtype).removeprefix("torch."),
+                "center_state": _kinds(head),
                 "settings": settings,
                 "files": files,
             }
@@ -106,8 +108,7 @@ def save(run: Path, step: int, *, head: PartialFC, engine: DDPEngine, classes: P
             _write_atomically(folder.parent / "latest", folder.name + "\n")
             complete = sorted(f for f in folder.parent.glob("step_*") if (f / "manifest.json").exists())
             for old in complete[:-keep]:
-                (old / "manifest.json").unlink()  # first: a half-deleted folder must not look complete
-                shutil.rmtree(old)
+                _remove(old)
     return folder
 
 
@@ -119,13 +120,22 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
     manifest, path = checkpoint.manifest, checkpoint.path
     dtype = str(head.dtype).removeprefix("torch.")
     with distributed.together(f"loading {path}"):
-        ours = {"num_classes": head.num_classes, "embedding_dim": head.embedding_dim, "dtype": dtype}
+        ours = {
+            "num_classes": head.num_classes,
+            "embedding_dim": head.embedding_dim,
+            "dtype": dtype,
+            "center_state": _kinds(head),
+        }
         for name, value in ours.items():
             if manifest[name] != value:
                 raise ValueError(
                     f"it was written with {name} {manifest[name]}, this run has {value}: continue with the data "
                     "and config that it was written with, or give another run.dir"
                 )
+        owned = sorted(entry["classes"] for entry in checkpoint.files() if "classes" in entry)
+        ends = [0, *(stop for _, stop in owned)]
+        if [start for start, _ in owned] != ends[:-1] or ends[-1] != head.num_classes:
+            raise ValueError(f"its parts hold classes {owned}, which do not tile the {head.num_classes} there are")
         for entry in checkpoint.files()[distributed.rank() :: distributed.world_size()]:
             _verify(path, entry)
     with distributed.together(f"loading {path}"):
@@ -133,6 +143,23 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
         head.centers.load(lambda name, out: _read_rows(checkpoint, name, head.classes, out), history)
         head.step_count = checkpoint.step
         engine.load(load_file(path / "backbone.safetensors"), load_file(path / "optimizer.safetensors"))
+
+
+def _kinds(head: PartialFC) -> list[str]:
+    """What the margin makes the centers keep; last_update comes and goes with the sample rate."""
+    return sorted(name for name in head.centers.state() if name != "last_update")
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a checkpoint, its manifest first: half deleted it must not look complete. Leftovers are no error."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_incomplete(folder: Path) -> None:
+    for found in folder.glob("step_*"):
+        if not (found / "manifest.json").exists():
+            _remove(found)
 
 
 def _write_centers(folder: Path, head: PartialFC) -> list[dict]:

@@ -16,8 +16,8 @@ def main() -> None:
     arguments = _parser().parse_args()
     try:
         arguments.run(arguments)
-    except (ValueError, OSError, distributed.RunError) as error:
-        sys.exit(f"error: {error}" if distributed.rank() == 0 else 1)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,12 +113,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             name, folders = Path(text.partition(",")[0]).name, text
         data, _, distractors = folders.partition(",")
         sets[name] = EvaluationSet(data=data, distractors=distractors or None)
-    device = distributed.init_from_environment()
-    try:
+    with distributed.job() as device:
         evaluate_run(arguments.path, device, sets=sets or None, untrained=arguments.untrained)
-        distributed.barrier()
-    finally:
-        distributed.shutdown()
 
 
 def _report(arguments: argparse.Namespace) -> None:

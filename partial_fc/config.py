@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 
 class Section(BaseModel):
@@ -67,12 +67,12 @@ class Data(Section):
     """Small random rotation, shift and change of size; unset: none."""
     mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
     """Pixel mean (RGB, 0 to 255), subtracted first."""
-    std: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (127.5, 127.5, 127.5)
     """Pixel deviation (RGB), divided by then."""
     max_undecodable: float = Field(0.001, ge=0, le=1)
     """A run stops when more than this fraction of its samples could not be decoded; below, batches are shorter."""
     restart: bool = False
-    """Accept a checkpoint made with another seed, data set or batch size, and start its data order anew."""
+    """Accept a checkpoint made with another seed, data set or batch size; the new order holds from its step on."""
 
     @model_validator(mode="after")
     def _streams_divide(self):
@@ -283,14 +283,18 @@ def describe(config: Config) -> str:
                 write(value, indent + "  ")
                 continue
             plain = section.model_dump(mode="json", include={name})[name]
-            text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
-            line = f"{indent}{name}: {text}"
+            line = f"{indent}{name}: {_plain(plain)}"
             lines.append(f"{line:<44} # {field.description}" if field.description else line)
         for name, value in (section.model_extra or {}).items():
-            lines.append(f"{indent}{name}: {value}")
+            lines.append(f"{indent}{name}: {_plain(value)}")
 
     write(config, "")
     return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> str:
+    """One line of YAML."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
 
 
 def save_config(config: Config, path: Path) -> None:

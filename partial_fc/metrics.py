@@ -1,4 +1,4 @@
-"""What a run says while it runs: console lines, metrics.jsonl, wandb. Rank 0 only; the others get a silent one."""
+"""What a run says while it runs: console lines, metrics.jsonl, wandb. On rank 0 only."""
 
 import json
 import math
@@ -13,6 +13,7 @@ import torch
 import wandb
 
 from partial_fc.config import Config
+from partial_fc.progress import Progress
 
 
 class Metrics:
@@ -23,50 +24,42 @@ class Metrics:
         self.global_batch_size = config.data.global_batch_size
         cut_back(run / "metrics.jsonl", start_step)
         self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open for the whole run
-        mode = wandb_mode(config)
-        self.wandb = wandb.init(
-            project=config.track.project,
-            name=run.name,
-            id=_wandb_id(run),
-            resume="allow",
-            dir=run,
-            mode=mode,
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(console="off", silent=True),
-        )
-        print(f"wandb: {mode}" + (f" (later: wandb sync {run}/wandb/offline-*)" if mode == "offline" else ""))
+        self.wandb = _start_wandb(config, run)
         self.started = time.monotonic()
         self.first_step = start_step
         self._reset()
 
     def _reset(self) -> None:
         self.since, self.steps, self.data_wait = time.monotonic(), 0, 0.0
-        self.losses: list[float] = []
 
-    def step(self, loss: float, data_wait: float) -> None:
-        """Notes one step. `loss` was read already; `data_wait` are the seconds the step waited for its batch."""
+    def step(self, data_wait: float) -> None:
+        """Notes one step that waited `data_wait` seconds for its batch."""
         self.steps += 1
         self.data_wait += data_wait
-        if math.isfinite(loss):  # a skipped step is counted, and JSON has no NaN
-            self.losses.append(loss)
 
-    def row(self, step: int, *, lr: float, target_cosine: float, skipped: int, undecodable: int) -> None:
-        """Writes the row of the steps since the last one; `step` counts the run's finished steps."""
+    def row(self, step: int, *, loss: float | None, lr: float, target_cosine: float, progress: Progress) -> None:
+        """Writes the row of the steps since the last one; `step` counts the run's finished steps, `loss` is their mean.
+
+        A disk that is full costs rows, not the run.
+        """
         seconds = time.monotonic() - self.since
         row = {
             "step": step,
             "epoch": step / self.steps_per_epoch,
-            "loss": sum(self.losses) / len(self.losses) if self.losses else None,
+            "loss": loss,
             "lr": lr,
             "samples_per_second": self.steps * self.global_batch_size / seconds,
             "step_time": seconds / self.steps,
             "data_wait": self.data_wait / self.steps,
-            "target_cosine": target_cosine,
+            "target_cosine": target_cosine if math.isfinite(target_cosine) else None,
             "memory": _memory(),
-            "skipped_steps": skipped,
-            "undecodable": undecodable,
+            "skipped_steps": progress.skipped_steps,
+            "undecodable": progress.undecodable,
         }
-        self.file.write(json.dumps(row) + "\n")
+        try:
+            self.file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            print(f"metrics.jsonl: step {step} is not written: {error}", file=sys.stderr)
         self.wandb.log(row, step=step)
         elapsed = time.monotonic() - self.started
         left = elapsed / (step - self.first_step) * (self.total_steps - step)
@@ -85,7 +78,7 @@ def console_line(row: dict, total_steps: int, seconds_left: float) -> str:
         f"step {row['step']:>{len(str(total_steps))}}/{total_steps}",
         f"epoch {row['epoch']:5.2f}",
         "loss       –" if row["loss"] is None else f"loss {row['loss']:7.4f}",
-        f"cos {row['target_cosine']:6.3f}",
+        "cos      –" if row["target_cosine"] is None else f"cos {row['target_cosine']:6.3f}",
         f"lr {row['lr']:.2e}",
         f"{row['samples_per_second']:6.0f} samples/s",
         f"{row['step_time'] * 1000:4.0f} ms/step, {waiting:3.0%} of it waiting for data",
@@ -123,6 +116,30 @@ def wandb_mode(config: Config) -> str:
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     has_key = bool(os.environ.get("WANDB_API_KEY")) or (netrc.exists() and "wandb.ai" in netrc.read_text())
     return "online" if has_key else "offline"
+
+
+def _start_wandb(config: Config, run: Path) -> wandb.Run:
+    """One wandb run a run folder; offline where online does not work."""
+    options = dict(
+        project=config.track.project,
+        name=run.name,
+        id=_wandb_id(run),
+        resume="allow",
+        dir=run,
+        config=config.model_dump(mode="json"),
+        settings=wandb.Settings(console="off", silent=True, init_timeout=30),
+    )
+    mode = wandb_mode(config)
+    try:
+        started = wandb.init(mode=mode, **options)
+    except wandb.Error as error:
+        if mode != "online":
+            raise
+        print(f"wandb: online did not work ({error}), so offline")
+        mode = "offline"
+        started = wandb.init(mode=mode, **options)
+    print(f"wandb: {mode}" + (f"; upload it with: wandb sync {run}/wandb/offline-run-*" if mode == "offline" else ""))
+    return started
 
 
 def _wandb_id(run: Path) -> str:

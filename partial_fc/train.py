@@ -2,7 +2,6 @@
 
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,10 +23,8 @@ from partial_fc.metrics import Metrics
 from partial_fc.optim import build_optimizer, learning_rate
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
+from partial_fc.progress import Progress
 from partial_fc.seeds import seed_for
-
-SKIPS_IN_A_ROW = 10  # steps without a finite loss after which a run stops
-TOLERATED_UNDECODABLE = 10  # samples; below it data.max_undecodable is not asked, a run has seen too few
 
 
 def train(config: Config, device: torch.device) -> bool:
@@ -40,18 +37,19 @@ def train(config: Config, device: torch.device) -> bool:
     run_parts = build(config, device)
     index, order, head, engine = run_parts.index, run_parts.order, run_parts.head, run_parts.engine
     rank, world_size = distributed.rank(), distributed.world_size()
-    batches = read_batches(config, run_parts)
     head_rate = _first(config.head.optim.lr, config.optim.lr) / config.optim.lr  # of the backbone's rate
     largest_part = -(-order.global_batch_size // world_size)
-    health = Health(config, run_parts)
+    progress = run_parts.progress
     done = run_parts.start_step
     preempted = False
+    with distributed.together("opening the data"):
+        batches = read_batches(config, run_parts)
 
     with preemption() as asked_to_stop, metrics_of(config, run, run_parts) as metrics:
         for step in range(run_parts.start_step, run_parts.total_steps):
             # data: this rank's images (b, 3, H, W) uint8 and labels (b,)
             waiting = time.monotonic()
-            batch = next(batches)
+            batch = next_batch(batches)
             waited = time.monotonic() - waiting
             torch.manual_seed(seed_for("step", config.run.seed, step, rank))
 
@@ -72,33 +70,39 @@ def train(config: Config, device: torch.device) -> bool:
             else:
                 head.skip_step()
                 engine.skip()
-            health.step(step, batch, loss_now, bad)
+            progress.step(step, loss_now, order.global_batch_size, bad, batch.bad)
+            progress.check(step, config.data.max_undecodable)
 
             # log and save: `done` steps are finished
             done = step + 1
             last = done == run_parts.total_steps
             if metrics is not None:
-                metrics.step(loss_now, waited)
-                if done % config.track.log_every == 0 or last:
-                    metrics.row(done, lr=lr, target_cosine=head.target_cosine.item(), **health.counts)
-            if done % config.checkpoint.every == 0 or last or preempted:
+                metrics.step(waited)
+            if done % config.track.log_every == 0 or last:
+                loss_of_row = progress.mean_loss()
+                if metrics is not None:
+                    metrics.row(
+                        done, loss=loss_of_row, lr=lr, target_cosine=head.target_cosine.item(), progress=progress
+                    )
+            due = done % config.checkpoint.every == 0 or preempted
+            if last or (due and progress.skipped_in_a_row == 0):  # else the state may be what makes the loss NaN
                 checkpoint.save(
                     run,
                     done,
                     head=head,
                     engine=engine,
                     classes=index.path / "classes.txt",
-                    settings={"order": order_settings(config, index), "config": config.model_dump(mode="json")},
+                    settings=settings(config, index, progress),
                     keep=config.checkpoint.keep,
                 )
             if preempted:
                 break
 
-    finished = done == run_parts.total_steps
-    if rank == 0 and not finished:
-        (run / "preempted").write_text(f"step {done}\n")
-        print(f"preempted: saved step {done}; the same command goes on from there", flush=True)
-    distributed.barrier()
+    finished = done >= run_parts.total_steps
+    with distributed.together("ending the run"):
+        if rank == 0 and not finished:
+            (run / "preempted").write_text(f"step {done}\n")
+            print(f"preempted: stopped after step {done}; the same command goes on", flush=True)
     return finished
 
 
@@ -112,6 +116,7 @@ class Parts:
     engine: DDPEngine
     total_steps: int
     start_step: int
+    progress: Progress
 
     def labels(self, step: int) -> Tensor:
         """(B,) labels of the whole global batch of a step, from the index: no collective."""
@@ -138,20 +143,21 @@ def build(config: Config, device: torch.device) -> Parts:
         found = checkpoint.find_latest(run)
         if found is not None:
             check_unchanged(found, config, index)
-    head = PartialFC(
-        index.num_classes,
-        config.backbone.embedding_dim,
-        margin,
-        config.head.sample_rate,
-        momentum=_first(config.head.optim.momentum, config.optim.momentum),
-        weight_decay=_first(config.head.optim.weight_decay, config.optim.weight_decay),
-        seed=config.run.seed,
-        init_std=config.head.init_std,
-        chunk=config.head.chunk,
-        check_labels=False,  # all labels were checked when the index was loaded
-        device=device,
-    )
-    net.to(device).train()
+        head = PartialFC(
+            index.num_classes,
+            config.backbone.embedding_dim,
+            margin,
+            config.head.sample_rate,
+            momentum=_first(config.head.optim.momentum, config.optim.momentum),
+            weight_decay=_first(config.head.optim.weight_decay, config.optim.weight_decay),
+            seed=config.run.seed,
+            init_std=config.head.init_std,
+            chunk=config.head.chunk,
+            check_labels=False,  # all labels were checked when the index was loaded
+            device=device,
+        )
+        net.to(device).train()
+    agree_on_start(config, index, found)
     engine = DDPEngine(net, build_optimizer(net, config.optim), device)
     engine.warm_up(torch.zeros(2, 3, *size, device=device))
     if found is not None:
@@ -164,11 +170,39 @@ def build(config: Config, device: torch.device) -> Parts:
             (run / "preempted").unlink(missing_ok=True)
             save_config(config, run / "config.yaml")
             print_summary(config, index, order, head, total_steps, found)
-    return Parts(index, order, head, engine, total_steps, start_step)
+    progress = Progress() if found is None else Progress(**found.manifest["settings"]["progress"])
+    return Parts(index, order, head, engine, total_steps, start_step, progress)
 
 
 def _first(value: float | None, default: float) -> float:
     return default if value is None else value
+
+
+def agree_on_start(config: Config, index: Index, found: checkpoint.Checkpoint | None) -> None:
+    """Raises RunError, on all ranks, where they do not see the same config, data and checkpoint."""
+    seen = {
+        "config": config.model_dump(mode="json"),
+        "data set": index.fingerprint,
+        "latest checkpoint": None if found is None else found.manifest,
+    }
+    everyone = distributed.gather_objects(seen)
+    for name in seen:
+        for other, theirs in enumerate(everyone):
+            if theirs[name] != everyone[0][name]:
+                raise distributed.RunError(
+                    f"ranks 0 and {other} see different things: {name}. All ranks must be given the same config and "
+                    "see the same data.train and run.dir: put both on a shared file system"
+                )
+
+
+def settings(config: Config, index: Index, progress: Progress) -> dict:
+    """What a checkpoint keeps beside tensors."""
+    return {
+        "order": order_settings(config, index),
+        "config": config.model_dump(mode="json"),
+        "image_size": image_size(index),
+        "progress": progress.state(),
+    }
 
 
 def order_settings(config: Config, index: Index) -> dict:
@@ -214,6 +248,14 @@ def print_summary(
     )
 
 
+def next_batch(batches: Iterator[Batch]) -> Batch:
+    """The next batch. Raises RunError, on this rank alone, where it cannot be read: torchrun then stops the others."""
+    try:
+        return next(batches)
+    except RuntimeError as error:  # a read that failed for good, a reader process that died
+        raise distributed.RunError(f"rank {distributed.rank()}: {error}", on_all_ranks=False) from error
+
+
 def read_batches(config: Config, parts: Parts) -> Iterator[Batch]:
     affine = config.data.affine
     return iter(
@@ -237,20 +279,21 @@ def read_batches(config: Config, parts: Parts) -> Iterator[Batch]:
 @contextmanager
 def metrics_of(config: Config, run: Path, parts: Parts) -> Iterator[Metrics | None]:
     """Rank 0's metrics; None on the other ranks."""
-    if distributed.rank() != 0:
-        yield None
-        return
-    metrics = Metrics(
-        config,
-        run,
-        start_step=parts.start_step,
-        total_steps=parts.total_steps,
-        steps_per_epoch=parts.order.steps_per_epoch,
-    )
+    metrics = None
+    with distributed.together("opening the metrics"):
+        if distributed.rank() == 0:
+            metrics = Metrics(
+                config,
+                run,
+                start_step=parts.start_step,
+                total_steps=parts.total_steps,
+                steps_per_epoch=parts.order.steps_per_epoch,
+            )
     try:
         yield metrics
     finally:
-        metrics.close()
+        if metrics is not None:
+            metrics.close()
 
 
 @contextmanager
@@ -279,36 +322,3 @@ def agree(loss: Tensor, stop: bool, bad: int) -> tuple[float, bool, int]:
     shared = distributed.all_reduce_sum(torch.tensor([float(stop), float(bad)], device=loss.device))
     loss_now, stops, total = torch.cat([loss.detach().reshape(1), shared]).tolist()
     return loss_now, stops > 0, int(total)
-
-
-class Health:
-    """Counts skipped steps and undecodable samples, equal on all ranks, and ends the run on all when there are too
-    many."""
-
-    def __init__(self, config: Config, parts: Parts):
-        self.counts = {"skipped": 0, "undecodable": 0}
-        self._in_a_row = 0
-        self._config, self._start = config, parts.start_step
-
-    def step(self, step: int, batch: Batch, loss: float, undecodable: int) -> None:
-        """Notes a step. Raises RunError, on all ranks, that names the cause."""
-        for key in batch.bad:
-            print(f"step {step}: sample {key} could not be decoded; its batch is one shorter", file=sys.stderr)
-        self.counts["undecodable"] += undecodable
-        seen = (step + 1 - self._start) * self._config.data.global_batch_size
-        limit = self._config.data.max_undecodable
-        if self.counts["undecodable"] > max(TOLERATED_UNDECODABLE, limit * seen):
-            raise distributed.RunError(
-                f"{self.counts['undecodable']} of {seen} samples could not be decoded, more than "
-                f"data.max_undecodable {limit} allows: check the shards of {self._config.data.train}"
-            )
-        if math.isfinite(loss):
-            self._in_a_row = 0
-            return
-        self.counts["skipped"] += 1
-        self._in_a_row += 1
-        if self._in_a_row == SKIPS_IN_A_ROW:
-            raise distributed.RunError(
-                f"the loss was not finite in {SKIPS_IN_A_ROW} successive steps, the last one {step}: an embedding is "
-                "NaN or infinite. Lower optim.lr, raise optim.warmup_steps, or go back to an earlier checkpoint"
-            )

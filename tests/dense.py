@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +10,27 @@ from torch import Tensor, nn
 from partial_fc import ArcFace, CosFace, Margin, NormSoftmax, Softmax
 from partial_fc.head.centers import draw_negatives
 
+
+@dataclass(frozen=True)
+class CenterNorm(CosFace):
+    """n = |w|: a margin on centers that are not normalized, as a user may write one."""
+
+    normalize_centers: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Biased(ArcFace):
+    has_bias: ClassVar[bool] = True
+
+
 MARGINS: dict[str, Margin] = {
     "softmax": Softmax(),
     "normsoftmax": NormSoftmax(scale=16.0),
     "cosface": CosFace(scale=24.0, margin=0.35),
     "cosface-unnormalized": CosFace(scale=None, margin=0.35),
     "arcface": ArcFace(scale=24.0, margin=0.5),
+    "center-norm": CenterNorm(scale=6.0, margin=0.3),
+    "biased": Biased(scale=16.0, margin=0.4),
     "cosface-s200": CosFace(scale=200.0, margin=0.4),  # too large for exp in float32: the online maximum
 }
 
@@ -25,24 +41,31 @@ def naive_target_logit(margin: Margin, x: Tensor, w: Tensor, bias: Tensor) -> Te
         return x @ w + bias
     cosine = (x @ w) / (x.norm() * w.norm())
     scale = x.norm() if margin.scale is None else margin.scale
+    if isinstance(margin, CenterNorm):
+        return scale * w.norm() * (cosine - margin.margin)
     if isinstance(margin, CosFace):
         return scale * (cosine - margin.margin)
     if isinstance(margin, ArcFace):
         phi = torch.acos(cosine) + margin.margin
         k = math.floor(phi.item() / math.pi)
-        return scale * ((-1) ** k * torch.cos(phi) - 2 * k)
+        return scale * ((-1) ** k * torch.cos(phi) - 2 * k) + (bias if isinstance(margin, Biased) else 0)
     return scale * cosine
+
+
+def negative_logits(margin: Margin, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(B, C) logits without a margin."""
+    if isinstance(margin, Softmax):
+        return x @ weight.T + bias
+    scale = x.norm(dim=1, keepdim=True) if margin.scale is None else margin.scale
+    centers = weight if isinstance(margin, CenterNorm) else weight / weight.norm(dim=1, keepdim=True)
+    logits = scale * (x / x.norm(dim=1, keepdim=True)) @ centers.T
+    return logits + bias if isinstance(margin, Biased) else logits
 
 
 def dense_logits(margin: Margin, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
     """(B, C) logits with the margin at the targets."""
-    if isinstance(margin, Softmax):
-        logits = x @ weight.T + bias
-    else:
-        scale = x.norm(dim=1, keepdim=True) if margin.scale is None else margin.scale
-        logits = scale * (x / x.norm(dim=1, keepdim=True)) @ (weight / weight.norm(dim=1, keepdim=True)).T
     targets = [naive_target_logit(margin, x[i], weight[y], bias[y]) for i, y in enumerate(labels.tolist())]
-    return logits.scatter(1, labels[:, None], torch.stack(targets)[:, None])
+    return negative_logits(margin, x, weight, bias).scatter(1, labels[:, None], torch.stack(targets)[:, None])
 
 
 @dataclass

@@ -98,7 +98,7 @@ def test_without_its_manifest_there_is_no_checkpoint(tmp_path):
     (folder / "manifest.json").unlink()
     (folder / "rubbish").write_text("left by a killed save")
     save_here(tmp_path)
-    assert not (folder / "rubbish").exists() and checkpoint.find_latest(tmp_path).step == 5
+    assert not (folder / "rubbish").exists() and not later.exists() and checkpoint.find_latest(tmp_path).step == 5
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -137,6 +137,20 @@ def test_another_head_is_an_error_that_names_both(tmp_path):
     save_here(tmp_path)
     assert "written with num_classes 23, this run has 24" in load_here(tmp_path, num_classes=24)
     assert "written with embedding_dim 4, this run has 5" in load_here(tmp_path, dim=5)
+    shutil.rmtree(tmp_path / "checkpoints")
+    save_here(tmp_path, softmax=True)
+    assert "written with center_state ['bias', 'bias_momentum', 'momentum', 'weight'], this run has" in load_here(
+        tmp_path
+    )
+
+
+def test_parts_that_do_not_tile_the_classes_are_an_error(tmp_path):
+    run_ranks(save_here, 2, tmp_path)
+    path = tmp_path / "checkpoints" / "step_00000005" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"] = [entry for entry in manifest["files"] if entry.get("classes") != [0, 12]]
+    path.write_text(json.dumps(manifest))
+    assert "its parts hold classes [[12, 23]], which do not tile the 23 there are" in load_here(tmp_path)
 
 
 def test_newer_and_foreign_manifests_are_errors(tmp_path):

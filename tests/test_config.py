@@ -41,6 +41,7 @@ def test_defaults_deltas_and_overrides(yaml_file):
         ("head.sample_rate=2", "head.sample_rate: got 2; Input should be less than or equal to 1"),
         ("head.sample_rate=0", "head.sample_rate: got 0; Input should be greater than 0"),
         ("optim.lr=fast", "optim.lr: got 'fast'; Input should be a valid number"),
+        ("data.std=[1, 0, 1]", "data.std.1: got 0; Input should be greater than 0"),
         ("optim.lr=.nan", "optim.lr: got nan; Input should be a finite number"),
         ("optim.schedule=cosine", "optim.schedule: got 'cosine'; Input should be 'polynomial' or 'constant'"),
         ("run.epochs=3", "give either run.steps or run.epochs"),
@@ -85,7 +86,7 @@ def test_saved_config_loads_again_and_notes_its_environment(yaml_file, tmp_path)
 
 
 def test_description_is_yaml_with_every_setting(yaml_file, tmp_path):
-    config = load_config(yaml_file, ["head.margin.scale=30"])
+    config = load_config(yaml_file, ["head.margin.scale=null", "head.margin.margin=3e-1"])
     (tmp_path / "described.yaml").write_text(describe(config))
     assert load_config(tmp_path / "described.yaml") == config
 
@@ -115,6 +116,7 @@ def test_the_configs_of_the_repository_are_valid(path):
 def test_margins_by_name():
     assert all(build_margin(name, {}) == margin() for name, margin in BY_NAME.items())
     assert build_margin("cosface", {"scale": None, "margin": 0.2}).scale is None
+    assert build_margin("cosface", {"margin": "3e-1"}).margin == 0.3
     for name, parameters, message in [
         ("cosfase", {}, "did you mean cosface?"),
         ("zzz", {}, "there are softmax, normsoftmax, cosface, arcface"),

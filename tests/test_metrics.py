@@ -25,7 +25,8 @@ def test_console_line_reads():
 
 
 def test_a_row_of_skipped_steps_alone_reads_too():
-    assert "loss       – | cos" in console_line(ROW | {"loss": None, "skipped_steps": 10}, 1200, 5)
+    line = console_line(ROW | {"loss": None, "target_cosine": None, "skipped_steps": 10}, 1200, 5)
+    assert "loss       – | cos      – | lr" in line
 
 
 def test_cut_back_drops_later_and_torn_rows(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from partial_fc import ArcFace, CosFace, PartialFC
+from partial_fc import ArcFace, CosFace, Margin, PartialFC
 from partial_fc.head.exchange import gather_batch
 from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
@@ -127,9 +127,9 @@ def test_many_steps_of_catch_up_equal_dense():
 # ---- float32: at most twice the naive dense float32 computation's own error
 
 
-def trained_inputs(dim: int, num_classes: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def trained_inputs(dim: int, num_classes: int, batch: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings whose cosines with their centers lie between .99 and .9999."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(num_classes, dim, generator=generator, dtype=torch.float64)
     labels = torch.randint(num_classes, (batch,), generator=generator)
     noise = torch.randn(batch, dim, generator=generator, dtype=torch.float64)
@@ -157,7 +157,7 @@ def dense_once(margin, x, weight, labels, dtype):
         cosine = nn.functional.normalize(x) @ nn.functional.normalize(weight).T
         target = cosine.gather(1, labels[:, None])
         shifted = torch.cos(torch.acos(target.clamp(-1, 1)) + margin.margin)
-        logits = margin.scale * cosine.scatter(1, labels[:, None], shifted)
+        logits = margin.scale * cosine.scatter(1, labels[:, None], shifted)  # the bias of "biased" is 0
     else:
         logits = dense_logits(margin, x, weight, bias, labels)
     loss = nn.functional.cross_entropy(logits, labels)
@@ -168,18 +168,27 @@ def dense_once(margin, x, weight, labels, dtype):
 @pytest.mark.parametrize("inputs", ["random", "trained"])
 @pytest.mark.parametrize("margin", MARGINS)
 def test_float32_is_as_good_as_naive_float32(margin, inputs):
+    """The largest error, in the mean over five draws: of a single draw it is a matter of luck for both."""
+    errors = [float32_errors(MARGINS[margin], inputs, seed) for seed in range(5)]
+    ours, naive = (torch.tensor(some).mean(dim=0) for some in zip(*errors, strict=True))
+    floor = 2e-7  # a few roundings: where the naive error is luckily smaller
+    assert (ours <= 2 * naive.clamp_min(floor)).all(), (ours, naive)
+
+
+def float32_errors(margin, inputs: str, seed: int) -> tuple[list[float], list[float]]:
+    """Errors of loss, embedding gradient and centers' gradient against float64: ours and the naive computation's."""
     dim, num_classes, batch = 64, 1000, 48
     if inputs == "trained":
-        x, weight, labels = trained_inputs(dim, num_classes, batch)
+        x, weight, labels = trained_inputs(dim, num_classes, batch, seed)
     else:
-        generator = torch.Generator().manual_seed(6)
+        generator = torch.Generator().manual_seed(seed)
         x = torch.randn(batch, dim, generator=generator, dtype=torch.float64)
         weight = torch.randn(num_classes, dim, generator=generator, dtype=torch.float64)
         labels = torch.randint(num_classes, (batch,), generator=generator)
     x, weight = x.float().double(), weight.float().double()  # the same numbers for all three
-    exact = dense_once(MARGINS[margin], x, weight, labels, torch.float64)
-    naive = dense_once(MARGINS[margin], x, weight, labels, torch.float32)
-    head = PartialFC(num_classes, dim, MARGINS[margin], momentum=0.0, weight_decay=0.0, chunk=128)
+    exact = dense_once(margin, x, weight, labels, torch.float64)
+    naive = dense_once(margin, x, weight, labels, torch.float32)
+    head = PartialFC(num_classes, dim, margin, momentum=0.0, weight_decay=0.0, chunk=128)
     set_centers(head, weight)
     embeddings = x.float().detach().requires_grad_()
     loss = head(embeddings, labels)
@@ -188,9 +197,9 @@ def test_float32_is_as_good_as_naive_float32(margin, inputs):
     lr = 2.0**20  # so large that the update's own rounding does not hide the gradient's
     head.step(lr)
     ours = (loss.detach(), embeddings.grad, (before.double() - head.full_weight().double()) / lr)
-    for name, got, plain, wanted in zip(("loss", "embedding", "centers"), ours, naive, exact, strict=True):
-        floor = 2e-7  # a few roundings: where the naive error is luckily smaller
-        assert error(got.double(), wanted) <= 2 * max(error(plain.double(), wanted), floor), name
+    return tuple(
+        [error(got.double(), wanted) for got, wanted in zip(some, exact, strict=True)] for some in (ours, naive)
+    )
 
 
 def test_small_losses_keep_their_digits():
@@ -275,10 +284,13 @@ def test_errors_name_what_to_do():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward of the same"):
         loss.backward()
+    head = PartialFC(10, 4)
     with pytest.raises(ValueError, match=r"embeddings are \(2, 3\); wanted \(b, 4\)"):
         head(torch.randn(2, 3), labels)
     with pytest.raises(ValueError, match=r"labels are torch.float32 \(2,\); wanted int64"):
         head(torch.randn(2, 4), labels.float())
+    with pytest.raises(ValueError, match="this rank has 2 rows, more than padded_size 1"):
+        head(torch.randn(2, 4), labels, padded_size=1)
     for arguments, message in [
         (dict(num_classes=0, embedding_dim=4), "both must be positive"),
         (dict(num_classes=4, embedding_dim=4, sample_rate=0.0), "sample_rate is 0.0"),
@@ -334,6 +346,21 @@ def wrong_label(label: int) -> str:
     return "no error"
 
 
+def wrong_dtype() -> str:
+    labels = torch.tensor([1, 2], dtype=torch.int32 if distributed.rank() == 1 else torch.int64)
+    try:
+        PartialFC(10, 4)(torch.randn(2, 4), labels)
+    except ValueError as caught:
+        return str(caught)
+    return "no error"
+
+
+def test_a_wrong_call_on_one_rank_stops_all_ranks():
+    messages = run_ranks(wrong_dtype, 3)
+    assert "labels are torch.int32 (2,); wanted int64" in messages[1]
+    assert messages[0] == messages[2] == "the head was called wrongly on rank 1; its own error says how"
+
+
 @pytest.mark.parametrize("label", [10, -1, 2**40])
 def test_label_out_of_range_stops_all_ranks_with_one_message(label):
     messages = run_ranks(wrong_label, 3, label)
@@ -375,22 +402,23 @@ def test_gradcheck_through_the_head():
         assert torch.autograd.gradcheck(lambda x, head=head: HeadLoss.apply(x, head, labels), (x,))
 
 
-def peak_case(rate: float) -> tuple[int, int, int]:
-    """Peak of live CPU tensor bytes in a step beyond the state; bytes of one state tensor; of the rows in use."""
+def peak_case(margin: Margin, rate: float, forwards: int) -> tuple[int, int, int]:
+    """Peak of live tensor bytes in a step beyond the state; bytes of one state tensor; of the rows in use."""
     num_classes, dim, batch, chunk = 40_000, 64, 128, 512
-    head = PartialFC(num_classes, dim, CosFace(), rate, chunk=chunk)
+    head = PartialFC(num_classes, dim, margin, rate, chunk=chunk)
     labels = torch.arange(batch)
 
-    def step():
-        x = torch.randn(batch, dim, requires_grad=True)
-        head(x, labels).backward()
+    def step(number: int):
+        head.begin_step(number, labels)
+        for _ in range(forwards):
+            head(torch.randn(batch, dim, requires_grad=True), labels).backward()
         head.step(0.1)
 
-    for _ in range(3):
-        step()
+    for number in range(3):
+        step(number)
     kept = sum(flat.numel() * flat.element_size() for flat in head._buffers._flat.values())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+        step(3)
     live = peak = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
@@ -400,10 +428,11 @@ def peak_case(rate: float) -> tuple[int, int, int]:
     return peak + kept, num_classes * dim * 4, rows * dim * 4
 
 
-def test_memory_of_a_step_does_not_grow_with_the_classes():
+@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize("margin", ["softmax", "cosface", "cosface-unnormalized", "arcface"])
+def test_memory_of_a_step_does_not_grow_with_the_classes(margin, forwards):
     """Neither a (B, U) nor a (C_r, D) tensor: 20 MB and 10 MB here, against about 1 MB of chunks and (B, D) vectors."""
-    peak, state, _ = peak_case(1.0)
+    peak, state, _ = peak_case(MARGINS[margin], 1.0, forwards)
     assert 0 < peak < 0.25 * state
-    peak, state, rows = peak_case(0.1)  # caught-up rows and their momentum are kept from forward to step
-    assert 0 < peak < 2 * rows + 0.25 * state
-    assert peak < state
+    peak, state, rows = peak_case(MARGINS[margin], 0.1, forwards)
+    assert 0 < peak < 2 * rows + 0.3 * state  # caught-up rows and their momentum are kept from forward to step

@@ -8,7 +8,8 @@ from torch import nn
 
 from partial_fc import backbone
 from partial_fc.checkpoint import Checkpoint, find_latest, open_checkpoint, read_backbone
-from partial_fc.config import Config, EvaluationSet
+from partial_fc.config import Config, Evaluate, EvaluationSet
+from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
 from partial_fc.evaluate.protocol import evaluate_sets, format_table
 from partial_fc.parallel import distributed
@@ -17,46 +18,53 @@ FORMAT, VERSION = "partial_fc-evaluation", 1
 
 
 def evaluate_run(
-    path: Path | str, device: torch.device, *, sets: dict[str, EvaluationSet] | None = None, untrained: bool = False
+    path: Path | str,
+    device: torch.device,
+    settings: Evaluate | None = None,
+    *,
+    sets: dict[str, EvaluationSet] | None = None,
+    untrained: bool = False,
 ) -> dict:
     """Evaluates the latest checkpoint of a run folder, or the checkpoint folder `path`, on all ranks. A collective.
 
-    sets: what to evaluate on; None: the sets of the run's config. untrained: the backbone as initialized, too.
-    Writes evaluation.json into `path` and prints the table. Raises ValueError, on all ranks, where there is no
-    checkpoint or no set.
+    settings: what to evaluate on and how; None: as the checkpoint's config says. sets: instead of its sets. untrained:
+    the backbone as it was initialized, too. Writes evaluation.json into `path` and prints the table. Raises RunError,
+    on all ranks, where there is no checkpoint or nothing to evaluate on.
     """
     path = Path(path)
     with distributed.together(f"evaluating {path}"):
         found = open_checkpoint(path) if (path / "manifest.json").exists() else find_latest(path)
         if found is None:
-            raise ValueError(f"{path} holds no complete checkpoint: give a run folder or a folder of its checkpoints")
+            raise ValueError("it holds no complete checkpoint; give a run folder or the folder of a checkpoint")
         config = Config.model_validate(found.manifest["settings"]["config"])
-        sets = dict(config.evaluate.sets) if sets is None else sets
+        settings = config.evaluate if settings is None else settings
+        sets = settings.sets if sets is None else sets
         if not sets:
-            raise ValueError(f"{path}: nothing to evaluate on; give --data or evaluate.sets in the config")
+            raise ValueError("there is nothing to evaluate on; give --data, or evaluate.sets in the config")
         indexes = {name: _indexes(chosen) for name, chosen in sets.items()}
-        sizes = {
-            tuple(index.prepared["image_size"]) for pair in indexes.values() for index in pair if index is not None
-        }
-        if len(sizes) != 1:
-            raise ValueError(f"the evaluation sets have images of several sizes {sorted(sizes)}; prepare them at one")
-        size = sizes.pop()
+        size = tuple(found.manifest["settings"]["image_size"])
+        for index in (index for pair in indexes.values() for index in pair if index is not None):
+            if image_size(index) != size:
+                raise ValueError(
+                    f"{index.path} has images of {image_size(index)} pixels, the backbone was trained on {size}: "
+                    "prepare the set at that size"
+                )
     models = {"trained": _trained(found, config, size)}
-    if untrained or config.evaluate.untrained:
+    if settings.untrained:
         models["untrained"] = _initial(config, size)
     results = {}
     for name, net in models.items():
         if distributed.rank() == 0:
-            print(f"evaluating the {name} backbone on {', '.join(sets)}", flush=True)
+            print(f"evaluating the {name} backbone on {', '.join(settings.sets)}", flush=True)
         results[name] = evaluate_sets(
             net.to(device).eval(),
             indexes,
             seed=config.run.seed,
-            batch_size=config.evaluate.batch_size,
+            batch_size=settings.batch_size,
             device=device,
             mean=config.data.mean,
             std=config.data.std,
-            flip=config.evaluate.flip,
+            flip=settings.flip,
             workers=config.data.workers,
         )
     evaluation = {"format": FORMAT, "version": VERSION, "step": found.step, "models": results}

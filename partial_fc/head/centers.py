@@ -32,7 +32,7 @@ def initial_centers(classes: range, dim: int, seed: int, std: float, out: Tensor
 
 
 def draw_negatives(seed: int, step: int, classes: range, num_classes: int, sample_rate: float) -> Tensor:
-    """The negatives of a step inside `classes`: sorted class ids (n,), int64.
+    """The negatives of a step inside `classes`: distinct class ids (n,), int64, in no order.
 
     Every class is drawn with probability `sample_rate` exactly. Class ids are cut into blocks of 2^16; in each, the
     first floor(rate * size + u) entries of a permutation of its ids are drawn, with u uniform in [0, 1) and both
@@ -50,7 +50,7 @@ def draw_negatives(seed: int, step: int, classes: range, num_classes: int, sampl
         uniform = int.from_bytes(key[:7], "little") / 2**56
         ids = first + _first_of_permutation(int(sample_rate * size + uniform), size, key[8:])
         drawn.append(torch.from_numpy(ids[(ids >= classes.start) & (ids < classes.stop)]))
-    return torch.cat(drawn).sort().values
+    return torch.cat(drawn)
 
 
 def _first_of_permutation(count: int, size: int, key: bytes) -> np.ndarray:
@@ -109,9 +109,14 @@ class MissedUpdates:
         for update in history[len(history) - lags :].tolist():
             self._multiply(*update)
 
-    def apply(self, weight: Tensor, velocity: Tensor, lag: Tensor, scratch: Tensor) -> None:
-        """Catches up `weight` and `velocity`, (n, D) or (n,), that missed `lag` (n,) updates, in place."""
-        matrices = torch.from_numpy(self.table).to(weight.device)[lag].to(weight.dtype)
+    def matrices(self, lag: Tensor) -> Tensor:
+        """The products for rows that missed `lag` (n,) updates: (n, 2, 2) float64 on lag's device."""
+        return torch.from_numpy(self.table).to(lag.device)[lag]
+
+    @staticmethod
+    def apply(matrices: Tensor, weight: Tensor, velocity: Tensor, scratch: Tensor) -> None:
+        """Catches up `weight` and `velocity`, (n, D) or (n,), by `matrices` (n, 2, 2), in place."""
+        matrices = matrices.to(weight.dtype)
         if weight.ndim == 2:
             matrices = matrices.unsqueeze(-1)
         before = scratch.copy_(weight)
@@ -168,7 +173,7 @@ class Centers:
         return {name: tensor for name, tensor in state.items() if tensor is not None}
 
     def load(self, read: Callable[[str, Tensor], bool], history: Tensor) -> None:
-        """Overwrites the state. `read(name, out)` fills `out` with this rank's rows, or says False if there are none.
+        """Overwrites the state. `read(name, out)` fills `out` with this rank's rows, or says False without last_update.
 
         A checkpoint that was written at another sample rate is fine: what it lacks means that every row is current, and
         rows that lag in it are caught up where nothing is sampled.
@@ -177,15 +182,16 @@ class Centers:
         if last_update is None:
             last_update = torch.empty(len(self.weight), dtype=torch.int32, device=self.weight.device)
         for name, tensor in self.state().items():
-            if not read(name, tensor) and name != "last_update":
-                raise ValueError(f"the checkpoint holds no {name!r}; it was written with another kind of margin")
+            if name != "last_update":
+                read(name, tensor)
         if not read("last_update", last_update):
             last_update.fill_(len(history))
         lags = len(history) - int(last_update.min()) if len(last_update) else 0
         self.missed.replay(history, lags)
-        if self.last_update is None:
+        if self.last_update is None and lags > 0:
             everything = Rows(self.weight, self.momentum, None, self.bias, self.bias_momentum)
             self._catch_up(everything, self.missed.updates - last_update.long(), Buffers.like(self.weight))
+        if self.last_update is None:
             self.missed = MissedUpdates()
         if self.inverse_norm is not None:
             inverse_norms(self.weight, self.chunk, self.inverse_norm)
@@ -206,11 +212,12 @@ class Centers:
         return rows._replace(inverse_norm=inverse_norms(rows.weight, self.chunk, buffers.get("inverse_norm", len(ids))))
 
     def _catch_up(self, rows: Rows, lag: Tensor, buffers: Buffers) -> None:
+        matrices = self.missed.matrices(lag)
         for selected in chunks(len(lag), self.chunk):
             part = rows.chunk(selected)
             for weight, velocity in ((part.weight, part.momentum), (part.bias, part.bias_momentum)):
                 if weight is not None:
-                    self.missed.apply(weight, velocity, lag[selected], buffers.get("product", *weight.shape))
+                    self.missed.apply(matrices[selected], weight, velocity, buffers.get("product", *weight.shape))
 
     def put(self, ids: Tensor | None, rows: Rows, lr: float, momentum: float, weight_decay: float) -> None:
         """Ends an update: writes back rows that were taken into buffers, and records the update for all others."""

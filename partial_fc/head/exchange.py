@@ -13,6 +13,26 @@ from partial_fc.parallel import distributed
 PADDING = torch.iinfo(torch.int64).min
 
 
+def agree_on_size(wrong: str | None, rows: int, padded_size: int | None, device: torch.device) -> int:
+    """The number of rows that every rank pads to: `padded_size`, or the largest number of rows, found in one exchange.
+
+    In: what is wrong with this rank's input, if anything, and its rows. Raises ValueError: without `padded_size` on all
+    ranks, so that none waits for one that gave up.
+    """
+    if padded_size is not None:
+        if wrong is None and rows > padded_size:
+            wrong = f"this rank has {rows} rows, more than padded_size {padded_size}"
+        if wrong is not None:
+            raise ValueError(wrong)
+        return padded_size
+    sizes = distributed.all_gather(torch.tensor(rows if wrong is None else -1, device=device)).tolist()
+    if wrong is not None:
+        raise ValueError(wrong)
+    if -1 in sizes:
+        raise ValueError(f"the head was called wrongly on rank {sizes.index(-1)}; its own error says how")
+    return max(sizes)
+
+
 def gather_batch(
     embeddings: Tensor, labels: Tensor, padded_size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -21,8 +41,6 @@ def gather_batch(
     One collective: labels travel beside the embeddings as bit patterns (as float32 values they are exact only to 2^24).
     Rows past a rank's b are zero and labeled PADDING.
     """
-    if len(labels) > padded_size:
-        raise ValueError(f"this rank has {len(labels)} rows, more than padded_size {padded_size}")
     width = 8 // dtype.itemsize
     packed = torch.zeros(padded_size, embeddings.shape[1] + width, dtype=dtype, device=device)
     packed[: len(labels), :-width] = embeddings

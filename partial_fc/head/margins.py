@@ -116,12 +116,20 @@ def build_margin(name: str, parameters: dict) -> Margin:
         raise ValueError(f"head.margin.name: no margin is called {name!r}; {hint}")
     margin = BY_NAME[name]
     known = [f.name for f in fields(margin) if f.init]
-    for parameter, value in parameters.items():
+    for parameter in parameters:
         if parameter not in known:
             raise ValueError(
                 f"head.margin.{parameter}: {name} has no such parameter; it has {', '.join(known) or 'none'}"
             )
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number and not (parameter == "scale" and value is None):
-            raise ValueError(f"head.margin.{parameter}: got {value!r}; wanted a number")
-    return margin(**parameters)
+    return margin(**{parameter: _number(parameter, value) for parameter, value in parameters.items()})
+
+
+def _number(parameter: str, value: object) -> float | None:
+    if parameter == "scale" and value is None:
+        return None
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)  # YAML reads 3e-1 as text
+    except (TypeError, ValueError):
+        raise ValueError(f"head.margin.{parameter}: got {value!r}; wanted a number") from None

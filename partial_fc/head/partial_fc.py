@@ -5,6 +5,7 @@ C_r classes of this rank, U rows in use.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -130,7 +131,8 @@ class PartialFC:
         # |logit| <= s: exp and its sum stay inside the dtype without a maximum as long as s + ln C does
         largest = 87.0 if dtype == torch.float32 else 700.0
         scale = self.margin.scale
-        self.bounded = scale is not None and self.margin.normalize_centers and scale + math.log(num_classes) <= largest
+        normalized = scale is not None and self.margin.normalize_centers and not self.margin.has_bias
+        self.bounded = normalized and scale + math.log(num_classes) <= largest
         self.step_count = 0  # the next step's number; keys its negatives
         self.target_cosine: Tensor | None = None  # () mean over the last forward's batch
         self._buffers = Buffers(dtype, device)
@@ -150,8 +152,8 @@ class PartialFC:
         if self._forwards:
             raise RuntimeError("begin_step while a forward waits for its update: call step(lr) or skip_step() first")
         self.step_count = step
+        self._ids, self._rows = self._rows_in_use(labels, self._buffers)
         self._step_labels = labels.to(self.device)
-        self._ids, self._rows = self._rows_in_use(self._step_labels, self._buffers)
 
     def __call__(self, embeddings: Tensor, labels: Tensor, padded_size: int | None = None) -> Tensor:
         """The mean loss () over the global batch, equal on all ranks.
@@ -161,7 +163,6 @@ class PartialFC:
         Backward sends the embeddings W times the gradient of the loss: data-parallel averaging divides by W.
         In grad mode the forward is kept until `step`. Raises ValueError for a label out of range, on all ranks.
         """
-        self._check_shapes(embeddings, labels)
         training = torch.is_grad_enabled()
         if training and self._forwards and self._step_labels is None:
             raise RuntimeError(
@@ -169,11 +170,12 @@ class PartialFC:
                 "whole global batch) before the forwards of a step, or evaluate under torch.no_grad()"
             )
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            if padded_size is None:
-                sizes = distributed.all_gather(torch.tensor(len(labels), device=self.device))
-                padded_size = int(sizes.max())
+            padded_size = exchange.agree_on_size(
+                self._wrong_input(embeddings, labels), len(labels), padded_size, self.device
+            )
             x, gathered = exchange.gather_batch(embeddings.detach(), labels, padded_size, self.dtype, self.device)
             planned = self._step_labels if training else None
+            buffers = self._buffers if training else Buffers(self.dtype, self.device)
             if self.check_labels:
                 exchange.check_labels(
                     gathered, self.num_classes, planned if self.sample_rate < 1 else None, padded_size
@@ -181,9 +183,8 @@ class PartialFC:
             if planned is not None:
                 ids, rows = self._ids, self._rows
             else:
-                buffers = self._buffers if training else Buffers(self.dtype, self.device)
                 ids, rows = self._rows_in_use(gathered, buffers)
-            loss, gradient, kept = self._forward(x, gathered, ids, rows, padded_size, training)
+            loss, gradient, kept = self._forward(x, gathered, ids, rows, buffers, training)
             if not training:
                 return loss
             self._ids, self._rows = ids, rows
@@ -231,21 +232,22 @@ class PartialFC:
 
     # ---- parts
 
-    def _check_shapes(self, embeddings: Tensor, labels: Tensor) -> None:
+    def _wrong_input(self, embeddings: Tensor, labels: Tensor) -> str | None:
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim:
-            raise ValueError(f"embeddings are {tuple(embeddings.shape)}; wanted (b, {self.embedding_dim})")
+            return f"embeddings are {tuple(embeddings.shape)}; wanted (b, {self.embedding_dim})"
         if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
-            raise ValueError(
-                f"labels are {labels.dtype} {tuple(labels.shape)}; wanted int64 ({len(embeddings)},), one per embedding"
-            )
+            found = f"{labels.dtype} {tuple(labels.shape)}"
+            return f"labels are {found}; wanted int64 ({len(embeddings)},), one per embedding"
+        return None
 
     def _rows_in_use(self, labels: Tensor, buffers: Buffers) -> tuple[Tensor | None, Rows]:
         """This rank's positives among `labels` and its drawn negatives: local ids (U,), sorted, and their rows."""
         if self.sample_rate == 1:
             return None, self.centers.take(None, buffers)
         drawn = draw_negatives(self.seed, self.step_count, self.classes, self.num_classes, self.sample_rate)
+        labels = labels.cpu()  # the number of rows in use is needed on the host
         here = labels[(labels >= self.classes.start) & (labels < self.classes.stop)]
-        ids = torch.cat([drawn.to(self.device), here]).unique() - self.classes.start
+        ids = (torch.cat([drawn, here]).unique() - self.classes.start).to(self.device)
         return ids, self.centers.take(ids, buffers)
 
     def _columns(self, labels: Tensor, ids: Tensor | None) -> Tensor:
@@ -257,7 +259,7 @@ class PartialFC:
         return torch.where(owned, local, -1)
 
     def _forward(
-        self, x: Tensor, labels: Tensor, ids: Tensor | None, rows: Rows, padded_size: int, training: bool
+        self, x: Tensor, labels: Tensor, ids: Tensor | None, rows: Rows, buffers: Buffers, training: bool
     ) -> tuple[Tensor, Tensor | None, _Forward | None]:
         """Loss (), this rank's embedding gradient (padded_size, D) and what `step` needs."""
         real = labels != exchange.PADDING
@@ -271,10 +273,10 @@ class PartialFC:
             chunk=self.chunk,
             bounded=self.bounded,
             weighted=training,
-            buffers=self._buffers,
+            buffers=buffers,
         )
         log_negatives, cosine, w_length, bias = exchange.sum_over_ranks(maximum, total, target, self.bounded)
-        psi, psi_prime = _with_derivative(self.margin.target, cosine)
+        psi = self.margin.target(cosine)
         factor_x = target.x_length.squeeze(1) if self.margin.scale is None else self.margin.scale
         factor_w = 1.0 if self.margin.normalize_centers else w_length
         logit = factor_x * factor_w * psi + bias
@@ -287,6 +289,7 @@ class PartialFC:
         self.target_cosine = torch.where(real, cosine, zero).sum() / count
         if not training:
             return loss, None, None
+        psi_prime = _derivative(self.margin.target, cosine)
         kept = _Forward(x, column, real, log_z, psi, psi_prime, p_minus_one)
         gradient = mean * torch.exp(maximum - log_z).to(self.dtype).unsqueeze(1)
         if self.margin.scale is not None:  # the backward of s x / |x|
@@ -318,52 +321,29 @@ class PartialFC:
         return torch.where(target.owned.unsqueeze(1), part, 0).to(self.dtype)
 
     def _update(self, lr: float, grad_scale: float | Tensor) -> None:
-        rows, dim = self._rows, self.embedding_dim
-        passes = []  # per forward: xs, coefficient and the target's gradient by its row, before any row changes
-        for kept in self._forwards:
-            scale = kept.grad / grad_scale / kept.real.sum().clamp_min(1)
-            coefficient = torch.where(kept.real, scale, 0).to(self.dtype)
-            target = softmax.find_targets(kept.x, rows, kept.column)
-            by_center = self._target_part(kept, target, by_embedding=False) * coefficient.unsqueeze(1)
-            bias_part = (kept.p_minus_one * coefficient).to(self.dtype)
-            passes.append((kept, self._scaled(kept.x), coefficient, by_center, bias_part))
+        rows = self._rows
+        passes = [self._pass(kept, rows, grad_scale) for kept in self._forwards]  # before any row changes
         for selected in softmax.chunks(len(rows.weight), self.chunk):
             part = rows.chunk(selected)
-            count = len(part.weight)
-            # one row more than the chunk has: it takes what belongs to other chunks
-            gradients = self._buffers.get("gradient", count + 1, dim).zero_()
-            bias_gradients = None if part.bias is None else self._buffers.get("bias_gradient", count + 1).zero_()
-            gradient = gradients[:count]
-            bias_gradient = None if bias_gradients is None else bias_gradients[:count]
-            for kept, xs, coefficient, _, _ in passes:
-                softmax.add_negative_gradient(
-                    gradient,
-                    bias_gradient,
-                    xs,
-                    part,
-                    kept.column,
-                    selected.start,
-                    kept.log_z,
-                    coefficient,
-                    self._buffers,
-                )
-            softmax.project_rows(gradient, part, self._buffers)
-            for kept, _, _, by_center, bias_part in passes:
-                here = (kept.column >= selected.start) & (kept.column < selected.stop)
-                index = torch.where(here, kept.column - selected.start, count)
-                gradients.index_add_(0, index, by_center)
-                if bias_gradients is not None:
-                    bias_gradients.index_add_(0, index, bias_part)
+            gradient, bias_gradient = softmax.row_gradients(part, selected.start, passes, self._buffers)
             softmax.update_rows(
                 part, gradient, bias_gradient, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay
             )
         self.centers.put(self._ids, rows, lr, self.momentum, self.weight_decay)
 
+    def _pass(self, kept: _Forward, rows: Rows, grad_scale: float | Tensor) -> softmax.Pass:
+        """What one forward contributes to the update: the mean over its real samples, times what reached its loss."""
+        each = kept.grad / grad_scale / kept.real.sum().clamp_min(1)
+        coefficient = torch.where(kept.real, each, 0).to(self.dtype)
+        target = softmax.find_targets(kept.x, rows, kept.column)
+        by_center = self._target_part(kept, target, by_embedding=False) * coefficient.unsqueeze(1)
+        by_bias = torch.where(target.owned, kept.p_minus_one, 0).to(self.dtype) * coefficient
+        return softmax.Pass(self._scaled(kept.x), kept.column, kept.log_z, coefficient, by_center, by_bias)
 
-def _with_derivative(target, cosine: Tensor) -> tuple[Tensor, Tensor]:
-    """psi (B,) and d psi / d cosine (B,) of a margin, by autograd on the vector of target cosines."""
+
+def _derivative(target: Callable[[Tensor], Tensor], cosine: Tensor) -> Tensor:
+    """d psi / d cosine (B,) of a margin, by autograd on the vector of target cosines."""
     with torch.enable_grad():
         cosine = cosine.detach().requires_grad_()
-        psi = target(cosine)
-        (derivative,) = torch.autograd.grad(psi.sum(), cosine)
-    return psi.detach(), derivative
+        (derivative,) = torch.autograd.grad(target(cosine).sum(), cosine)
+    return derivative

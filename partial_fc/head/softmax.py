@@ -4,7 +4,7 @@ Shapes: B global batch, D embedding size, U rows in use on this rank, c rows of 
 
     xs      (B, D)   what multiplies the rows: s x_hat, or x itself without feature normalization
     column  (B,)     the row of each sample's target among the U rows; -1 where another rank owns it
-    logits  (B, c)   xs @ weight.T, times 1/|w| where centers are normalized, plus the bias where there is one
+    logits  (B, c)   xs @ w_hat.T where centers are normalized, else xs @ w.T, plus the bias where there is one
 
 Sums run over negatives only: a target's entry is set to -inf before exp. Subtracting the target from a full sum
 would cancel catastrophically when it dominates.
@@ -74,14 +74,21 @@ def inverse_norms(weight: Tensor, chunk: int, out: Tensor) -> Tensor:
     return out
 
 
-def _masked_logits(xs: Tensor, rows: Rows, column: Tensor, first: int, buffers: Buffers) -> Tensor:
+def _unit_rows(part: Rows, buffers: Buffers) -> Tensor:
+    """What the samples are multiplied by, (c, D): w_hat in a buffer where centers are normalized, else w itself."""
+    if part.inverse_norm is None:
+        return part.weight
+    return torch.mul(part.weight, part.inverse_norm.unsqueeze(1), out=buffers.get("unit", *part.weight.shape))
+
+
+def _masked_logits(
+    xs: Tensor, unit_rows: Tensor, bias: Tensor | None, column: Tensor, first: int, out: Tensor
+) -> Tensor:
     """Logits (B, c) of a chunk whose first row is `first`, -inf at the targets."""
-    count = len(rows.weight)
-    logits = torch.mm(xs, rows.weight.T, out=buffers.get("logits", len(xs), count))
-    if rows.inverse_norm is not None:
-        logits *= rows.inverse_norm
-    if rows.bias is not None:
-        logits += rows.bias
+    logits = torch.mm(xs, unit_rows.T, out=out)
+    if bias is not None:
+        logits += bias
+    count = len(unit_rows)
     here = ((column >= first) & (column < first + count)).unsqueeze(1)
     index = (column - first).clamp(0, count - 1).unsqueeze(1)
     return logits.scatter_(1, index, torch.where(here, -torch.inf, logits.gather(1, index)))
@@ -108,7 +115,9 @@ def sum_negatives(
     mean = torch.zeros_like(xs) if weighted else None
     for selected in chunks(len(rows.weight), chunk):
         part = rows.chunk(selected)
-        logits = _masked_logits(xs, part, column, selected.start, buffers)
+        unit_rows = _unit_rows(part, buffers)
+        out = buffers.get("logits", len(xs), len(unit_rows))
+        logits = _masked_logits(xs, unit_rows, part.bias, column, selected.start, out)
         if not bounded:
             larger = torch.maximum(maximum, logits.amax(dim=1).double())
             shrink = torch.exp(maximum - larger)
@@ -120,45 +129,54 @@ def sum_negatives(
         exponentials = logits.exp_()
         total += exponentials.sum(dim=1)
         if mean is not None:
-            if part.inverse_norm is not None:
-                exponentials *= part.inverse_norm
-            mean.addmm_(exponentials, part.weight)
+            mean.addmm_(exponentials, unit_rows)
     return maximum, total, mean
 
 
-def add_negative_gradient(
-    gradient: Tensor,
-    bias_gradient: Tensor | None,
-    xs: Tensor,
-    part: Rows,
-    column: Tensor,
-    first: int,
-    log_z: Tensor,
-    coefficient: Tensor,
-    buffers: Buffers,
-) -> None:
-    """Adds one forward's negatives to a chunk's gradient (c, D) by the *normalized* rows, and to its bias gradient
-    (c,).
+class Pass(NamedTuple):
+    """One forward's share of an update: B samples that pull at the rows."""
 
-    gradient_j += sum_i coefficient_i p_ij xs_i, with p recomputed from the kept log_z (B,); coefficient (B,).
+    xs: Tensor  # (B, D)
+    column: Tensor  # (B,)
+    log_z: Tensor  # (B,) float64
+    coefficient: Tensor  # (B,) derivative of the objective by each sample's loss
+    by_center: Tensor  # (B, D) gradient by the sample's own target row; zeros if another rank's
+    by_bias: Tensor  # (B,) likewise
+
+
+def row_gradients(part: Rows, first: int, passes: list[Pass], buffers: Buffers) -> tuple[Tensor, Tensor | None]:
+    """The gradient by the rows of a chunk (c, D) that starts at row `first`, and by their bias (c,), in buffers.
+
+    Negatives: sum_i coefficient_i p_ij xs_i with p recomputed, through the backward of the row's normalization,
+    (g - (g.w_hat) w_hat) / |w|. Targets: each sample's own part, added to its row.
     """
-    logits = _masked_logits(xs, part, column, first, buffers)
-    # in the order of the forward pass: large logits cancel before anything is rounded again
-    logits -= log_z.unsqueeze(1).to(logits.dtype)
-    probabilities = logits.exp_()
-    gradient.addmm_(probabilities.T, xs * coefficient.unsqueeze(1))
-    if bias_gradient is not None:
-        bias_gradient += coefficient @ probabilities
-
-
-def project_rows(gradient: Tensor, part: Rows, buffers: Buffers) -> None:
-    """Gradient by w_hat to gradient by w, in place: (g - (g.w_hat) w_hat) / |w| for every row of a chunk (c, D)."""
-    if part.inverse_norm is None:
-        return
-    inverse = part.inverse_norm
-    along = torch.mul(gradient, part.weight, out=buffers.get("product", *gradient.shape)).sum(dim=1)
-    gradient.addcmul_(part.weight, (along * inverse * inverse).unsqueeze(1), value=-1)
-    gradient *= inverse.unsqueeze(1)
+    count, dim = part.weight.shape
+    unit_rows = _unit_rows(part, buffers)
+    # one row more than the chunk has: it takes what belongs to other chunks
+    padded = buffers.get("gradient", count + 1, dim).zero_()
+    padded_bias = None if part.bias is None else buffers.get("bias_gradient", count + 1).zero_()
+    gradient = padded[:count]
+    for one in passes:
+        logits = buffers.get("logits", len(one.xs), count)
+        _masked_logits(one.xs, unit_rows, part.bias, one.column, first, logits)
+        # log Z in two pieces: its rounding to the dtype would shift all probabilities of a sample alike
+        log_z = one.log_z.to(logits.dtype)
+        rest = torch.exp(log_z.double() - one.log_z).to(logits.dtype)
+        probabilities = logits.sub_(log_z.unsqueeze(1)).exp_()
+        coefficient = one.coefficient * rest
+        gradient.addmm_(probabilities.T, one.xs * coefficient.unsqueeze(1))
+        if padded_bias is not None:
+            padded_bias[:count] += coefficient @ probabilities
+    if part.inverse_norm is not None:
+        along = torch.mul(gradient, unit_rows, out=buffers.get("product", count, dim)).sum(dim=1, keepdim=True)
+        gradient.addcmul_(unit_rows, along, value=-1).mul_(part.inverse_norm.unsqueeze(1))
+    for one in passes:
+        here = (one.column >= first) & (one.column < first + count)
+        index = torch.where(here, one.column - first, count)
+        padded.index_add_(0, index, one.by_center)
+        if padded_bias is not None:
+            padded_bias.index_add_(0, index, one.by_bias)
+    return gradient, None if padded_bias is None else padded_bias[:count]
 
 
 def update_rows(

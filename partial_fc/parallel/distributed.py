@@ -7,6 +7,7 @@ In the docstrings, in is what each rank passes and out what each rank gets; W is
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,11 +21,24 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def init_from_environment(timeout_seconds: float = 600.0) -> torch.device:
-    """Joins the process group that torchrun's (or Slurm's) environment describes; returns this rank's device.
+class RunError(RuntimeError):
+    """An error whose message says what to change: it needs no traceback.
 
-    Without RANK and WORLD_SIZE in the environment nothing is joined and the world size is 1. gloo on CPUs, NCCL
-    on CUDA devices. Workers of torchrun die with it: a killed agent would else leave them training as orphans.
+    `on_all_ranks`: every rank raises it alike, so one of them may say it.
+    """
+
+    def __init__(self, message: str, on_all_ranks: bool = True):
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
+
+
+@contextmanager
+def job(timeout_seconds: float = 600.0) -> Iterator[torch.device]:
+    """Joins the process group that torchrun's (or Slurm's) environment describes, for the time of the body.
+
+    Gives this rank's device: gloo runs on CPUs, NCCL on CUDA devices. Without RANK and WORLD_SIZE in the environment
+    nothing is joined and the world size is 1. A RunError in the body ends the process with its message, said by one
+    rank. Workers of torchrun die with it: a killed agent would else leave them training as orphans.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -38,7 +52,15 @@ def init_from_environment(timeout_seconds: float = 600.0) -> torch.device:
             timeout=timedelta(seconds=timeout_seconds),
             device_id=device if device.type == "cuda" else None,
         )
-    return device
+    try:
+        yield device
+        barrier()
+    except RunError as error:
+        sys.exit(f"error: {error}" if rank() == 0 or not error.on_all_ranks else 1)
+    finally:
+        # every user of the group, DDP above all, is gone by now
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _die_with_parent() -> None:
@@ -47,12 +69,6 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     except (OSError, AttributeError):  # not Linux: orphans stay possible there
         return
-
-
-def shutdown() -> None:
-    """Leaves the process group. Call it after every user of the group (DDP above all) is gone."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -115,10 +131,6 @@ def gather_objects(value: object) -> list:
     values: list = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-class RunError(RuntimeError):
-    """An error that every rank raises alike, and whose message says what to change: no traceback is needed."""
 
 
 def _message(error: Exception) -> str:

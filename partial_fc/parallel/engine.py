@@ -13,6 +13,7 @@ class DDPEngine:
     def __init__(self, backbone: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device):
         self.backbone, self.optimizer = backbone, optimizer
         self.model: nn.Module = backbone
+        self._buffers: list[Tensor] | None = None  # as they were before the step: a forward moves running statistics
         if distributed.world_size() > 1:
             ids = [device.index] if device.type == "cuda" else None
             # views save a copy of all gradients; zero_grad must then keep them
@@ -24,14 +25,13 @@ class DDPEngine:
         DDP orders its gradient buckets anew after its first backward, so a resumed run would sum its first step in
         another order than the run it continues (seen at 3 and 4 ranks, not at 2).
         """
-        before = {name: buffer.clone() for name, buffer in self.backbone.named_buffers()}
         self.backward(self(images).sum())
         self.skip()
-        for name, buffer in self.backbone.named_buffers():
-            buffer.copy_(before[name])
 
     def __call__(self, images: Tensor) -> Tensor:
         """(b, 3, H, W) to embeddings (b, D)."""
+        if self._buffers is None:
+            self._buffers = [buffer.clone() for buffer in self.backbone.buffers()]
         return self.model(images)
 
     def backward(self, loss: Tensor) -> None:
@@ -42,10 +42,14 @@ class DDPEngine:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
+        self._buffers = None
 
     def skip(self) -> None:
-        """Drops the gradients of a step that did not happen."""
+        """Undoes a step that shall not have happened: drops its gradients, puts running statistics back."""
         self.optimizer.zero_grad(set_to_none=False)
+        for buffer, before in zip(self.backbone.buffers(), self._buffers or [], strict=False):
+            buffer.copy_(before)
+        self._buffers = None
 
     def backbone_state(self) -> dict[str, Tensor]:
         return self.backbone.state_dict()

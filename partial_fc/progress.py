@@ -1,0 +1,57 @@
+"""What a run has come through so far: equal on all ranks, and kept in its checkpoints."""
+
+import math
+import sys
+from dataclasses import asdict, dataclass, field
+
+from partial_fc.parallel.distributed import RunError
+
+SKIPS_IN_A_ROW = 10  # steps without a finite loss after which a run stops
+TOLERATED_UNDECODABLE = 10  # samples; below it data.max_undecodable is not asked, a run has seen too few
+
+
+@dataclass
+class Progress:
+    """Counts since the start of the run, and the losses since the last row of metrics.jsonl."""
+
+    samples: int = 0
+    undecodable: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    losses: list[float] = field(default_factory=list)
+
+    def state(self) -> dict:
+        return asdict(self)
+
+    def step(self, step: int, loss: float, samples: int, undecodable: int, bad_here: list[str]) -> None:
+        """Notes a step of `samples` over all ranks, `undecodable` of them; `bad_here` are the keys of this rank's."""
+        for key in bad_here:
+            print(f"step {step}: sample {key} could not be decoded; its batch is one shorter", file=sys.stderr)
+        self.samples += samples
+        self.undecodable += undecodable
+        if math.isfinite(loss):
+            self.skipped_in_a_row = 0
+            self.losses.append(loss)
+        else:
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+
+    def check(self, step: int, max_undecodable: float) -> None:
+        """Raises RunError, on all ranks, that names the cause where too much went wrong for the run to go on."""
+        if self.undecodable > max(TOLERATED_UNDECODABLE, max_undecodable * self.samples):
+            raise RunError(
+                f"{self.undecodable} of {self.samples} samples could not be decoded, more than data.max_undecodable "
+                f"{max_undecodable} allows: check the shards of data.train"
+            )
+        if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
+            raise RunError(
+                f"the loss was not finite in {SKIPS_IN_A_ROW} successive steps, the last one {step}: an embedding is "
+                "NaN or infinite. Lower optim.lr or raise optim.warmup_steps; the same command goes on from the latest "
+                "checkpoint, which was not written in these steps"
+            )
+
+    def mean_loss(self) -> float | None:
+        """The mean of the losses since the last call; None if all steps were skipped."""
+        mean = sum(self.losses) / len(self.losses) if self.losses else None
+        self.losses = []
+        return mean
