@@ -30,23 +30,23 @@ from partial_fc.seeds import seed_for
 def train(config: Config, device: torch.device) -> bool:
     """Trains to the end of the run, from its latest checkpoint if there is one. True if finished, False if preempted.
 
-    A collective over all ranks of the job. Raises RunError on all ranks where the config, the
-    data or a checkpoint is at fault.
+    A collective over all ranks of the job. Raises RunError on all ranks where the config, the data or a checkpoint is
+    at fault.
     """
     run = Path(config.run.dir)
-    run_parts = build(config, device)
-    index, order, head, engine = run_parts.index, run_parts.order, run_parts.head, run_parts.engine
+    parts = build(config, device)
+    index, order, head, engine = parts.index, parts.order, parts.head, parts.engine
     rank, world_size = distributed.rank(), distributed.world_size()
     head_rate = _first(config.head.optim.lr, config.optim.lr) / config.optim.lr  # of the backbone's rate
     largest_part = -(-order.global_batch_size // world_size)
-    progress = run_parts.progress
-    done = run_parts.start_step
+    progress = parts.progress
+    done = parts.start_step
     preempted = False
     with distributed.together("opening the data"):
-        batches = read_batches(config, run_parts)
+        batches = read_batches(config, parts)
 
-    with preemption() as asked_to_stop, metrics_of(config, run, run_parts) as metrics:
-        for step in range(run_parts.start_step, run_parts.total_steps):
+    with preemption() as asked_to_stop, metrics_of(config, run, parts) as metrics:
+        for step in range(parts.start_step, parts.total_steps):
             # data: this rank's images (b, 3, H, W) uint8 and labels (b,)
             waiting = time.monotonic()
             batch = next_batch(batches)
@@ -55,7 +55,7 @@ def train(config: Config, device: torch.device) -> bool:
 
             # forward and backward: embeddings (b, D), loss () equal on all ranks
             embeddings = engine(normalize(batch.images.to(device), config.data.mean, config.data.std))
-            head.begin_step(step, run_parts.labels(step))
+            head.begin_step(step, parts.labels(step))
             loss = head(embeddings, batch.labels.to(device), largest_part)
             engine.backward(loss)
 
@@ -63,7 +63,7 @@ def train(config: Config, device: torch.device) -> bool:
             loss_now, preempted, bad = agree(loss, asked_to_stop(), len(batch.bad))
 
             # update of head and backbone, or of neither
-            lr = learning_rate(step, run_parts.total_steps, config.optim.lr, config.optim)
+            lr = learning_rate(step, parts.total_steps, config.optim.lr, config.optim)
             if math.isfinite(loss_now):
                 head.step(lr * head_rate)
                 engine.step(lr)
@@ -75,7 +75,7 @@ def train(config: Config, device: torch.device) -> bool:
 
             # log and save: `done` steps are finished
             done = step + 1
-            last = done == run_parts.total_steps
+            last = done == parts.total_steps
             if metrics is not None:
                 metrics.step(waited)
             if done % config.track.log_every == 0 or last:
@@ -98,7 +98,7 @@ def train(config: Config, device: torch.device) -> bool:
             if preempted:
                 break
 
-    finished = done >= run_parts.total_steps
+    finished = done >= parts.total_steps
     with distributed.together("ending the run"):
         if rank == 0 and not finished:
             (run / "preempted").write_text(f"step {done}\n")

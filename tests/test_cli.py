@@ -1,0 +1,92 @@
+"""partial-fc as it is typed: an own folder into shards, a run evaluated on it, a report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from partial_fc.data.reader import images_in_order
+from partial_fc.data.shards import load_index
+from tests.conftest import REPOSITORY, run_ranks
+from tests.test_train import train_here
+
+
+def partial_fc(*arguments: str | Path, code: int = 0) -> str:
+    command = [sys.executable, "-m", "partial_fc.cli", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(glyphs_ci, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("cli") / "run"
+    run_ranks(train_here, 1, run, glyphs_ci / "train", "run.steps=5")
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(glyphs_ci, tmp_path_factory) -> Path:
+    """A folder of images per identity, larger than wanted, one of them broken."""
+    folder = tmp_path_factory.mktemp("photos")
+    index = load_index(glyphs_ci / "test_seen")
+    samples = np.flatnonzero(index.label < 25)
+    numbers = iter(range(len(samples)))
+    for batch in images_in_order(index, samples, 256, 0):
+        for image, label in zip(batch.images.numpy(), batch.labels.tolist(), strict=True):
+            path = folder / f"person {label}" / f"{next(numbers)}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            cv2.imwrite(str(path), cv2.resize(image.transpose(1, 2, 0), (48, 48)))
+    (folder / "person 0" / "broken.jpg").write_bytes(b"no image")
+    return folder
+
+
+def test_prepare_evaluate_report(run, folder, tmp_path):
+    said = partial_fc("prepare", "folder", folder, tmp_path / "shards", "--size", "32", "--min-samples", "2")
+    assert "25 identities" in said and "1 undecodable" in said
+    index = load_index(tmp_path / "shards")
+    assert index.num_classes == 25 and index.prepared["image_size"] == [32, 32]
+
+    said = partial_fc("evaluate", run, "--data", f"mine={tmp_path}/shards", "--untrained")
+    assert "TAR@1e-3" in said and "mine            untrained" in said
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert evaluation["step"] == 5 and set(evaluation["models"]) == {"trained", "untrained"}
+    assert evaluation["models"]["trained"]["mine"]["num_identities"] == 25
+
+    assert f"report: {tmp_path}/page.html" in partial_fc("report", run, "--out", tmp_path / "page.html")
+    assert "mine" in (tmp_path / "page.html").read_text()
+
+
+def test_evaluate_takes_the_folder_of_one_checkpoint(run, glyphs_ci):
+    checkpoint = run / "checkpoints" / "step_00000005"
+    said = partial_fc("evaluate", checkpoint, "--data", glyphs_ci / "test_unseen")
+    assert "test_unseen" in said and (checkpoint / "evaluation.json").exists()
+
+
+def test_prepare_glyphs(tmp_path):
+    options = ("--size", "16", "--ranges", "0041-005A", "--min-samples", "4", "--hold-out", "STIX")
+    said = partial_fc("prepare", "glyphs", "letters", tmp_path / "letters", *options)
+    assert f"{tmp_path}/letters/train: " in said and "left out: " in said
+    assert load_index(tmp_path / "letters" / "train").prepared["image_size"] == [16, 16]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("prepare", "folder", "nowhere", "out"), "error: nowhere is no folder"),
+        (
+            ("prepare", "glyphs", "nowhere", "out"),
+            "error: got the source 'nowhere', wanted small, medium, large, letters or a folder",
+        ),
+        (("evaluate", "nowhere"), "error: evaluating nowhere failed: it holds no complete checkpoint"),
+        (("report", "nowhere"), "error: nowhere is no run folder"),
+    ],
+)
+def test_errors_are_one_line(arguments, message):
+    assert message in partial_fc(*arguments, code=1)
