@@ -25,10 +25,11 @@ test: lint
 	$(BIN)/python -m pytest
 
 demo: .venv/installed
+	@test ! -f data/glyphs_demo/train/index.json || echo "data/glyphs_demo is used as it is; delete it to prepare it anew"
 	test -f data/glyphs_demo/train/index.json || \
 	  $(BIN)/partial-fc prepare glyphs $(FONTS) data/glyphs_demo --size 32 $(if $(HOLD_OUT),--hold-out $(HOLD_OUT))
 	$(BIN)/torchrun --nproc_per_node=2 launch/train.py configs/glyphs_demo.yaml
-	@echo "run folder: runs/glyphs_demo   report: runs/glyphs_demo/report.html   (make demo again reuses both)"
+	@echo "run folder: runs/glyphs_demo   report: runs/glyphs_demo/report.html   (another make demo goes on from what is there)"
 
 soak: .venv/installed
 	PARTIAL_FC_SOAK=1 $(BIN)/python -m pytest -m soak

@@ -2,6 +2,7 @@
 [section.key=value ...]"""
 
 import argparse
+import os
 import sys
 
 from partial_fc.config import describe, load_config
@@ -20,7 +21,7 @@ def main() -> None:
     try:
         config = load_config(arguments.config, arguments.overrides)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     if arguments.print_config:
         print(describe(config), end="")
         return

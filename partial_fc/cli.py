@@ -66,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
-    return int(height), int(width or height)
+    try:
+        return int(height), int(width or height)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give 112, or height x width as 112x96") from None
 
 
 def _names(text: str) -> list[str]:
@@ -74,7 +77,10 @@ def _names(text: str) -> list[str]:
 
 
 def _ranges(text: str) -> list[tuple[int, int]]:
-    return [(int(first, 16), int(last, 16)) for first, last in (part.split("-") for part in text.split(","))]
+    try:
+        return [(int(first, 16), int(last, 16)) for first, last in (part.split("-") for part in text.split(","))]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of ranges; give 4E00-9FFF,3400-4DBF") from None
 
 
 def _prepare_folder(arguments: argparse.Namespace) -> None:

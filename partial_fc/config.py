@@ -35,7 +35,9 @@ class Run(Section):
     @model_validator(mode="after")
     def _one_length(self):
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either run.steps or run.epochs")
+            raise ValueError(
+                "give either run.steps or run.epochs, and make the other null: run.epochs=null run.steps=100"
+            )
         return self
 
 
@@ -156,6 +158,8 @@ class EvaluationSet(Section):
     """Folder of shards: verification over all pairs, identification of each sample against one per identity."""
     distractors: str | None = None
     """Folder of shards whose identities join the gallery."""
+    note: str = ""
+    """What the set is, for the report."""
 
 
 class Evaluate(Section):
@@ -231,7 +235,7 @@ def _explain(problem: dict) -> str:
     name = ".".join(map(str, location))
     if problem["type"] == "extra_forbidden":
         nearest = _nearest(location)
-        hint = f"did you mean {nearest}?" if nearest else "see --print-config for the known ones"
+        hint = f"did you mean {nearest}?" if nearest else f"there are {', '.join(_siblings(location))}"
         return f"{name}: unknown key; {hint}"
     if problem["type"] == "missing":
         return f"{name}: missing; it has no default, give it in the YAML or as {name}=..."
@@ -244,13 +248,17 @@ def _nearest(location: tuple) -> str | None:
     unknown = str(location[-1])
     known = [".".join(map(str, key)) for key in _keys(Config)]
     section = ".".join(map(str, location[:-1]))
-    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
-    match = difflib.get_close_matches(unknown, siblings, n=1)
+    match = difflib.get_close_matches(unknown, _siblings(location), n=1)
     if match:
-        return siblings[match[0]]
+        return f"{section}.{match[0]}" if section else match[0]
     everywhere = {key.rpartition(".")[2]: key for key in known}
     match = difflib.get_close_matches(unknown, everywhere, n=1)
     return everywhere[match[0]] if match else None
+
+
+def _siblings(location: tuple) -> list[str]:
+    """The names of the settings beside the one at `location`."""
+    return [str(key[-1]) for key in _keys(Config) if key[:-1] == tuple(map(str, location[:-1]))]
 
 
 def _keys(section: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

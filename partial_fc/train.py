@@ -1,5 +1,6 @@
 """Training: everything is built from a config, then one loop."""
 
+import fcntl
 import math
 import signal
 import time
@@ -34,6 +35,11 @@ def train(config: Config, device: torch.device) -> bool:
     at fault.
     """
     run = Path(config.run.dir)
+    with the_only_one_in(run):
+        return _train(config, device, run)
+
+
+def _train(config: Config, device: torch.device, run: Path) -> bool:
     parts = build(config, device)
     index, order, head, engine = parts.index, parts.order, parts.head, parts.engine
     rank, world_size = distributed.rank(), distributed.world_size()
@@ -143,6 +149,7 @@ def build(config: Config, device: torch.device) -> Parts:
         found = checkpoint.find_latest(run)
         if found is not None:
             check_unchanged(found, config, index)
+        check_evaluation(config, size)
         head = PartialFC(
             index.num_classes,
             config.backbone.embedding_dim,
@@ -168,7 +175,8 @@ def build(config: Config, device: torch.device) -> Parts:
         if distributed.rank() == 0:
             run.mkdir(parents=True, exist_ok=True)
             (run / "preempted").unlink(missing_ok=True)
-            save_config(config, run / "config.yaml")
+            if start_step < total_steps:
+                save_config(config, run / "config.yaml")
             print_summary(config, index, order, head, total_steps, found)
     progress = Progress() if found is None else Progress(**found.manifest["settings"]["progress"])
     return Parts(index, order, head, engine, total_steps, start_step, progress)
@@ -223,6 +231,13 @@ def check_unchanged(found: checkpoint.Checkpoint, config: Config, index: Index) 
             f"{found.path} was written with other classes than {index.path}/classes.txt has: its class centers would "
             "stand for the wrong identities. Use the data it was written with, or start anew in another run.dir"
         )
+    net = Config.model_validate(found.manifest["settings"]["config"]).backbone
+    if net != config.backbone or found.manifest["settings"]["image_size"] != list(image_size(index)):
+        raise ValueError(
+            f"{found.path} was written with {net.name}, embedding_dim {net.embedding_dim}, images of "
+            f"{found.manifest['settings']['image_size']} pixels; this run has {config.backbone.name}, embedding_dim "
+            f"{config.backbone.embedding_dim}, {list(image_size(index))}: put it back or give another run.dir"
+        )
     theirs, ours = found.manifest["settings"]["order"], order_settings(config, index)
     changed = [
         f"{name} was {theirs.get(name)!r}, now {value!r}" for name, value in ours.items() if theirs.get(name) != value
@@ -232,6 +247,29 @@ def check_unchanged(found: checkpoint.Checkpoint, config: Config, index: Index) 
             f"{found.path} was made with another data order: {'; '.join(changed)}. Put it back, or accept the new "
             "order from here on with data.restart=true, or start anew in another run.dir"
         )
+
+
+def check_evaluation(config: Config, size: tuple[int, int]) -> None:
+    """Raises, before anything is trained, where a set that will be evaluated on is missing or of another image size."""
+    for chosen in config.evaluate.sets.values():
+        for folder in filter(None, (chosen.data, chosen.distractors)):
+            if image_size(load_index(folder)) != size:
+                raise ValueError(
+                    f"{folder} has images of {image_size(load_index(folder))} pixels, {config.data.train} of {size}: "
+                    "prepare them at one size"
+                )
+
+
+def changes(before: dict, now: dict, prefix: str = "") -> list[str]:
+    """What differs between two configs, as section.key: before -> now."""
+    found = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {old} -> {new}")
+    return found
 
 
 def print_summary(
@@ -246,6 +284,11 @@ def print_summary(
         f"({total_steps / order.steps_per_epoch:.2f} epochs), {start}",
         flush=True,
     )
+    if found is not None:
+        for change in changes(found.manifest["settings"]["config"], config.model_dump(mode="json")):
+            print(f"changed since the checkpoint: {change}", flush=True)
+    if config.optim.warmup_steps >= total_steps:
+        print(f"warning: optim.warmup_steps {config.optim.warmup_steps} is the whole run: it never gets to optim.lr")
 
 
 def next_batch(batches: Iterator[Batch]) -> Batch:
@@ -274,6 +317,27 @@ def read_batches(config: Config, parts: Parts) -> Iterator[Batch]:
             pin_memory=parts.head.device.type == "cuda",
         )
     )
+
+
+@contextmanager
+def the_only_one_in(run: Path) -> Iterator[None]:
+    """Holds the run folder: a second job in it would overwrite the first one's metrics and checkpoints."""
+    lock = None
+    with distributed.together(f"starting {run}"):
+        if distributed.rank() == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            lock = open(run / "lock", "w")  # noqa: SIM115 - held until the run ends
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    "another process trains in this folder: wait for it, or give another run.dir"
+                ) from None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 @contextmanager

@@ -11,14 +11,14 @@ from partial_fc import ArcFace, CosFace, Margin, NormSoftmax, Softmax
 from partial_fc.head.centers import draw_negatives
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CenterNorm(CosFace):
     """n = |w|: a margin on centers that are not normalized, as a user may write one."""
 
     normalize_centers: ClassVar[bool] = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Biased(ArcFace):
     has_bias: ClassVar[bool] = True
 

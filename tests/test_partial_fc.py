@@ -297,6 +297,8 @@ def test_errors_name_what_to_do():
         (dict(num_classes=4, embedding_dim=4, sample_rate=1.5), "sample_rate is 1.5"),
         (dict(num_classes=4, embedding_dim=4, dtype=torch.float16), "dtype is torch.float16"),
         (dict(num_classes=4, embedding_dim=4, chunk=0), "chunk is 0"),
+        (dict(num_classes=4, embedding_dim=4, margin="cosface"), "margin is 'cosface'; give an object"),
+        (dict(num_classes=4, embedding_dim=4, momentum=3), "momentum and weight_decay are 3"),
     ]:
         with pytest.raises(ValueError, match=message):
             PartialFC(**arguments)
@@ -344,6 +346,21 @@ def wrong_label(label: int) -> str:
     except ValueError as caught:
         return str(caught)
     return "no error"
+
+
+def built_too_early() -> str:
+    head = PartialFC(10, 4)
+    head.world_size = 1  # what it would be without a process group
+    try:
+        head(torch.randn(2, 4), torch.tensor([1, 2]))
+    except RuntimeError as caught:
+        return str(caught)
+    return "no error"
+
+
+def test_a_head_that_was_built_before_the_group_is_an_error():
+    wanted = "this head was built for 1 ranks, now there are 2: build it after torch.distributed.init_process_group"
+    assert run_ranks(built_too_early, 2) == [wanted] * 2
 
 
 def wrong_dtype() -> str:

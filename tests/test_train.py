@@ -163,7 +163,9 @@ def train_and_catch(run: Path, data: Path, *overrides: str) -> str:
         ("run.seed=1", "run.seed was 0, now 1.*data.restart=true"),
         ("data.streams=6", "data.streams was 4, now 6"),
         ("data.global_batch_size=96", "data.global_batch_size was 48, now 96"),
-        ("backbone.embedding_dim=32", "written with embedding_dim 64, this run has 32"),
+        ("backbone.embedding_dim=32", "embedding_dim 64, .* this run has smallnet, embedding_dim 32"),
+        ("backbone.name=spherenet20", "was written with smallnet, .* this run has spherenet20"),
+        ("evaluate.sets.P1.data=data/nope", "data/nope"),
         ("head.margin={name: softmax}", "written with center_state .*this run has .*'bias'"),
         ("head.margin={name: cosfase}", "did you mean cosface"),
         ("head.margin.m=0.3", "head.margin.m: cosface has no such parameter; it has scale, margin"),
@@ -354,7 +356,7 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(glyphs_ci, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_preempted_run_saves_at_once_and_goes_on(glyphs_ci, tmp_path, number):
     run = tmp_path / "run"
-    process = start(2, run, "run.steps=2000", "checkpoint.every=100000")
+    process = start(2, run, "run.steps=2000", "checkpoint.every=100000", "data.workers=1")
     wait_for_step(run, 5, process)
     if number == signal.SIGTERM:
         process.send_signal(number)  # the agent hands it on; its own exit code is 1 whatever the workers return
@@ -363,7 +365,7 @@ def test_a_preempted_run_saves_at_once_and_goes_on(glyphs_ci, tmp_path, number):
         os.kill(workers(process.pid)[0], number)  # one rank hears of it, all stop at the same step
         finish(process, code=0)
     saved = checkpoint.find_latest(run)
-    assert saved.step >= 5 and (run / "preempted").read_text() == f"step {saved.step}\n"
+    assert saved is not None and saved.step >= 5 and (run / "preempted").read_text() == f"step {saved.step}\n"
     finish(start(2, run, f"run.steps={saved.step + 3}"))
     assert not (run / "preempted").exists() and checkpoint.find_latest(run).step == saved.step + 3
 
@@ -385,6 +387,15 @@ def _stat(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return " Z "
+
+
+def test_two_jobs_in_one_folder_are_an_error(glyphs_ci, tmp_path):
+    first = start(2, tmp_path / "run", "run.steps=5000")
+    wait_for_step(tmp_path / "run", 2, first)
+    assert "another process trains in this folder" in finish(start(1, tmp_path / "run"), code=1)
+    assert first.poll() is None
+    first.kill()
+    first.communicate(timeout=60)
 
 
 def test_eight_ranks_are_wired(glyphs_ci, tmp_path):

@@ -7,6 +7,7 @@ the next. So the number of workers changes nothing, and a run resumes at any ste
 """
 
 import os
+import signal
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -251,10 +252,17 @@ def _loader(dataset: _Samples, requests: Iterable[_Request], workers: int, prefe
         collate_fn=_as_it_is,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
+        worker_init_fn=_leave_stopping_to_the_rank,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # or the loader would draw from the run's own
     )
     return _Batches(loader)
+
+
+def _leave_stopping_to_the_rank(worker: int) -> None:
+    """torchrun and Slurm send their signals to readers too; a reader that died of one would take its rank along."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Batch | ReadError) -> Batch | ReadError:

@@ -51,9 +51,10 @@ def embed(
             batches = images_in_order(index, mine, batch_size, workers) if len(mine) else []
             bar = tqdm(
                 total=len(mine),
-                desc=f"embedding {index.path.name}",
+                desc=f"embedding {index.path.name}, this rank's part",
                 unit=" images",
                 mininterval=1,
+                delay=2,
                 disable=rank() > 0,
             )
             with bar:

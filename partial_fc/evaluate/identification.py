@@ -68,7 +68,7 @@ def identify(
     ours = probes[np.asarray(part(len(probes), rank(), world_size()), dtype=np.int64)]
     ranks = [np.empty(0, dtype=np.int64)]
     starts = range(0, len(ours), chunk)
-    for start in tqdm(starts, desc="identification", unit=" blocks", mininterval=1, disable=rank() > 0):
+    for start in tqdm(starts, desc="identification", unit=" blocks", mininterval=1, delay=2, disable=rank() > 0):
         chosen = ours[start : start + chunk]
         probe = exact[torch.from_numpy(chosen).to(exact.device)]
         own_score = (probe * known[torch.from_numpy(own[chosen]).to(exact.device)]).sum(dim=1, keepdim=True)

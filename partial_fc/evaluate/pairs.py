@@ -97,7 +97,7 @@ def all_pairs(
 
     starts = range(0, n, chunk)
     tiles = [(row, column) for row in starts for column in starts if row <= column][rank() :: world_size()]
-    for row, column in tqdm(tiles, desc="all pairs", unit=" tiles", mininterval=1, disable=rank() > 0):
+    for row, column in tqdm(tiles, desc="all pairs", unit=" tiles", mininterval=1, delay=2, disable=rank() > 0):
         rows, columns = slice(row, row + chunk), slice(column, column + chunk)
         scores = exact[rows] @ exact[columns].T
         if row == column or identity[rows][-1] == identity[columns][0]:

@@ -67,6 +67,8 @@ def evaluate_run(
             flip=settings.flip,
             workers=config.data.workers,
         )
+        for chosen, result in results[name].items():
+            result["note"] = sets[chosen].note
     evaluation = {"format": FORMAT, "version": VERSION, "step": found.step, "models": results}
     with distributed.together(f"writing {path}/evaluation.json"):
         if distributed.rank() == 0:

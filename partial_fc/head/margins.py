@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Margin:
     """What all margins share. `scale`: s, or None for r = |x|, that is, no feature normalization."""
 
@@ -40,7 +40,7 @@ class Margin:
         return cosine
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Softmax(Margin):
     """Plain softmax: x.w + bias, nothing normalized (torch.nn.Linear and cross entropy)."""
 
@@ -50,12 +50,12 @@ class Softmax(Margin):
     has_bias: ClassVar[bool] = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NormSoftmax(Margin):
     """Normalized softmax: s cos(theta). NormFace (Wang et al. 2017, arXiv 1704.06369), eq. 6."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CosFace(Margin):
     """Additive cosine margin: s (cos(theta) - m3).
 
@@ -74,7 +74,7 @@ class CosFace(Margin):
         return cosine - self.margin
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArcFace(Margin):
     """Additive angular margin: s cos(theta + m2), continued past pi. ArcFace (arXiv 1801.07698), eq. 3.
 

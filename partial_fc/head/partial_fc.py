@@ -105,6 +105,10 @@ class PartialFC:
             raise ValueError(f"sample_rate is {sample_rate}; give a probability in (0, 1]")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype is {dtype}; give torch.float32 or torch.float64")
+        if not (margin is None or isinstance(margin, Margin)):
+            raise ValueError(f"margin is {margin!r}; give an object such as CosFace(scale=64, margin=0.35)")
+        if not 0 <= momentum < 1 or weight_decay < 0:
+            raise ValueError(f"momentum and weight_decay are {momentum} and {weight_decay}; give [0, 1) and 0 or more")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}; give a positive number of rows")
         device = torch.device(device)
@@ -114,7 +118,8 @@ class PartialFC:
         self.momentum, self.weight_decay = momentum, weight_decay
         self.check_labels = check_labels
         self.dtype, self.device = dtype, device
-        self.classes = class_range(num_classes, distributed.rank(), distributed.world_size())
+        self.world_size = distributed.world_size()
+        self.classes = class_range(num_classes, distributed.rank(), self.world_size)
         self.chunk = chunk or (2048 if device.type == "cpu" else 16384)
         self.centers = Centers(
             self.classes,
@@ -163,6 +168,11 @@ class PartialFC:
         Backward sends the embeddings W times the gradient of the loss: data-parallel averaging divides by W.
         In grad mode the forward is kept until `step`. Raises ValueError for a label out of range, on all ranks.
         """
+        if self.world_size != distributed.world_size():
+            raise RuntimeError(
+                f"this head was built for {self.world_size} ranks, now there are {distributed.world_size()}: build it "
+                "after torch.distributed.init_process_group"
+            )
         training = torch.is_grad_enabled()
         if training and self._forwards and self._step_labels is None:
             raise RuntimeError(

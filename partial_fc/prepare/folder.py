@@ -211,7 +211,7 @@ def _only_size(images: list[_Image]) -> tuple[int, int]:
         examples = ", ".join(f"{height} x {width}: {count}" for (height, width), count in sizes[:3])
         raise ValueError(
             f"got images of {len(sizes)} sizes (height x width: how many; {examples}{', …' * (len(sizes) > 3)}), "
-            "wanted one: give the size that all are to have"
+            "wanted one: give the size that all are to have, for example --size 112"
         )
     return sizes[0][0]
 

@@ -112,6 +112,7 @@ def _tables(runs: Sequence[Run]) -> list[dict]:
 
 def _about(result: dict) -> str:
     parts = [
+        *([result["note"]] if result.get("note") else []),
         f"{result['num_samples']:,} samples of {result['num_identities']:,} identities",
         f"{result['num_genuine']:,} genuine and {result['num_impostor']:,} impostor pairs",
         f"{result['num_distractors']:,} distractors" if result["num_distractors"] else "no distractors",
