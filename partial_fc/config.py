@@ -43,11 +43,11 @@ class Run(Section):
 
 class Affine(Section):
     degrees: float = Field(0.0, ge=0, le=180)
-    """Rotation is uniform in +- this."""
+    """Rotation about the middle is uniform in +- this."""
     translate: float = Field(0.0, ge=0, lt=1)
-    """Shift is uniform in +- this fraction of each side."""
+    """Shift is uniform in +- this fraction of width and height."""
     scale: float = Field(0.0, ge=0, lt=1)
-    """Size changes by a factor that is log-uniform in 1 / (1 + this) to 1 + this."""
+    """Magnification is exp(u), u uniform in +- this: 0.1 is between 0.90 and 1.11."""
 
 
 class Data(Section):

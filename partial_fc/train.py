@@ -14,7 +14,6 @@ from torch import Tensor
 
 from partial_fc import backbone, checkpoint
 from partial_fc.config import Config, save_config
-from partial_fc.data.augment import Affine
 from partial_fc.data.order import Order
 from partial_fc.data.reader import Batch, image_size, loader, normalize
 from partial_fc.data.shards import Index, load_index
@@ -300,7 +299,6 @@ def next_batch(batches: Iterator[Batch]) -> Batch:
 
 
 def read_batches(config: Config, parts: Parts) -> Iterator[Batch]:
-    affine = config.data.affine
     return iter(
         loader(
             parts.index,
@@ -313,7 +311,7 @@ def read_batches(config: Config, parts: Parts) -> Iterator[Batch]:
             workers=config.data.workers,
             prefetch=config.data.prefetch,
             flip=config.data.flip,
-            affine=None if affine is None else Affine(affine.degrees, affine.translate, affine.scale),
+            affine=config.data.affine,
             pin_memory=parts.head.device.type == "cuda",
         )
     )

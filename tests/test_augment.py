@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from partial_fc.data.augment import Affine, augment
+from partial_fc.config import Affine
+from partial_fc.data.augment import augment
 
 
 def image(height: int = 20, width: int = 30) -> np.ndarray:
@@ -41,7 +42,7 @@ def test_the_result_depends_on_the_generator_alone(affine):
 def test_the_input_is_left_as_it_is():
     before = image()
     for seed in range(8):
-        augment(before, rng(seed), True, Affine(10, 0.1, 0.1))
+        augment(before, rng(seed), True, Affine(degrees=10, translate=0.1, scale=0.1))
     np.testing.assert_array_equal(before, image())
 
 
@@ -90,9 +91,10 @@ def test_scale_is_about_the_middle():
 def test_the_border_is_replicated():
     white = np.full((20, 30, 3), 255, np.uint8)
     for seed in range(20):
-        np.testing.assert_array_equal(augment(white, rng(seed), True, Affine(45, 0.5, 0.5)), white)
+        moved_far = augment(white, rng(seed), True, Affine(degrees=45, translate=0.5, scale=0.5))
+        np.testing.assert_array_equal(moved_far, white)
 
 
 def test_a_negative_range_is_an_error():
-    with pytest.raises(ValueError, match="wanted ranges of at least 0"):
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
         Affine(degrees=-1)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from partial_fc.config import Affine
 from partial_fc.data import reader
-from partial_fc.data.augment import Affine
 from partial_fc.data.order import Order
 from partial_fc.data.reader import Batch, ReadError, decode, images_in_order, loader
 from partial_fc.data.shards import Index, load_index, write_shards

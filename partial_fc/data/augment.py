@@ -1,26 +1,11 @@
 """Random changes to an image, a pure function of the generator passed in. H height, W width."""
 
 import math
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Affine:
-    """The ranges of a random affine map; each value is drawn uniformly from [-range, range]."""
-
-    degrees: float = 0.0
-    """Rotation about the image's middle."""
-    translate: float = 0.0
-    """Shift, as a fraction of the image's width and height."""
-    scale: float = 0.0
-    """Logarithm of the magnification: 0.1 is a factor between exp(-0.1) = 0.90 and exp(0.1) = 1.11."""
-
-    def __post_init__(self) -> None:
-        if min(self.degrees, self.translate, self.scale) < 0:
-            raise ValueError(f"got {self}, wanted ranges of at least 0: they reach to both sides")
+from partial_fc.config import Affine
 
 
 def augment(image: np.ndarray, rng: np.random.Generator, flip: bool, affine: Affine | None) -> np.ndarray:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from partial_fc.data.augment import Affine, augment
+from partial_fc.config import Affine
+from partial_fc.data.augment import augment
 from partial_fc.data.order import Order
 from partial_fc.data.shards import Index
 from partial_fc.parallel.distributed import part

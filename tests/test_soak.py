@@ -1,0 +1,36 @@
+"""What takes minutes: `make soak`."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from partial_fc import checkpoint
+from tests.test_train import checksums, curve, finish, start, workers
+
+KILLS = 15
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_a_run_killed_at_random_moments_is_the_same_run(glyphs_ci, tmp_path):
+    """Three ranks, 150 steps, kill -9 of a random worker at a random moment, start-up and saving included."""
+    options = ("run.steps=150", "checkpoint.every=15", "data.workers=1", "evaluate.sets={}")
+    finish(start(3, tmp_path / "whole", *options))
+    moments = random.Random(0)
+    survived = []
+    for _ in range(KILLS):
+        process = start(3, tmp_path / "killed", *options)
+        time.sleep(moments.uniform(3, 14))
+        if process.poll() is None and workers(process.pid):
+            os.kill(moments.choice(workers(process.pid)), signal.SIGKILL)
+        finish(process, code=None)
+        found = checkpoint.find_latest(tmp_path / "killed")
+        survived.append(0 if found is None else found.step)
+    print("latest checkpoint after each kill:", survived)
+    assert survived == sorted(survived)
+    finish(start(3, tmp_path / "killed", *options))
+    assert checksums(tmp_path / "killed") == checksums(tmp_path / "whole")
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
