@@ -19,7 +19,7 @@ FLOORS = [
     {"parallel", "backbone", "optim"},
     {"data", "head"},
     {"checkpoint", "prepare", "progress"},
-    {"metrics"},
+    {"metrics", "build"},
     {"evaluate", "train"},
     {"report"},
     {"cli", "launch"},

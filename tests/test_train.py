@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from partial_fc import checkpoint
+from partial_fc.build import build
 from partial_fc.config import load_config
 from partial_fc.data.order import Order
 from partial_fc.data.shards import load_index
 from partial_fc.metrics import cut_back
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
-from partial_fc.train import build, read_batches, train
+from partial_fc.train import read_batches, train
 from tests.conftest import REPOSITORY, run_ranks
 
 CONFIG = REPOSITORY / "configs" / "glyphs_ci.yaml"

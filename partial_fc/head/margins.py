@@ -39,6 +39,13 @@ class Margin:
         """f of the target: (B,) cosines in [-1, 1] to (B,), decreasing in the angle over [0, pi]."""
         return cosine
 
+    def derivative(self, cosine: Tensor) -> Tensor:
+        """d target / d cosine, (B,) to (B,), by autograd."""
+        with torch.enable_grad():
+            cosine = cosine.detach().requires_grad_()
+            (derivative,) = torch.autograd.grad(self.target(cosine).sum(), cosine)
+        return derivative
+
 
 @dataclass(frozen=True, kw_only=True)
 class Softmax(Margin):

@@ -5,7 +5,6 @@ C_r classes of this rank, U rows in use.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -299,7 +298,7 @@ class PartialFC:
         self.target_cosine = torch.where(real, cosine, zero).sum() / count
         if not training:
             return loss, None, None
-        psi_prime = _derivative(self.margin.target, cosine)
+        psi_prime = self.margin.derivative(cosine)
         kept = _Forward(x, column, real, log_z, psi, psi_prime, p_minus_one)
         gradient = mean * torch.exp(maximum - log_z).to(self.dtype).unsqueeze(1)
         if self.margin.scale is not None:  # the backward of s x / |x|
@@ -349,11 +348,3 @@ class PartialFC:
         by_center = self._target_part(kept, target, by_embedding=False) * coefficient.unsqueeze(1)
         by_bias = torch.where(target.owned, kept.p_minus_one, 0).to(self.dtype) * coefficient
         return softmax.Pass(self._scaled(kept.x), kept.column, kept.log_z, coefficient, by_center, by_bias)
-
-
-def _derivative(target: Callable[[Tensor], Tensor], cosine: Tensor) -> Tensor:
-    """d psi / d cosine (B,) of a margin, by autograd on the vector of target cosines."""
-    with torch.enable_grad():
-        cosine = cosine.detach().requires_grad_()
-        (derivative,) = torch.autograd.grad(target(cosine).sum(), cosine)
-    return derivative
