@@ -11,6 +11,7 @@ from partial_fc.config import Config, save_config
 from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
+from partial_fc.evaluate.runs import open_sets
 from partial_fc.head.margins import build_margin
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.optim import build_optimizer
@@ -57,7 +58,7 @@ def build(config: Config, device: torch.device) -> Parts:
         found = checkpoint.find_latest(run)
         if found is not None:
             check_unchanged(found, config, index)
-        check_evaluation(config, size)
+        open_sets(config.evaluate.sets, size)  # what is wrong with them is said now, not after the training
         head = PartialFC(
             index.num_classes,
             config.backbone.embedding_dim,
@@ -156,17 +157,6 @@ def check_unchanged(found: checkpoint.Checkpoint, config: Config, index: Index) 
             f"{found.path} was made with another data order: {'; '.join(changed)}. Put it back, or accept the new "
             "order from here on with data.restart=true, or start anew in another run.dir"
         )
-
-
-def check_evaluation(config: Config, size: tuple[int, int]) -> None:
-    """Raises, before anything is trained, where a set that will be evaluated on is missing or of another image size."""
-    for chosen in config.evaluate.sets.values():
-        for folder in filter(None, (chosen.data, chosen.distractors)):
-            if image_size(load_index(folder)) != size:
-                raise ValueError(
-                    f"{folder} has images of {image_size(load_index(folder))} pixels, {config.data.train} of {size}: "
-                    "prepare them at one size"
-                )
 
 
 def changes(before: dict, now: dict, prefix: str = "") -> list[str]:

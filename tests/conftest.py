@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import shutil
 import tempfile
 import time
 import traceback
@@ -136,9 +137,13 @@ REPOSITORY = Path(__file__).parent.parent
 @pytest.fixture(scope="session")
 def glyphs_ci() -> Path:
     """The shards of configs/glyphs_ci.yaml, made once and left there: letters in the fonts that matplotlib brings."""
+    from partial_fc.data.shards import load_index
     from partial_fc.prepare.glyphs import prepare_glyphs
 
     path = REPOSITORY / "data" / "glyphs_ci"
-    if not path.exists():
+    try:
+        load_index(path / "train")
+    except (OSError, ValueError):  # not there, or of an older version
+        shutil.rmtree(path, ignore_errors=True)
         prepare_glyphs("letters", path, size=32)
     return path

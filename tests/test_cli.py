@@ -27,7 +27,7 @@ def partial_fc(*arguments: str | Path, code: int = 0) -> str:
 @pytest.fixture(scope="module")
 def run(glyphs_ci, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("cli") / "run"
-    run_ranks(train_here, 1, run, glyphs_ci / "train", "run.steps=5")
+    run_ranks(train_here, 1, run, glyphs_ci / "train", "run.steps=5", "evaluate.untrained=false")
     return run
 
 
@@ -67,6 +67,24 @@ def test_evaluate_takes_the_folder_of_one_checkpoint(run, glyphs_ci):
     checkpoint = run / "checkpoints" / "step_00000005"
     said = partial_fc("evaluate", checkpoint, "--data", glyphs_ci / "test_unseen")
     assert "test_unseen" in said and (checkpoint / "evaluation.json").exists()
+
+
+def test_a_set_that_cannot_be_evaluated_is_named(run, folder, tmp_path):
+    partial_fc("prepare", "folder", folder, tmp_path / "large", "--size", "48")
+    said = partial_fc("evaluate", run, "--data", f"big={tmp_path}/large", code=1)
+    assert "evaluation set big: " in said and "images of (48, 48) pixels, the backbone is trained on (32, 32)" in said
+    for person in folder.iterdir():
+        (tmp_path / "single" / person.name).mkdir(parents=True)
+        first = min(person.glob("[0-9]*.jpg"))
+        (tmp_path / "single" / person.name / "a.jpg").write_bytes(first.read_bytes())
+    partial_fc("prepare", "folder", tmp_path / "single", tmp_path / "one", "--size", "32")
+    said = partial_fc("evaluate", run, "--data", f"one={tmp_path}/one", code=1)
+    assert "evaluation set one: " in said and "25 identities of at most 1 samples" in said
+
+
+def test_distractors_that_are_in_the_set_are_pointed_out(run, glyphs_ci):
+    said = partial_fc("evaluate", run, "--data", f"P={glyphs_ci}/test_seen,{glyphs_ci}/test_unseen")
+    assert "warning: evaluation set P: " in said and "evaluating the trained backbone on P" in said
 
 
 def test_prepare_glyphs(tmp_path):

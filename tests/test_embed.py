@@ -35,7 +35,10 @@ def write_images(out: Path, identities: int, samples: int, broken: int | None = 
     if broken is not None:
         encoded[broken] = (b"not an image", "png", encoded[broken][2])
     return write_shards(
-        out, encoded, [f"shape {i}" for i in range(identities)], prepared={"image_size": [32, 32], "kind": "test"}
+        out,
+        encoded,
+        [f'shape {i}"><script>alert({i})</script>' for i in range(identities)],
+        prepared={"image_size": [32, 32], "kind": "test"},
     )
 
 

@@ -19,8 +19,9 @@ FLOORS = [
     {"parallel", "backbone", "optim"},
     {"data", "head"},
     {"checkpoint", "prepare", "progress"},
-    {"metrics", "build"},
-    {"evaluate", "train"},
+    {"metrics", "evaluate"},
+    {"build"},
+    {"train"},
     {"report"},
     {"cli", "launch"},
 ]

@@ -61,6 +61,42 @@ def test_the_index_describes_the_folder(tmp_path):
     assert not (tmp_path / "set.partial").exists()
 
 
+def test_permuted_class_names_are_an_error(tmp_path):
+    index = write(tmp_path / "set")
+    names = (index.path / "classes.txt").read_text().splitlines()
+    (index.path / "classes.txt").write_text("\n".join(reversed(names)) + "\n")
+    with pytest.raises(ValueError, match="classes.txt is damaged: its sha256"):
+        load_index(index.path)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda d: "{", "index.json is damaged"),
+        (lambda d: "[]", "has the format None"),
+        (lambda d: json.dumps({k: v for k, v in d.items() if k != "shards"}), "it has no shards"),
+        (lambda d: json.dumps(d | {"shards": [d["shards"][0] | {"name": "../x.tar"}]}), "outside its folder"),
+        (lambda d: json.dumps(d | {"arrays": {"../x": ""}}), "outside its folder"),
+    ],
+)
+def test_a_damaged_or_hostile_index_is_one_clear_error(tmp_path, damage, message):
+    index = write(tmp_path / "set")
+    file = index.path / "index.json"
+    file.write_text(damage(json.loads(file.read_text())))
+    with pytest.raises(ValueError, match=message):
+        load_index(index.path)
+
+
+def test_a_damaged_array_names_its_file(tmp_path):
+    index = write(tmp_path / "set")
+    file = index.path / "index" / "label.npy"
+    for content in (b"garbage", file.read_bytes()[:100], b""):
+        file.unlink()
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="label.npy is damaged"):
+            load_index(index.path)
+
+
 def test_webdataset_reads_the_same_samples(tmp_path):
     index = write(tmp_path / "set")
     urls = [str(index.path / name) for name in index.shard_names]

@@ -33,9 +33,10 @@ class Order:
     streams: int
     seed: int
     shuffle_window: int
-    # Caches of pure functions: the latest epoch's row, and the latest shuffled window of each stream.
+    # Caches of pure functions, for a reader that is ahead and a training loop behind it: the rows of two epochs,
+    # and two shuffled windows of each stream.
     _rows: dict[int, tuple[np.ndarray, np.ndarray, int]] = field(default_factory=dict, init=False, repr=False)
-    _windows: dict[int, tuple[tuple, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
+    _windows: dict[tuple[int, int], tuple[tuple, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.streams < 1 or self.shuffle_window < 1:
@@ -87,16 +88,18 @@ class Order:
 
     def _shuffled(self, epoch: int, stream: int, window: int, size: int) -> np.ndarray:
         """(size,): the permutation inside a window."""
-        key, shuffled = self._windows.get(stream, (None, None))
+        place = stream, window % 2
+        key, shuffled = self._windows.get(place, (None, None))
         if key != (epoch, window):
             shuffled = _random("order window", self.seed, epoch, stream, window).permutation(size)
-            self._windows[stream] = ((epoch, window), shuffled)
+            self._windows[place] = ((epoch, window), shuffled)
         return shuffled
 
     def _samples(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """The sample numbers at `places` of the epoch's row."""
         if epoch not in self._rows:
-            self._rows.clear()
+            while len(self._rows) > 1:
+                del self._rows[min(self._rows)]
             self._rows[epoch] = self._row(epoch)
         ends, shift, rotation = self._rows[epoch]
         places = (places + rotation) % self.num_samples

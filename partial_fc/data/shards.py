@@ -149,6 +149,7 @@ def write_shards(
                 }
                 for name, count in zip(shard_names, counts, strict=True)
             ],
+            "classes_sha256": _sha256(partial / "classes.txt"),
             "arrays": {name: _sha256(partial / "index" / f"{name}.npy") for name in columns},
             "prepared": prepared,
         }
@@ -171,6 +172,7 @@ def load_index(path: Path | str) -> Index:
     shards, num_samples, num_classes = (description[name] for name in ("shards", "num_samples", "num_classes"))
     for shard in shards:
         _check_shard_file(path / shard["name"], shard["bytes"])
+    _check_checksum(path / "classes.txt", description["classes_sha256"])  # permuted names would be other people
 
     arrays = {name: _open_array(path / "index" / f"{name}.npy", num_samples) for name in description["arrays"]}
     for name, dtype in _DTYPES.items():
@@ -178,6 +180,7 @@ def load_index(path: Path | str) -> Index:
             got = f"{arrays[name].dtype} {arrays[name].shape}" if name in arrays else "none"
             raise ValueError(f"{path}: got {got} for the array {name!r}, wanted {np.dtype(dtype)} (N,): {_AGAIN}")
     checksums = [
+        ("classes.txt", description["classes_sha256"]),
         *sorted(description["arrays"].items()),
         *((shard["name"], shard["sha256"]) for shard in shards),
     ]
@@ -204,10 +207,9 @@ def verify(index: Index) -> None:
     description = _read_description(index.path)
     files = [(index.path / "index" / f"{name}.npy", sha256) for name, sha256 in description["arrays"].items()]
     files += [(index.path / shard["name"], shard["sha256"]) for shard in description["shards"]]
+    files.append((index.path / "classes.txt", description["classes_sha256"]))
     for file, wanted in tqdm(files, desc=f"verifying {index.path.name}", unit=" files", mininterval=1):
-        got = _sha256(file)
-        if got != wanted:
-            raise ValueError(f"{file} is damaged: its sha256 is {got}, the index says {wanted}: {_AGAIN}")
+        _check_checksum(file, wanted)
 
 
 def _write_tars(
@@ -245,19 +247,41 @@ def _write_tars(
     return names, {name: np.frombuffer(values, dtype=_DTYPES[name]) for name, values in columns.items()}
 
 
+_KEYS = ("version", "num_samples", "num_classes", "shards", "classes_sha256", "arrays", "prepared")
+
+
 def _read_description(path: Path) -> dict[str, Any]:
     file = path / "index.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} is no data set: it has no index.json (`partial-fc prepare` makes one)")
-    description = json.loads(file.read_text(encoding="utf-8"))
-    if description.get("format") != FORMAT:
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}: {_AGAIN}") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        description = description if isinstance(description, dict) else {}
         raise ValueError(f"{file} has the format {description.get('format')!r}, wanted {FORMAT!r}")
-    if description["version"] > VERSION:
+    if description.get("version", 0) > VERSION:
         raise ValueError(
             f"{file} has the format version {description['version']}, this partial_fc reads up to {VERSION}: "
             "update partial_fc, or prepare the data set again with this one"
         )
+    missing = [name for name in _KEYS if name not in description]
+    if missing:
+        raise ValueError(f"{file} is damaged or of an old format: it has no {', '.join(missing)}: {_AGAIN}")
+    names = [*(shard["name"] for shard in description["shards"]), *description["arrays"]]
+    outside = [name for name in names if Path(name).name != name]
+    if outside:  # the index may be somebody else's
+        raise ValueError(f"{file} names {outside[0]!r}, which is outside its folder: {_AGAIN}")
     return description
+
+
+def _check_checksum(file: Path, wanted: str) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: {_AGAIN}")
+    got = _sha256(file)
+    if got != wanted:
+        raise ValueError(f"{file} is damaged: its sha256 is {got}, the index says {wanted}: {_AGAIN}")
 
 
 def _check_shard_file(file: Path, wanted: int) -> None:
@@ -271,7 +295,10 @@ def _check_shard_file(file: Path, wanted: int) -> None:
 def _open_array(file: Path, num_samples: int) -> np.ndarray:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: {_AGAIN}")
-    values = np.load(file, mmap_mode="r", allow_pickle=False)
+    try:
+        values = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is damaged: {error}: {_AGAIN}") from error
     if len(values) != num_samples:
         raise ValueError(f"{file} has {len(values)} rows, index.json says {num_samples} samples: {_AGAIN}")
     return values

@@ -196,11 +196,13 @@ class _Hardest:
         if full and signed.max().item() < self.best[-1][2] * self.sign:
             return  # nearly every tile ends here
         limit = signed.topk(min(self.keep, len(signed))).values[-1]
-        places = (signed >= limit).nonzero()[:, 0]
-        one, other = find(places)
-        low, high = torch.minimum(one, other), torch.maximum(one, other)
-        found = zip(low.tolist(), high.tolist(), scores[places].tolist(), strict=True)
-        self.best = self.merged([self.best, list(found)])
+        # of a collapsed network millions of pairs may tie: the first are chosen before they leave the tensors
+        for places in ((signed > limit).nonzero()[:, 0], (signed == limit).nonzero()[:, 0]):
+            one, other = find(places)
+            low, high = torch.minimum(one, other), torch.maximum(one, other)
+            first = ((low << 32) + high).argsort()[: self.keep]
+            found = zip(low[first].tolist(), high[first].tolist(), scores[places[first]].tolist(), strict=True)
+            self.best = self.merged([self.best, list(found)])
 
     def merged(self, lists: Iterable[list[Pair]]) -> list[Pair]:
         pairs = [pair for part in lists for pair in part]

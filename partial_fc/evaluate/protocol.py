@@ -71,9 +71,10 @@ def _embed_distractors(backbone: nn.Module, distractors: Index, seed: int, embed
 def verify(embeddings: Tensor, labels: np.ndarray, seed: int) -> dict:
     """Verification of normalized embeddings (n, D), as plain numbers ready for JSON.
 
-    TAR at FAR, ROC and histograms are over all pairs of the set. A FAR of which the set's impostor pairs do
-    not allow one false accept is null. The 10-fold accuracy is over a seeded list of 10 x (300 + 300) pairs;
-    null if the set has fewer than 20 identities, or fewer than 10 of two samples.
+    TAR at FAR, ROC and histograms are over all pairs of the set. A FAR of which the set's impostor pairs do not
+    allow one false accept is null. The 10-fold accuracy is over a seeded list of 10 x (300 + 300) pairs, or fewer
+    where the set has no more (num_fold_pairs); null if the set has fewer than 20 identities, or fewer than 10 of two
+    samples.
     """
     labels = np.asarray(labels)
     pairs = all_pairs(embeddings, labels, max_far=max(map(float, FARS)), hardest=EXAMPLES)
@@ -86,6 +87,7 @@ def verify(embeddings: Tensor, labels: np.ndarray, seed: int) -> dict:
         "fold_accuracy": None,
         "fold_accuracy_std": None,
         "fold_threshold": None,
+        "num_fold_pairs": 0,
         "tar_at_far": {far: _at(pairs, far) for far in FARS},
         "roc": [list(point) for point in pairs.roc()],
         "histogram": {
@@ -105,7 +107,12 @@ def verify(embeddings: Tensor, labels: np.ndarray, seed: int) -> dict:
         first, second = torch.from_numpy(chosen).to(exact.device).T
         score = (exact[first] * exact[second]).sum(dim=1).cpu().numpy()
         mean, std, thresholds = fold_accuracy(score, same, fold)
-        result.update(fold_accuracy=mean, fold_accuracy_std=std, fold_threshold=float(thresholds.mean()))
+        result.update(
+            fold_accuracy=mean,
+            fold_accuracy_std=std,
+            fold_threshold=float(thresholds.mean()),
+            num_fold_pairs=len(chosen),
+        )
         # By how much a pair is on the right side of the threshold that its fold was judged by.
         margin = np.where(same, score - thresholds[fold], thresholds[fold] - score)
         right = (score >= thresholds[fold]) == same
@@ -179,6 +186,8 @@ def missing(result: Mapping) -> list[str]:
         notes.append(
             f"– where the {result['num_impostor']:,} impostor pairs are too few to show that FAR (wanted {wanted})."
         )
+    if 0 < result.get("num_fold_pairs", 0) < 2 * FOLDS * PAIRS_PER_FOLD:
+        notes.append(f"the 10-fold accuracy is over {result['num_fold_pairs']:,} pairs: the set has no more.")
     if result["fold_accuracy"] is None:
         notes.append(
             f"– for the 10-fold accuracy: it needs {2 * FOLDS} identities, {FOLDS} of them with two samples; "

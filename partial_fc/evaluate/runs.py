@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -41,21 +42,15 @@ def evaluate_run(
         sets = settings.sets if sets is None else sets
         if not sets:
             raise ValueError("there is nothing to evaluate on; give --data, or evaluate.sets in the config")
-        indexes = {name: _indexes(chosen) for name, chosen in sets.items()}
         size = tuple(found.manifest["settings"]["image_size"])
-        for index in (index for pair in indexes.values() for index in pair if index is not None):
-            if image_size(index) != size:
-                raise ValueError(
-                    f"{index.path} has images of {image_size(index)} pixels, the backbone was trained on {size}: "
-                    "prepare the set at that size"
-                )
+        indexes = open_sets(sets, size)
     models = {"trained": _trained(found, config, size)}
-    if settings.untrained:
+    if untrained or settings.untrained:
         models["untrained"] = _initial(config, size)
     results = {}
     for name, net in models.items():
         if distributed.rank() == 0:
-            print(f"evaluating the {name} backbone on {', '.join(settings.sets)}", flush=True)
+            print(f"evaluating the {name} backbone on {', '.join(sets)}", flush=True)
         results[name] = evaluate_sets(
             net.to(device).eval(),
             indexes,
@@ -79,8 +74,35 @@ def evaluate_run(
     return evaluation
 
 
-def _indexes(chosen: EvaluationSet) -> tuple[Index, Index | None]:
-    return load_index(chosen.data), None if chosen.distractors is None else load_index(chosen.distractors)
+def open_sets(sets: dict[str, EvaluationSet], size: tuple[int, int]) -> dict[str, tuple[Index, Index | None]]:
+    """Every set's data and distractors. Raises ValueError for a set of other images than `size`, or without pairs.
+
+    Says where a distractor has the name of an identity of the set.
+    """
+    indexes = {}
+    for name, chosen in sets.items():
+        index = load_index(chosen.data)
+        distractors = None if chosen.distractors is None else load_index(chosen.distractors)
+        for one in filter(None, (index, distractors)):
+            if image_size(one) != size:
+                raise ValueError(
+                    f"evaluation set {name}: {one.path} has images of {image_size(one)} pixels, the backbone is "
+                    f"trained on {size}: prepare the set at that size"
+                )
+        samples = np.unique(index.label, return_counts=True)[1]
+        if len(samples) < 2 or samples.max() < 2:
+            raise ValueError(
+                f"evaluation set {name}: {index.path} has {len(samples)} identities of at most {samples.max()} "
+                "samples; wanted two identities or more, one of them with two samples or more"
+            )
+        shared = set() if distractors is None else set(index.classes()) & set(distractors.classes())
+        if shared and distributed.rank() == 0:
+            print(
+                f"warning: evaluation set {name}: {len(shared)} distractors are called like its identities, for "
+                f"example {min(shared)}: if they are the same, rank-1 counts them as wrong"
+            )
+        indexes[name] = index, distractors
+    return indexes
 
 
 def _initial(config: Config, size: tuple[int, int]) -> nn.Module:

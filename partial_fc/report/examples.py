@@ -55,5 +55,7 @@ def _data_uri(index: Index, sample: int) -> str:
     with index.shard_path(sample).open("rb") as file:
         file.seek(int(index.offset[sample]))
         data = file.read(int(index.size[sample]))
-    media = next((name for start, name in _SIGNATURES.items() if data.startswith(start)), "application/octet-stream")
+    media = next((name for start, name in _SIGNATURES.items() if data.startswith(start)), None)
+    if media is None:
+        raise ValueError(f"sample {index.key(sample)} of {index.path} is no image that a page can show")
     return f"data:{media};base64,{base64.b64encode(data).decode('ascii')}"

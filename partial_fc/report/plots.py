@@ -22,6 +22,7 @@ _VARIABLES |= {f"#0500{i:02x}": f"--series-{i}" for i in range(SERIES)}
 
 _STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a run may be called a$b$
     "svg.hashsalt": "partial_fc",  # the same data give the same bytes
     "font.size": 9,
     "text.color": _INK,
