@@ -1,5 +1,6 @@
 """The real train() on real shards: the same run at any number of ranks, resumed anywhere, stopped cleanly."""
 
+import hashlib
 import json
 import os
 import re
@@ -184,8 +185,12 @@ def test_a_wrong_config_is_one_clear_error_on_all_ranks(reference, glyphs_ci, tm
 def test_the_same_number_of_other_classes_is_an_error(reference, glyphs_ci, tmp_path):
     shutil.copytree(reference, tmp_path / "run")
     shutil.copytree(glyphs_ci / "train", tmp_path / "data")
-    names = (tmp_path / "data" / "classes.txt").read_text().splitlines()
-    (tmp_path / "data" / "classes.txt").write_text("\n".join([*names[1:], names[0]]) + "\n")
+    classes, file = tmp_path / "data" / "classes.txt", tmp_path / "data" / "index.json"
+    first, *others = classes.read_text().splitlines()
+    classes.write_text("\n".join([*others, first]) + "\n")
+    description = json.loads(file.read_text())
+    description["classes_sha256"] = hashlib.sha256(classes.read_bytes()).hexdigest()  # a sound data set, but another
+    file.write_text(json.dumps(description))
     messages = run_ranks(train_and_catch, 2, tmp_path / "run", tmp_path / "data", "data.restart=true")
     assert messages[0] == messages[1] and "was written with other classes" in messages[0]
 
