@@ -15,6 +15,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -87,7 +88,7 @@ def save(run: Path, step: int, *, head: PartialFC, engine: DDPEngine, classes: P
         if distributed.rank() == 0:
             written.append(_write(folder / "backbone.safetensors", engine.backbone_state()))
             written.append(_write(folder / "optimizer.safetensors", engine.optimizer_state()))
-            written.append(_write(folder / "history.safetensors", {"history": head.centers.missed.history}))
+            written.append(_write(folder / "history.safetensors", _history(head)))
             shutil.copyfile(classes, folder / "classes.txt")
             written.append(_entry(folder / "classes.txt"))
     files = [entry for entries in distributed.gather_objects(written) for entry in entries]
@@ -139,14 +140,19 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
         for entry in checkpoint.files()[distributed.rank() :: distributed.world_size()]:
             _verify(path, entry)
     with distributed.together(f"loading {path}"):
-        history = load_file(path / "history.safetensors")["history"]
-        head.centers.load(lambda name, out: _read_rows(checkpoint, name, head.classes, out), history)
+        history = load_file(path / "history.safetensors")
+        head.centers.load(lambda name, out: _read_rows(checkpoint, name, head.classes, out), **history)
         head.step_count = checkpoint.step
         engine.load(load_file(path / "backbone.safetensors"), load_file(path / "optimizer.safetensors"))
 
 
+def _history(head: PartialFC) -> dict[str, Tensor]:
+    centers = head.centers
+    return {"history": centers.missed.history, "updates": torch.tensor(centers.updates)}
+
+
 def _kinds(head: PartialFC) -> list[str]:
-    """What the margin makes the centers keep; last_update comes and goes with the sample rate."""
+    """What margin and optimizer make the centers keep; last_update comes and goes with the sample rate."""
     return sorted(name for name in head.centers.state() if name != "last_update")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc import ArcFace, CosFace, Margin, NormSoftmax, Softmax
-from partial_fc.head.centers import draw_negatives
+from partial_fc.head.sampling import draw_negatives
 
 
 @dataclass(frozen=True, kw_only=True)

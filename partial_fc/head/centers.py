@@ -1,23 +1,24 @@
-"""Class centers of one rank: storage, initialization, sampling, catch-up of rows that sat out.
+"""Class centers of one rank: storage, initialization, catch-up of rows that sat out.
 
-Nothing here depends on the number of ranks: a center's initial value is a function of (seed, class), a step's negatives
-of (seed, step, class).
+Nothing here depends on the number of ranks: a center's initial value is a function of (seed, class).
 
 Shapes: C_r classes of this rank, D embedding size, U rows in use, K lags of the catch-up table.
 """
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from partial_fc.head.softmax import Buffers, Rows, chunks, inverse_norms
-from partial_fc.seeds import keyed_bytes, seed_for
+from partial_fc.head.elementwise import inverse_norms
+from partial_fc.head.optimizers import SGD, Learned, Optimizer
+from partial_fc.head.softmax import Buffers, Rows
+from partial_fc.seeds import seed_for
 
 INIT_BLOCK = 1024  # classes that share one random generator: 1 ms of drawing at D = 512
-DRAW_BLOCK = 1 << 16  # classes that share one permutation of the negatives' draw
 
 
 def initial_centers(classes: range, dim: int, seed: int, std: float, out: Tensor) -> None:
@@ -29,44 +30,6 @@ def initial_centers(classes: range, dim: int, seed: int, std: float, out: Tensor
         start, stop = max(classes.start, first), min(classes.stop, first + INIT_BLOCK)
         if start < stop:
             out[start - classes.start : stop - classes.start] = values[start - first : stop - first].to(out)
-
-
-def draw_negatives(seed: int, step: int, classes: range, num_classes: int, sample_rate: float) -> Tensor:
-    """The negatives of a step inside `classes`: distinct class ids (n,), int64, in no order.
-
-    Every class is drawn with probability `sample_rate` exactly. Class ids are cut into blocks of 2^16; in each, the
-    first floor(rate * size + u) entries of a permutation of its ids are drawn, with u uniform in [0, 1) and both
-    keyed by (seed, step, block). So a rank evaluates the blocks that its range touches and nothing else, the cost
-    is that of the drawn rows (no sort over C, no random number per class), and neighbouring ids do not share their
-    fate.
-    """
-    drawn = [torch.empty(0, dtype=torch.int64)]
-    if len(classes) == 0:
-        return drawn[0]
-    for block in range(classes.start // DRAW_BLOCK, -(-classes.stop // DRAW_BLOCK)):
-        first = block * DRAW_BLOCK
-        size = min(DRAW_BLOCK, num_classes - first)
-        key = keyed_bytes(24, "negatives", seed, step, block)
-        uniform = int.from_bytes(key[:7], "little") / 2**56
-        ids = first + _first_of_permutation(int(sample_rate * size + uniform), size, key[8:])
-        drawn.append(torch.from_numpy(ids[(ids >= classes.start) & (ids < classes.stop)]))
-    return torch.cat(drawn)
-
-
-def _first_of_permutation(count: int, size: int, key: bytes) -> np.ndarray:
-    """The first `count` entries of a keyed permutation of range(size), int64; `size` at most 2^16.
-
-    Four rounds of an odd multiplication and a xor-shift, both bijections of [0, 2^bits). A size that is no power of
-    two takes the entries below it in order, which needs the whole of the next power: only the last block is like that.
-    """
-    bits = max((size - 1).bit_length(), 1)
-    mask = (1 << bits) - 1
-    whole = size == mask + 1
-    x = np.arange(count if whole else mask + 1, dtype=np.int64)
-    for multiplier, increment in np.frombuffer(key, dtype=np.uint16).astype(np.int64).reshape(-1, 2):
-        x = (x * (multiplier | 1) + increment) & mask
-        x ^= x >> ((bits + 1) // 2)
-    return x if whole else x[x < size][:count]
 
 
 class MissedUpdates:
@@ -113,23 +76,26 @@ class MissedUpdates:
         """The products for rows that missed `lag` (n,) updates: (n, 2, 2) float64 on lag's device."""
         return torch.from_numpy(self.table).to(lag.device)[lag]
 
-    @staticmethod
-    def apply(matrices: Tensor, weight: Tensor, velocity: Tensor, scratch: Tensor) -> None:
-        """Catches up `weight` and `velocity`, (n, D) or (n,), by `matrices` (n, 2, 2), in place."""
-        matrices = matrices.to(weight.dtype)
-        if weight.ndim == 2:
-            matrices = matrices.unsqueeze(-1)
-        before = scratch.copy_(weight)
-        weight.mul_(matrices[:, 0, 0]).addcmul_(velocity, matrices[:, 0, 1])
-        velocity.mul_(matrices[:, 1, 1]).addcmul_(before, matrices[:, 1, 0])
+
+@dataclass(frozen=True)
+class InUse:
+    """The rows in use of a step."""
+
+    count: int  # U
+    ids: Tensor | None  # (U,) local, sorted; None: all rows, in place
+    missed: Tensor | None  # (4, U) entries of the catch-up matrices; None: nothing to catch up
+
+    def __getitem__(self, rows: slice | Tensor) -> "InUse":
+        ids = self.ids[rows]
+        return InUse(len(ids), ids, None if self.missed is None else self.missed[:, rows])
 
 
 class Centers:
     """The rows of one rank and their optimizer state.
 
-    State: weight (C_r, D), momentum (C_r, D); 1/|w| (C_r,) kept true by every update where centers are normalized
-    and nothing is sampled; `last_update` (C_r,), the updates that a row has seen, when sampled; bias and its
-    momentum (C_r,).
+    State: weight (C_r, D) and the optimizer's moments (C_r, D); 1/|w| (C_r,) kept true by every update where centers
+    are normalized and nothing is sampled; `last_update` (C_r,), the updates that a row has seen, where rows that sit
+    out are caught up: sampled, with SGD; bias and its moments (C_r,).
     """
 
     TRIM_EVERY = 1024  # updates; finding the largest lag reads last_update once
@@ -139,6 +105,7 @@ class Centers:
         classes: range,
         dim: int,
         *,
+        optimizer: Optimizer,
         sampled: bool,
         normalized: bool,
         has_bias: bool,
@@ -148,31 +115,39 @@ class Centers:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self.normalized, self.chunk = normalized, chunk
+        self.normalized, self.chunk, self.optimizer, self.sampled = normalized, chunk, optimizer, sampled
         count = len(classes)
-        self.weight = torch.empty(count, dim, dtype=dtype, device=device)
-        initial_centers(classes, dim, seed, init_std, self.weight)
-        self.momentum = torch.zeros_like(self.weight)
-        self.bias = self.weight.new_zeros(count) if has_bias else None
-        self.bias_momentum = self.weight.new_zeros(count) if has_bias else None
-        self.last_update = torch.zeros(count, dtype=torch.int32, device=device) if sampled else None
+        weight = torch.empty(count, dim, dtype=dtype, device=device)
+        initial_centers(classes, dim, seed, init_std, weight)
+        self.weight = _at_rest(weight, optimizer)
+        self.bias = _at_rest(weight.new_zeros(count), optimizer) if has_bias else None
+        catches_up = sampled and isinstance(optimizer, SGD)
+        self.last_update = torch.zeros(count, dtype=torch.int32, device=device) if catches_up else None
         self.missed = MissedUpdates()
-        self.inverse_norm = self.weight.new_empty(count) if normalized and not sampled else None
+        self.updates = 0
+        self.inverse_norm = weight.new_empty(count) if normalized and not sampled else None
+        self._renew_inverse_norms()
+
+    def _renew_inverse_norms(self) -> None:
         if self.inverse_norm is not None:
-            inverse_norms(self.weight, chunk, self.inverse_norm)
+            for rows in self._chunks():  # those of the update, so that it rounds alike
+                inverse_norms(self.weight.value[rows], self.inverse_norm[rows])
+
+    def _chunks(self) -> Iterator[slice]:
+        count = len(self.weight.value)
+        return (slice(start, min(start + self.chunk, count)) for start in range(0, count, self.chunk))
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint keeps by class: live tensors whose first dimension is C_r."""
-        state = {
-            "weight": self.weight,
-            "momentum": self.momentum,
-            "bias": self.bias,
-            "bias_momentum": self.bias_momentum,
-            "last_update": self.last_update,
-        }
-        return {name: tensor for name, tensor in state.items() if tensor is not None}
+        state = {"weight": self.weight.value, **dict(zip(self.optimizer.moments, self.weight.moments, strict=True))}
+        if self.bias is not None:
+            names = (f"bias_{name}" for name in self.optimizer.moments)
+            state |= {"bias": self.bias.value, **dict(zip(names, self.bias.moments, strict=True))}
+        if self.last_update is not None:
+            state["last_update"] = self.last_update
+        return state
 
-    def load(self, read: Callable[[str, Tensor], bool], history: Tensor) -> None:
+    def load(self, read: Callable[[str, Tensor], bool], history: Tensor, updates: Tensor | None = None) -> None:
         """Overwrites the state. `read(name, out)` fills `out` with this rank's rows, or says False without last_update.
 
         A checkpoint that was written at another sample rate is fine: what it lacks means that every row is current, and
@@ -180,7 +155,7 @@ class Centers:
         """
         last_update = self.last_update
         if last_update is None:
-            last_update = torch.empty(len(self.weight), dtype=torch.int32, device=self.weight.device)
+            last_update = torch.empty(len(self.weight.value), dtype=torch.int32, device=self.weight.value.device)
         for name, tensor in self.state().items():
             if name != "last_update":
                 read(name, tensor)
@@ -188,45 +163,105 @@ class Centers:
             last_update.fill_(len(history))
         lags = len(history) - int(last_update.min()) if len(last_update) else 0
         self.missed.replay(history, lags)
-        if self.last_update is None and lags > 0:
-            everything = Rows(self.weight, self.momentum, None, self.bias, self.bias_momentum)
-            self._catch_up(everything, self.missed.updates - last_update.long(), Buffers.like(self.weight))
+        self.updates = len(history) if updates is None else int(updates)  # early checkpoints have SGD alone
         if self.last_update is None:
+            if lags > 0:
+                self._catch_up_all(last_update)
             self.missed = MissedUpdates()
-        if self.inverse_norm is not None:
-            inverse_norms(self.weight, self.chunk, self.inverse_norm)
+        self._renew_inverse_norms()
 
-    def take(self, ids: Tensor | None, buffers: Buffers) -> Rows:
-        """The local rows `ids` (U,), sorted, caught up, in `buffers`; where nothing is sampled, the state itself."""
-        if self.last_update is None:
-            return Rows(self.weight, self.momentum, self.inverse_norm, self.bias, self.bias_momentum)
-        taken = {
-            name: torch.index_select(tensor, 0, ids, out=buffers.get(name, len(ids), *tensor.shape[1:]))
-            for name, tensor in self.state().items()
-            if name != "last_update"
-        }
-        rows = Rows(taken["weight"], taken["momentum"], None, taken.get("bias"), taken.get("bias_momentum"))
-        self._catch_up(rows, self.missed.updates - self.last_update[ids].long(), buffers)
+    def _catch_up_all(self, last_update: Tensor) -> None:
+        buffers = Buffers.like(self.weight.value)
+        for rows in self._chunks():
+            missed = self._missed(last_update[rows])
+            for learned in (self.weight, self.bias):
+                if learned is not None:
+                    part = learned[rows]
+                    out = buffers.get("caught_up", *part.value.shape)
+                    catch_up(part.value, part.moments[0], missed, out)
+                    part.moments[0].copy_(out)
+
+    def _missed(self, last_update: Tensor) -> Tensor:
+        """(4, n): what takes rows from `last_update` (n,) to now."""
+        lag = self.missed.updates - last_update.long()
+        return self.missed.matrices(lag).to(self.weight.value.dtype).flatten(1).T.contiguous()
+
+    def select(self, ids: Tensor | None) -> InUse:
+        """The local rows `ids` (U,), sorted, as the rows in use; None: all of them, where nothing is sampled."""
+        if not self.sampled:
+            return InUse(len(self.weight.value), None, None)
+        return InUse(len(ids), ids, None if self.last_update is None else self._missed(self.last_update[ids]))
+
+    def take(self, used: InUse, rows: slice, buffers: Buffers, moments: bool) -> Rows:
+        """A chunk of the rows in use, caught up: in `buffers`, or where nothing is sampled the state itself.
+
+        `moments`: the optimizer's too, for an update.
+        """
+        bias = None
+        if used.ids is None:
+            if self.bias is not None:
+                bias = self.bias[rows]
+            return Rows(self.weight[rows], bias, None if self.inverse_norm is None else self.inverse_norm[rows])
+        weight = self._gather("weight", self.weight, used[rows], buffers, moments)
+        if self.bias is not None:
+            bias = self._gather("bias", self.bias, used[rows], buffers, moments)
         if not self.normalized:
-            return rows
-        return rows._replace(inverse_norm=inverse_norms(rows.weight, self.chunk, buffers.get("inverse_norm", len(ids))))
+            return Rows(weight, bias, None)
+        return Rows(weight, bias, inverse_norms(weight.value, buffers.get("inverse_norm", len(weight.value))))
 
-    def _catch_up(self, rows: Rows, lag: Tensor, buffers: Buffers) -> None:
-        matrices = self.missed.matrices(lag)
-        for selected in chunks(len(lag), self.chunk):
-            part = rows.chunk(selected)
-            for weight, velocity in ((part.weight, part.momentum), (part.bias, part.bias_momentum)):
-                if weight is not None:
-                    self.missed.apply(matrices[selected], weight, velocity, buffers.get("product", *weight.shape))
+    def _gather(self, name: str, learned: Learned, used: InUse, buffers: Buffers, moments: bool) -> Learned:
+        shape = (used.count, *learned.value.shape[1:])
+        value = torch.index_select(learned.value, 0, used.ids, out=buffers.get(name, *shape))
+        if used.missed is None and not moments:
+            return Learned(value, ())
+        taken = tuple(
+            torch.index_select(moment, 0, used.ids, out=buffers.get(f"{name}_moment_{i}", *shape))
+            for i, moment in enumerate(learned.moments)
+        )
+        if used.missed is None:
+            return Learned(value, taken)
+        momentum = buffers.get(f"{name}_caught_up", *shape) if moments else None
+        catch_up(value, taken[0], used.missed, momentum)
+        return Learned(value, () if momentum is None else (momentum,))
 
-    def put(self, ids: Tensor | None, rows: Rows, lr: float, momentum: float, weight_decay: float) -> None:
-        """Ends an update: writes back rows that were taken into buffers, and records the update for all others."""
+    def rows_at(self, used: InUse, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Copies of the rows in use at `index` (B,), caught up: weight (B, D) and bias (B,)."""
+        if used.ids is None:
+            return self.weight.value[index], None if self.bias is None else self.bias.value[index]
+        rows = self.take(used[index], slice(None), Buffers.like(self.weight.value), moments=False)
+        return rows.weight.value, None if rows.bias is None else rows.bias.value
+
+    def put(self, used: InUse, rows: slice, part: Rows) -> None:
+        """Writes back an updated chunk that was taken into buffers."""
+        if used.ids is None:
+            return
+        self.weight.put(used.ids[rows], part.weight)
+        if self.bias is not None:
+            self.bias.put(used.ids[rows], part.bias)
+
+    def end_update(self, used: InUse, lr: float) -> None:
+        """Counts the update; rows that were not in use have missed it."""
+        self.updates += 1
         if self.last_update is None:
             return
-        self.missed.record(lr, momentum, weight_decay)
-        for name, tensor in self.state().items():
-            if name != "last_update":
-                tensor.index_copy_(0, ids, getattr(rows, name))
-        self.last_update[ids] = self.missed.updates
+        self.missed.record(lr, self.optimizer.momentum, self.optimizer.weight_decay)
+        self.last_update[used.ids] = self.missed.updates
         if self.missed.updates % self.TRIM_EVERY == 0 and len(self.last_update):
             self.missed.keep(self.missed.updates - int(self.last_update.min()))
+
+
+def _at_rest(value: Tensor, optimizer: Optimizer) -> Learned:
+    return Learned(value, tuple(torch.zeros_like(value) for _ in optimizer.moments))
+
+
+def catch_up(value: Tensor, momentum: Tensor, missed: Tensor, momentum_now: Tensor | None) -> None:
+    """Catches up `value`, (n, D) or (n,), in place, and `momentum` into `momentum_now` where there is one.
+
+    missed (4, n): entries of the matrix that each row missed.
+    """
+    value_of_value, value_of_momentum, momentum_of_value, momentum_of_momentum = (
+        missed.unsqueeze(2) if value.ndim == 2 else missed
+    )
+    if momentum_now is not None:
+        torch.mul(momentum, momentum_of_momentum, out=momentum_now).addcmul_(value, momentum_of_value)
+    value.mul_(value_of_value).addcmul_(momentum, value_of_momentum)

@@ -6,7 +6,7 @@ Shapes: b this rank's rows, B = W * padded_size gathered rows, D embedding size.
 import torch
 from torch import Tensor
 
-from partial_fc.head.softmax import Target
+from partial_fc.head.targets import Target
 from partial_fc.parallel import distributed
 
 # The label of a padding row on the wire; no caller can mean it, while -1 may be a caller's mistake.

@@ -5,17 +5,28 @@ C_r classes of this rank, U rows in use.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from partial_fc.head import exchange, softmax
-from partial_fc.head.centers import Centers, draw_negatives
+from partial_fc.head import elementwise, exchange, softmax
+from partial_fc.head.centers import Centers, InUse
 from partial_fc.head.margins import CosFace, Margin
+from partial_fc.head.matmul import Precision, check_precision
+from partial_fc.head.optimizers import build_optimizer
 from partial_fc.head.partition import class_range
-from partial_fc.head.softmax import Buffers, Rows
+from partial_fc.head.sampling import random_negatives
+from partial_fc.head.side_stream import SideStream
+from partial_fc.head.softmax import LOG2_E, Buffers
+from partial_fc.head.targets import Target, find_targets, target_gradient, unit
 from partial_fc.parallel import distributed
+
+# A sampler gives the negatives of a step: sampler(head, step, labels of the global batch) -> distinct class ids (n,),
+# int64, of head.classes, in any order.
+Sampler = Callable[["PartialFC", int, Tensor], Tensor]
 
 
 @dataclass
@@ -29,7 +40,9 @@ class _Forward:
     psi: Tensor  # (B,) float64
     psi_prime: Tensor  # (B,) float64
     p_minus_one: Tensor  # (B,) float64: target probability - 1
+    weights: list[softmax.Kept] = field(default_factory=list)  # cached chunks
     grad: Tensor | None = None  # () the gradient that reached the loss
+    ready: torch.cuda.Event | None = None  # when it is there
 
 
 class _AttachGradient(torch.autograd.Function):
@@ -52,6 +65,8 @@ class _AttachGradient(torch.autograd.Function):
                 "call head(...) again for another backward"
             )
         ctx.kept.grad = grad.detach().clone()
+        if grad.is_cuda:
+            ctx.kept.ready = torch.cuda.current_stream(grad.device).record_event()
         (gradient,) = ctx.saved_tensors
         return (gradient * grad).to(ctx.dtype), None, None, None, None
 
@@ -65,19 +80,24 @@ class PartialFC:
         loss.backward()                     # the embeddings receive their gradient; centers are untouched
         head.step(lr)                       # centers updated chunk by chunk
 
-    The centers are plain tensors: DDP, optimizers and `parameters()` never see them. SGD with momentum and weight
-    decay as torch.optim.SGD does it, on all C rows: those that a step leaves out are caught up exactly when they
-    are next used.
+    The centers are plain tensors: DDP, optimizers and `parameters()` never see them.
 
     num_classes, embedding_dim: C and D. margin: see `margins`. sample_rate: the probability of each negative in a
     step; positives come on top, and the softmax runs over what was drawn, without a correction (as published).
+    optimizer: "sgd" is torch.optim.SGD on all C rows: those that a step leaves out are caught up exactly when they are
+    next used. "adamw" is torch.optim.AdamW on the rows in use, with `betas` and `eps`; the others stay as they are.
     seed: of initial centers and negatives. init_std: standard deviation of initial centers; None: 1 / sqrt(D), which
     is length 1 (at a tenth of that the first updates, which grow with 1 / |w|, throw the centers together).
-    chunk: rows of logits that exist at once; None: 2048 on a CPU, 16384 elsewhere. check_labels: one host read a
-    forward; without it a label out of range gives a wrong loss. dtype: of centers, logits and gradients, float32 or
-    float64; embeddings of any float type are converted.
+    sampler: which negatives a step uses; None: each with probability sample_rate (see `sampling`).
 
-    Raises ValueError for sizes or rates out of range.
+    chunk: rows of logits that exist at once; None: 2048 on a CPU, 16384 elsewhere. cache_bytes: room on this rank for
+    numbers (B, U) that spare the update a product, in cache_dtype, float32 or bfloat16; what does not fit is computed
+    again. matmul_precision: see `matmul`. compile: the elementwise parts by torch.compile; None: where a compiler
+    works and a rank has 2^24 numbers in use or more, since compiling takes 20 seconds.
+    check_labels: one host read a forward; without it a label out of range gives a wrong loss.
+    dtype: of centers, logits and gradients, float32 or float64; embeddings of any float type are converted.
+
+    Raises ValueError for sizes, rates and options out of range.
     """
 
     def __init__(
@@ -87,11 +107,19 @@ class PartialFC:
         margin: Margin | None = None,
         sample_rate: float = 1.0,
         *,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
         seed: int = 0,
         init_std: float | None = None,
+        sampler: Sampler | None = None,
         chunk: int | None = None,
+        cache_bytes: int = 0,
+        cache_dtype: torch.dtype = torch.float32,
+        matmul_precision: Precision = "float32",
+        compile: bool | None = None,
         check_labels: bool = True,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -106,44 +134,66 @@ class PartialFC:
             raise ValueError(f"dtype is {dtype}; give torch.float32 or torch.float64")
         if not (margin is None or isinstance(margin, Margin)):
             raise ValueError(f"margin is {margin!r}; give an object such as CosFace(scale=64, margin=0.35)")
-        if not 0 <= momentum < 1 or weight_decay < 0:
-            raise ValueError(f"momentum and weight_decay are {momentum} and {weight_decay}; give [0, 1) and 0 or more")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}; give a positive number of rows")
+        if cache_bytes < 0 or cache_dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(
+                f"cache_bytes and cache_dtype are {cache_bytes} and {cache_dtype}; give 0 or more, and torch.float32 "
+                "or torch.bfloat16"
+            )
         device = torch.device(device)
+        check_precision(matmul_precision, dtype, device)
         self.num_classes, self.embedding_dim = num_classes, embedding_dim
         self.margin = CosFace() if margin is None else margin
         self.sample_rate, self.seed = sample_rate, seed
-        self.momentum, self.weight_decay = momentum, weight_decay
+        self.sampler = random_negatives if sampler is None else sampler
+        self.sampled = sample_rate < 1 or sampler is not None
         self.check_labels = check_labels
         self.dtype, self.device = dtype, device
         self.world_size = distributed.world_size()
         self.classes = class_range(num_classes, distributed.rank(), self.world_size)
-        self.chunk = chunk or (2048 if device.type == "cpu" else 16384)
-        self.centers = Centers(
+        # |logit| <= s: 2^logit and its sum stay inside the dtype without a maximum as long as s + ln C does, and so
+        # does 2^logit / |w| as long as s + ln(1e8) does
+        largest = 87.0 if dtype == torch.float32 else 700.0
+        room = max(math.log(num_classes), -math.log(elementwise.SHORTEST))
+        normalized = self.margin.scale is not None and self.margin.normalize_centers and not self.margin.has_bias
+        in_use = sample_rate * -(-num_classes // self.world_size) * embedding_dim
+        self.compiled = (
+            elementwise.compiler_works(device.type) if compile is None and in_use >= 2**24 else bool(compile)
+        )
+        self._way = softmax.Way(
+            chunk=chunk or (2048 if device.type == "cpu" else 16384),
+            bounded=normalized and self.margin.scale + room <= largest,
+            precision=matmul_precision,
+            elementwise=elementwise.compiled() if self.compiled else elementwise.PLAIN,
+        )
+        self._centers = Centers(
             self.classes,
             embedding_dim,
-            sampled=sample_rate < 1,
+            optimizer=build_optimizer(optimizer, momentum, weight_decay, betas, eps),
+            sampled=self.sampled,
             normalized=self.margin.normalize_centers,
             has_bias=self.margin.has_bias,
             seed=seed,
             init_std=embedding_dim**-0.5 if init_std is None else init_std,
-            chunk=self.chunk,
+            chunk=self._way.chunk,
             dtype=dtype,
             device=device,
         )
-        # |logit| <= s: exp and its sum stay inside the dtype without a maximum as long as s + ln C does
-        largest = 87.0 if dtype == torch.float32 else 700.0
-        scale = self.margin.scale
-        normalized = scale is not None and self.margin.normalize_centers and not self.margin.has_bias
-        self.bounded = normalized and scale + math.log(num_classes) <= largest
         self.step_count = 0  # the next step's number; keys its negatives
         self.target_cosine: Tensor | None = None  # () mean over the last forward's batch
         self._buffers = Buffers(dtype, device)
-        self._ids: Tensor | None = None
-        self._rows: Rows | None = None
+        self._cache = softmax.Cache(cache_bytes, cache_dtype, device)
+        self._side_stream = SideStream(device)
+        self._used: InUse | None = None
         self._step_labels: Tensor | None = None  # what begin_step was given: several forwards may follow
         self._forwards: list[_Forward] = []
+
+    @property
+    def centers(self) -> Centers:
+        """This rank's rows, once the last update of them is done."""
+        self._side_stream.join()
+        return self._centers
 
     # ---- a step: begin_step (optional), forwards, backwards, step
 
@@ -156,7 +206,7 @@ class PartialFC:
         if self._forwards:
             raise RuntimeError("begin_step while a forward waits for its update: call step(lr) or skip_step() first")
         self.step_count = step
-        self._ids, self._rows = self._rows_in_use(labels, self._buffers)
+        self._used = self._rows_in_use(labels)
         self._step_labels = labels.to(self.device)
 
     def __call__(self, embeddings: Tensor, labels: Tensor, padded_size: int | None = None) -> Tensor:
@@ -186,17 +236,12 @@ class PartialFC:
             planned = self._step_labels if training else None
             buffers = self._buffers if training else Buffers(self.dtype, self.device)
             if self.check_labels:
-                exchange.check_labels(
-                    gathered, self.num_classes, planned if self.sample_rate < 1 else None, padded_size
-                )
-            if planned is not None:
-                ids, rows = self._ids, self._rows
-            else:
-                ids, rows = self._rows_in_use(gathered, buffers)
-            loss, gradient, kept = self._forward(x, gathered, ids, rows, buffers, training)
+                exchange.check_labels(gathered, self.num_classes, planned if self.sampled else None, padded_size)
+            used = self._rows_in_use(gathered) if planned is None else self._used
+            loss, gradient, kept = self._forward(x, gathered, used, buffers, training)
             if not training:
                 return loss
-            self._ids, self._rows = ids, rows
+            self._used = used
             self._forwards.append(kept)
         # without an input that requires a gradient (a frozen backbone) backward would never reach the head
         anchor = torch.zeros((), requires_grad=True)
@@ -205,7 +250,8 @@ class PartialFC:
     def step(self, lr: float, grad_scale: float | Tensor = 1.0) -> None:
         """Updates the rows in use by all forwards since the last step, in place, chunk by chunk.
 
-        grad_scale: the loss scale alone; the centers' gradient is what reached the losses, divided by it.
+        grad_scale: the loss scale alone; the centers' gradient is what reached the losses, divided by it. On a CUDA
+        device the update runs on a stream of its own, beside what was queued since the losses' gradients were there.
         Raises RuntimeError where a forward had no backward.
         """
         if not self._forwards:
@@ -217,7 +263,10 @@ class PartialFC:
                 "or skip_step() to drop them"
             )
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            self._update(lr, grad_scale)
+            # a scale on the device may come of the whole backward
+            after = None if isinstance(grad_scale, Tensor) else [kept.ready for kept in self._forwards]
+            with self._side_stream.run(after, keep=(self._forwards, self._used, grad_scale)):
+                self._update(lr, grad_scale)
         self._close()
 
     def skip_step(self) -> None:
@@ -225,7 +274,8 @@ class PartialFC:
         self._close()
 
     def _close(self) -> None:
-        self._forwards, self._ids, self._rows, self._step_labels = [], None, None, None
+        self._forwards, self._used, self._step_labels = [], None, None
+        self._cache.clear()
         self.step_count += 1
 
     # ---- for tests, exports, small C
@@ -233,7 +283,7 @@ class PartialFC:
     def full_weight(self) -> Tensor:
         """All class centers (C, D), caught up, on every rank. A collective; memory for C rows."""
         ids = torch.arange(len(self.classes), device=self.device)
-        weight = self.centers.take(ids, Buffers(self.dtype, self.device)).weight
+        weight, _ = self.centers.rows_at(self.centers.select(ids), ids)
         per_rank = -(-self.num_classes // distributed.world_size())
         padded = weight.new_zeros(per_rank, self.embedding_dim)
         padded[: len(weight)] = weight
@@ -249,42 +299,43 @@ class PartialFC:
             return f"labels are {found}; wanted int64 ({len(embeddings)},), one per embedding"
         return None
 
-    def _rows_in_use(self, labels: Tensor, buffers: Buffers) -> tuple[Tensor | None, Rows]:
-        """This rank's positives among `labels` and its drawn negatives: local ids (U,), sorted, and their rows."""
-        if self.sample_rate == 1:
-            return None, self.centers.take(None, buffers)
-        drawn = draw_negatives(self.seed, self.step_count, self.classes, self.num_classes, self.sample_rate)
+    def _rows_in_use(self, labels: Tensor) -> InUse:
+        """This rank's positives among `labels` (B,) and the sampler's negatives."""
+        if not self.sampled:
+            return self.centers.select(None)
         labels = labels.cpu()  # the number of rows in use is needed on the host
+        drawn = self.sampler(self, self.step_count, labels)
         here = labels[(labels >= self.classes.start) & (labels < self.classes.stop)]
-        ids = (torch.cat([drawn, here]).unique() - self.classes.start).to(self.device)
-        return ids, self.centers.take(ids, buffers)
+        ids = torch.cat([drawn, here]).unique() - self.classes.start
+        return self.centers.select(ids.to(self.device))
 
-    def _columns(self, labels: Tensor, ids: Tensor | None) -> Tensor:
+    def _columns(self, labels: Tensor, used: InUse) -> Tensor:
         """The row of each label (B,) among the rows in use; -1 where another rank owns it, or for padding."""
         local = labels - self.classes.start
         owned = (labels >= self.classes.start) & (labels < self.classes.stop)
-        if ids is not None:
-            local = torch.searchsorted(ids, local)
+        if used.ids is not None:
+            local = torch.searchsorted(used.ids, local)
         return torch.where(owned, local, -1)
 
     def _forward(
-        self, x: Tensor, labels: Tensor, ids: Tensor | None, rows: Rows, buffers: Buffers, training: bool
+        self, x: Tensor, labels: Tensor, used: InUse, buffers: Buffers, training: bool
     ) -> tuple[Tensor, Tensor | None, _Forward | None]:
         """Loss (), this rank's embedding gradient (padded_size, D) and what `step` needs."""
         real = labels != exchange.PADDING
         count = real.sum().clamp_min(1)
-        column = self._columns(labels, ids)
-        target = softmax.find_targets(x, rows, column)
-        maximum, total, mean = softmax.sum_negatives(
-            self._scaled(x),
-            rows,
+        column = self._columns(labels, used)
+        target = self._targets(x, used, column)
+        maximum, total, mean, weights = softmax.sum_negatives(
+            self._scaled(x) * LOG2_E,
+            lambda rows: self._centers.take(used, rows, buffers, moments=False),
+            used.count,
             column,
-            chunk=self.chunk,
-            bounded=self.bounded,
+            way=self._way,
             weighted=training,
-            buffers=buffers,
+            cache=self._cache.reserve(len(x), used.count, self._way.chunk) if training else None,
         )
-        log_negatives, cosine, w_length, bias = exchange.sum_over_ranks(maximum, total, target, self.bounded)
+        maximum = maximum / LOG2_E
+        log_negatives, cosine, w_length, bias = exchange.sum_over_ranks(maximum, total, target, self._way.bounded)
         psi = self.margin.target(cosine)
         factor_x = target.x_length.squeeze(1) if self.margin.scale is None else self.margin.scale
         factor_w = 1.0 if self.margin.normalize_centers else w_length
@@ -299,10 +350,10 @@ class PartialFC:
         if not training:
             return loss, None, None
         psi_prime = self.margin.derivative(cosine)
-        kept = _Forward(x, column, real, log_z, psi, psi_prime, p_minus_one)
+        kept = _Forward(x, column, real, log_z, psi, psi_prime, p_minus_one, weights)
         gradient = mean * torch.exp(maximum - log_z).to(self.dtype).unsqueeze(1)
         if self.margin.scale is not None:  # the backward of s x / |x|
-            x_hat, x_length = softmax.unit(x)
+            x_hat, x_length = unit(x)
             gradient -= (gradient * x_hat).sum(dim=1, keepdim=True) * x_hat
             gradient *= self.margin.scale / x_length
         gradient += self._target_part(kept, target, by_embedding=True)
@@ -310,9 +361,15 @@ class PartialFC:
         return loss, distributed.reduce_scatter_sum(gradient), kept
 
     def _scaled(self, x: Tensor) -> Tensor:
-        return x if self.margin.scale is None else softmax.unit(x)[0] * self.margin.scale
+        return x if self.margin.scale is None else unit(x)[0] * self.margin.scale
 
-    def _target_part(self, kept: _Forward, target: softmax.Target, by_embedding: bool) -> Tensor:
+    def _targets(self, x: Tensor, used: InUse, column: Tensor) -> Target:
+        owned = column >= 0
+        if used.count == 0:
+            return find_targets(x, torch.zeros_like(x), None, owned)
+        return find_targets(x, *self._centers.rows_at(used, column.clamp_min(0)), owned)
+
+    def _target_part(self, kept: _Forward, target: Target, by_embedding: bool) -> Tensor:
         """(p_t - 1) times the target logit's derivative by x or by w, (B, D); zeros for targets of other ranks."""
         scale = None if self.margin.scale is None else torch.full_like(target.x_length, self.margin.scale)
         ones = torch.ones_like(target.w_length)
@@ -320,31 +377,44 @@ class PartialFC:
         w_factor = ones if self.margin.normalize_centers else target.w_length
         curve = (target.cosine, kept.psi, kept.psi_prime)
         if by_embedding:
-            derivative = softmax.target_gradient(target.x_hat, target.x_length, target.w_hat, w_factor, scale, *curve)
+            derivative = target_gradient(target.x_hat, target.x_length, target.w_hat, w_factor, scale, *curve)
         else:
             unit_scale = ones if self.margin.normalize_centers else None
-            derivative = softmax.target_gradient(
-                target.w_hat, target.w_length, target.x_hat, x_factor, unit_scale, *curve
-            )
+            derivative = target_gradient(target.w_hat, target.w_length, target.x_hat, x_factor, unit_scale, *curve)
         part = kept.p_minus_one.unsqueeze(1) * derivative
         return torch.where(target.owned.unsqueeze(1), part, 0).to(self.dtype)
 
     def _update(self, lr: float, grad_scale: float | Tensor) -> None:
-        rows = self._rows
-        passes = [self._pass(kept, rows, grad_scale) for kept in self._forwards]  # before any row changes
-        for selected in softmax.chunks(len(rows.weight), self.chunk):
-            part = rows.chunk(selected)
-            gradient, bias_gradient = softmax.row_gradients(part, selected.start, passes, self._buffers)
-            softmax.update_rows(
-                part, gradient, bias_gradient, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay
-            )
-        self.centers.put(self._ids, rows, lr, self.momentum, self.weight_decay)
+        used, centers = self._used, self._centers
+        optimizer = centers.optimizer
+        rates = optimizer.rates(lr, centers.updates + 1)
+        passes = [self._pass(kept, used, grad_scale) for kept in self._forwards]  # before any row changes
+        for selected in self._way.chunks(used.count):
+            rows = centers.take(used, selected, self._buffers, moments=True)
+            gradient, bias_gradient = softmax.row_gradients(rows, selected, passes, self._way, self._buffers)
+            scratch = self._buffers.get("product", *gradient.shape)
+            renew = centers.inverse_norm is not None
+            self._way.elementwise.update(optimizer, rows.weight, rows.inverse_norm, gradient, scratch, rates, renew)
+            if rows.bias is not None:
+                elementwise.update(optimizer, rows.bias, None, bias_gradient, bias_gradient, rates, False)
+            centers.put(used, selected, rows)
+        centers.end_update(used, lr)
 
-    def _pass(self, kept: _Forward, rows: Rows, grad_scale: float | Tensor) -> softmax.Pass:
+    def _pass(self, kept: _Forward, used: InUse, grad_scale: float | Tensor) -> softmax.Pass:
         """What one forward contributes to the update: the mean over its real samples, times what reached its loss."""
         each = kept.grad / grad_scale / kept.real.sum().clamp_min(1)
         coefficient = torch.where(kept.real, each, 0).to(self.dtype)
-        target = softmax.find_targets(kept.x, rows, kept.column)
+        target = self._targets(kept.x, used, kept.column)
         by_center = self._target_part(kept, target, by_embedding=False) * coefficient.unsqueeze(1)
         by_bias = torch.where(target.owned, kept.p_minus_one, 0).to(self.dtype) * coefficient
-        return softmax.Pass(self._scaled(kept.x), kept.column, kept.log_z, coefficient, by_center, by_bias)
+        xs = self._scaled(kept.x)
+        return softmax.Pass(
+            xs=xs * LOG2_E,
+            x_pull=xs * coefficient.unsqueeze(1),
+            column=kept.column,
+            log2_z=kept.log_z * LOG2_E,
+            by_center=by_center,
+            by_bias=by_bias,
+            coefficient=coefficient,
+            kept=kept.weights,
+        )

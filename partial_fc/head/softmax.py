@@ -2,36 +2,42 @@
 
 Shapes: B global batch, D embedding size, U rows in use on this rank, c rows of a chunk.
 
-    xs      (B, D)   what multiplies the rows: s x_hat, or x itself without feature normalization
+    xs      (B, D)   what multiplies the rows: s x_hat, or x itself without feature normalization, times log2(e)
     column  (B,)     the row of each sample's target among the U rows; -1 where another rank owns it
-    logits  (B, c)   xs @ w_hat.T where centers are normalized, else xs @ w.T, plus the bias where there is one
+    logits  (B, c)   xs @ w.T / |w| where centers are normalized, else xs @ w.T, plus the bias; in base 2
 
-Sums run over negatives only: a target's entry is set to -inf before exp. Subtracting the target from a full sum
+Sums run over negatives only: a target's entry is set to -inf before 2^logit. Subtracting the target from a full sum
 would cancel catastrophically when it dominates.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from partial_fc.head.elementwise import Elementwise
+from partial_fc.head.matmul import Precision, matmul_nt
+from partial_fc.head.optimizers import Learned
+
+LOG2_E = 1.4426950408889634
 # Below every logit that occurs, finite so that differences of maxima stay numbers.
 LOWEST = -1e30
 
 
 class Rows(NamedTuple):
-    """The rows in use of one rank in a step, caught up. At sample rate 1 these are the state itself."""
+    """Rows of one rank, caught up: parts of the state itself where nothing is sampled, else copies in buffers."""
 
-    weight: Tensor  # (U, D)
-    momentum: Tensor  # (U, D)
-    inverse_norm: Tensor | None  # (U,), None where centers are not normalized
-    bias: Tensor | None  # (U,)
-    bias_momentum: Tensor | None  # (U,)
+    weight: Learned  # (c, D)
+    bias: Learned | None  # (c,)
+    inverse_norm: Tensor | None  # (c,), None where centers are not normalized
 
-    def chunk(self, rows: slice) -> "Rows":
-        return Rows(*(None if tensor is None else tensor[rows] for tensor in self))
+    @property
+    def scaled_bias(self) -> Tensor | None:
+        """In the base 2 of the logits."""
+        return None if self.bias is None else self.bias.value * LOG2_E
 
 
 class Buffers:
@@ -51,213 +57,160 @@ class Buffers:
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size:
             self._flat.pop(name, None)  # free the old one before asking for the new
-            room = size + size // 16  # rows in use vary by a few percent from step to step
-            flat = self._flat[name] = torch.empty(room, dtype=self._dtype, device=self._device)
+            flat = self._flat[name] = torch.empty(size, dtype=self._dtype, device=self._device)
         return flat[:size].view(shape)
 
 
-def chunks(rows: int, chunk: int) -> Iterator[slice]:
-    return (slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk))
+class Cache:
+    """Room for weights 2^logit / |w| that a step keeps from its forwards to its update, within a budget of bytes."""
+
+    def __init__(self, budget: int, dtype: torch.dtype, device: torch.device):
+        self._room = budget // dtype.itemsize
+        self._none = torch.empty(0, dtype=dtype, device=device)
+        self._blocks: list[Tensor] = []  # one a forward, kept between steps
+        self.clear()
+
+    def clear(self) -> None:
+        """Ends a step."""
+        self._forwards = self._used = 0
+
+    def reserve(self, samples: int, rows: int, chunk: int) -> Tensor:
+        """A forward's part (samples * n,): n is a multiple of `chunk`, or all its `rows` where they fit."""
+        left = self._room - self._used
+        fit = min(rows, left // max(samples, 1))
+        size = samples * (fit if fit == rows else fit - fit % chunk)
+        if self._forwards == len(self._blocks) or self._blocks[self._forwards].numel() < size:
+            del self._blocks[self._forwards :]  # free the old ones before asking for the new
+            # rows in use vary by a few percent from step to step
+            self._blocks.append(self._none.new_empty(min(size + size // 16, left)))
+        block = self._blocks[self._forwards]
+        self._forwards += 1
+        self._used += block.numel()
+        return block[:size]
 
 
-def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, D) to unit vectors (B, D) and lengths (B, 1); a zero vector stays zero."""
-    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_min(1e-12)
-    return vectors / length, length
+class Kept(NamedTuple):
+    """A chunk in the cache."""
+
+    weights: Tensor  # (B, c) 2^(logit - maximum) / |w|
+    maximum: Tensor | None  # (B,) what was subtracted
 
 
-def inverse_norms(weight: Tensor, chunk: int, out: Tensor) -> Tensor:
-    """1 / |w| of every row, (U,). Always in the chunks of the update, so that it rounds as the update does."""
-    for rows in chunks(len(weight), chunk):
-        torch.linalg.vector_norm(weight[rows], dim=1, out=out[rows])
-        out[rows].clamp_min_(1e-12).reciprocal_()
-    return out
+@dataclass(frozen=True)
+class Way:
+    """How a rank goes through its rows."""
+
+    chunk: int
+    bounded: bool  # 2^logit and its sum stay inside the dtype without a maximum
+    precision: Precision
+    elementwise: Elementwise
+
+    def chunks(self, rows: int) -> Iterator[slice]:
+        return (slice(start, min(start + self.chunk, rows)) for start in range(0, rows, self.chunk))
 
 
-def _unit_rows(part: Rows, buffers: Buffers) -> Tensor:
-    """What the samples are multiplied by, (c, D): w_hat in a buffer where centers are normalized, else w itself."""
-    if part.inverse_norm is None:
-        return part.weight
-    return torch.mul(part.weight, part.inverse_norm.unsqueeze(1), out=buffers.get("unit", *part.weight.shape))
+def _mask_targets(logits: Tensor, column: Tensor, first: int, dim: int) -> None:
+    """Sets the targets' entries to -inf, in place, in a chunk whose first row is `first`.
 
-
-def _masked_logits(
-    xs: Tensor, unit_rows: Tensor, bias: Tensor | None, column: Tensor, first: int, out: Tensor
-) -> Tensor:
-    """Logits (B, c) of a chunk whose first row is `first`, -inf at the targets."""
-    logits = torch.mm(xs, unit_rows.T, out=out)
-    if bias is not None:
-        logits += bias
-    count = len(unit_rows)
-    here = ((column >= first) & (column < first + count)).unsqueeze(1)
-    index = (column - first).clamp(0, count - 1).unsqueeze(1)
-    return logits.scatter_(1, index, torch.where(here, -torch.inf, logits.gather(1, index)))
+    Its rows lie along `dim`, the samples, `column` (B,), along the other.
+    """
+    count = logits.shape[dim]
+    here = ((column >= first) & (column < first + count)).unsqueeze(dim)
+    index = (column - first).clamp_(0, count - 1).unsqueeze(dim)
+    logits.scatter_(dim, index, torch.where(here, -torch.inf, logits.gather(dim, index)))
 
 
 def sum_negatives(
-    xs: Tensor, rows: Rows, column: Tensor, *, chunk: int, bounded: bool, weighted: bool, buffers: Buffers
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    xs: Tensor,
+    take: Callable[[slice], Rows],
+    count: int,
+    column: Tensor,
+    *,
+    way: Way,
+    weighted: bool,
+    cache: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, list[Kept]]:
     """One pass over the rows in use: this rank's part of the softmax denominator, and of the embedding gradient.
 
-    Returns (maximum, total, mean), the first two (B,) float64, the last (B, D) or None without `weighted`:
+    take(slice) gives a chunk of the `count` rows; `cache` (n B,), where there is one, has room for the first n. Returns
+    (maximum, total, mean, kept): the first two (B,) float64, mean (B, D) or None without `weighted`, and what went into
+    the cache:
 
-        total_i = sum_j exp(logit_ij - maximum_i)          over this rank's negatives j
-        mean_i  = sum_j exp(logit_ij - maximum_i) n_j w_hat_j
+        total_i = sum_j 2^(logit_ij - maximum_i)          over this rank's negatives j
+        mean_i  = sum_j 2^(logit_ij - maximum_i) n_j w_hat_j
 
-    `bounded` says that exp(logit) and its sum stay inside the dtype; then maximum is 0. Otherwise the maximum is
-    carried online per chunk and everything summed so far is rescaled when it grows (Milakov and Gimelshein, arXiv
-    1805.02867).
+    Bounded logits have maximum 0. Otherwise the maximum is carried online per chunk and everything summed so far is
+    rescaled when it grows (Milakov and Gimelshein, arXiv 1805.02867).
     """
-    maximum = xs.new_zeros(len(xs), dtype=torch.float64)
-    if not bounded:
-        maximum.fill_(LOWEST)
-    total = torch.zeros_like(maximum)
+    maximum = None if way.bounded else torch.full_like(xs[:, 0], LOWEST)
+    total = torch.zeros(len(xs), dtype=torch.float64, device=xs.device)
     mean = torch.zeros_like(xs) if weighted else None
-    for selected in chunks(len(rows.weight), chunk):
-        part = rows.chunk(selected)
-        unit_rows = _unit_rows(part, buffers)
-        out = buffers.get("logits", len(xs), len(unit_rows))
-        logits = _masked_logits(xs, unit_rows, part.bias, column, selected.start, out)
-        if not bounded:
-            larger = torch.maximum(maximum, logits.amax(dim=1).double())
-            shrink = torch.exp(maximum - larger)
-            maximum = larger
+    kept: list[Kept] = []
+    for selected in way.chunks(count):
+        rows = take(selected)
+        weight, bias = rows.weight.value, rows.scaled_bias
+        logits = matmul_nt(xs, weight, way.precision)
+        _mask_targets(logits, column, selected.start, dim=1)
+        part, larger = way.elementwise.weigh(logits, rows.inverse_norm, bias, maximum)
+        if maximum is not None:
+            shrink = torch.exp2(maximum - larger)
             total *= shrink
             if mean is not None:
-                mean *= shrink.unsqueeze(1).to(mean.dtype)
-            logits -= maximum.unsqueeze(1).to(logits.dtype)
-        exponentials = logits.exp_()
-        total += exponentials.sum(dim=1)
+                mean *= shrink.unsqueeze(1)
+            maximum = larger
+        total += part
         if mean is not None:
-            mean.addmm_(exponentials, unit_rows)
-    return maximum, total, mean
+            mean += matmul_nt(logits, weight.T, way.precision)
+        if cache is not None and selected.stop * len(xs) <= len(cache):
+            copy = cache[selected.start * len(xs) : selected.stop * len(xs)].view(logits.shape).copy_(logits)
+            kept.append(Kept(copy, maximum))
+    return torch.zeros_like(total) if maximum is None else maximum.double(), total, mean, kept
 
 
 class Pass(NamedTuple):
     """One forward's share of an update: B samples that pull at the rows."""
 
     xs: Tensor  # (B, D)
+    x_pull: Tensor  # (B, D) xs without log2(e), times the derivative of the objective by each sample's loss
     column: Tensor  # (B,)
-    log_z: Tensor  # (B,) float64
-    coefficient: Tensor  # (B,) derivative of the objective by each sample's loss
+    log2_z: Tensor  # (B,) float64
     by_center: Tensor  # (B, D) gradient by the sample's own target row; zeros if another rank's
     by_bias: Tensor  # (B,) likewise
+    coefficient: Tensor  # (B,) derivative of the objective by each sample's loss
+    kept: list[Kept]  # the first chunks' weights
 
 
-def row_gradients(part: Rows, first: int, passes: list[Pass], buffers: Buffers) -> tuple[Tensor, Tensor | None]:
-    """The gradient by the rows of a chunk (c, D) that starts at row `first`, and by their bias (c,), in buffers.
+def row_gradients(rows: Rows, selected: slice, passes: list[Pass], way: Way, buffers: Buffers) -> tuple:
+    """The gradient by the rows of a chunk (c, D), and by their bias (c,), None without one.
 
-    Negatives: sum_i coefficient_i p_ij xs_i with p recomputed, through the backward of the row's normalization,
-    (g - (g.w_hat) w_hat) / |w|. Targets: each sample's own part, added to its row.
+    Negatives: sum_i coefficient_i p_ij xs_i, divided by |w| where centers are normalized: what is along w has still to
+    be taken out. Targets, each sample's own part, are added to their rows; they have nothing along w then.
     """
-    count, dim = part.weight.shape
-    unit_rows = _unit_rows(part, buffers)
-    # one row more than the chunk has: it takes what belongs to other chunks
-    padded = buffers.get("gradient", count + 1, dim).zero_()
-    padded_bias = None if part.bias is None else buffers.get("bias_gradient", count + 1).zero_()
-    gradient = padded[:count]
+    count = selected.stop - selected.start
+    number = selected.start // way.chunk
+    gradient = bias_gradient = None
     for one in passes:
-        logits = buffers.get("logits", len(one.xs), count)
-        _masked_logits(one.xs, unit_rows, part.bias, one.column, first, logits)
-        # log Z in two pieces: its rounding to the dtype would shift all probabilities of a sample alike
-        log_z = one.log_z.to(logits.dtype)
-        rest = torch.exp(log_z.double() - one.log_z).to(logits.dtype)
-        probabilities = logits.sub_(log_z.unsqueeze(1)).exp_()
-        coefficient = one.coefficient * rest
-        gradient.addmm_(probabilities.T, one.xs * coefficient.unsqueeze(1))
-        if padded_bias is not None:
-            padded_bias[:count] += coefficient @ probabilities
-    if part.inverse_norm is not None:
-        along = torch.mul(gradient, unit_rows, out=buffers.get("product", count, dim)).sum(dim=1, keepdim=True)
-        gradient.addcmul_(unit_rows, along, value=-1).mul_(part.inverse_norm.unsqueeze(1))
-    for one in passes:
-        here = (one.column >= first) & (one.column < first + count)
-        index = torch.where(here, one.column - first, count)
-        padded.index_add_(0, index, one.by_center)
-        if padded_bias is not None:
-            padded_bias.index_add_(0, index, one.by_bias)
-    return gradient, None if padded_bias is None else padded_bias[:count]
-
-
-def update_rows(
-    part: Rows,
-    gradient: Tensor,
-    bias_gradient: Tensor | None,
-    *,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-) -> None:
-    """torch.optim.SGD's step on a chunk of rows, in place: v = mu v + g + wd w; w = w - lr v; new inverse norms."""
-    pairs = [(part.weight, part.momentum, gradient)]
-    if part.bias is not None:
-        pairs.append((part.bias, part.bias_momentum, bias_gradient))
-    for weight, velocity, grad in pairs:
-        velocity.mul_(momentum).add_(grad).add_(weight, alpha=weight_decay)
-        weight.add_(velocity, alpha=-lr)
-    if part.inverse_norm is not None:
-        torch.linalg.vector_norm(part.weight, dim=1, out=part.inverse_norm)
-        part.inverse_norm.clamp_min_(1e-12).reciprocal_()
-
-
-class Target(NamedTuple):
-    """The targets that this rank owns, in float64; rows of zeros for the others."""
-
-    owned: Tensor  # (B,) bool
-    x_hat: Tensor  # (B, D)
-    w_hat: Tensor  # (B, D)
-    x_length: Tensor  # (B, 1) |x|
-    w_length: Tensor  # (B, 1) |w|
-    cosine: Tensor  # (B,), 0 where not owned
-    bias: Tensor  # (B,), likewise
-
-
-def find_targets(x: Tensor, rows: Rows, column: Tensor) -> Target:
-    """Cosines of the samples (B, D) with their own class centers, in float64.
-
-    Near cos = 1 an angular margin's derivative magnifies a cosine's error (float32: 6e-6 at .99, 5e-4 at .9999);
-    these are B cosines, so their precision costs nothing.
-    """
-    owned = column >= 0
-    if len(rows.weight) == 0:
-        w = torch.zeros_like(x)
-        bias = x.new_zeros(len(x))
-    else:
-        w = rows.weight[column.clamp_min(0)]
-        bias = x.new_zeros(len(x)) if rows.bias is None else rows.bias[column.clamp_min(0)]
-    x_hat, x_length = unit(x.double())
-    w_hat, w_length = unit(w.double())
-    cosine = (x_hat * w_hat).sum(dim=1).clamp(-1, 1)
-    zero = torch.zeros_like(cosine)
-    return Target(
-        owned,
-        x_hat,
-        w_hat,
-        x_length,
-        w_length,
-        torch.where(owned, cosine, zero),
-        torch.where(owned, bias, zero),
-    )
-
-
-def target_gradient(
-    own: Tensor,
-    own_length: Tensor,
-    other: Tensor,
-    other_factor: Tensor,
-    scale: Tensor | None,
-    cosine: Tensor,
-    psi: Tensor,
-    psi_prime: Tensor,
-) -> Tensor:
-    """Derivative of the target logit r n psi(cos) by one of its two vectors, (B, D).
-
-    For a vector a = |a| a_hat (`own`, `own_length` (B, 1)) facing b_hat (`other`), with a's factor f_a = `scale`
-    (B, 1), or |a| where that is None, and f_b = `other_factor` (B, 1):
-
-        f_b [ psi'(cos) (f_a / |a|) (b_hat - cos a_hat)  +  psi(cos) a_hat   if f_a = |a| ]
-    """
-    tangent = other - cosine.unsqueeze(1) * own
-    if scale is None:
-        return other_factor * (psi_prime.unsqueeze(1) * tangent + psi.unsqueeze(1) * own)
-    return other_factor * (scale / own_length) * psi_prime.unsqueeze(1) * tangent
+        if number < len(one.kept):
+            weights = buffers.get("weights", count, len(one.xs)).copy_(one.kept[number].weights.T)
+            maximum = one.kept[number].maximum
+            log2_z = one.log2_z.neg() if maximum is None else maximum.double() - one.log2_z
+            rest = torch.exp2(log2_z).to(weights.dtype)
+        else:
+            weights = matmul_nt(rows.weight.value, one.xs, way.precision)
+            _mask_targets(weights, one.column, selected.start, dim=0)
+            # log Z in two pieces: its rounding to the dtype would shift all probabilities of a sample alike
+            log2_z = one.log2_z.to(weights.dtype)
+            rest = torch.exp2(log2_z.double() - one.log2_z).to(weights.dtype)
+            way.elementwise.weigh_again(weights, rows.inverse_norm, rows.scaled_bias, log2_z)
+        part = matmul_nt(weights, (one.x_pull * rest.unsqueeze(1)).T, way.precision)
+        gradient = part if gradient is None else gradient.add_(part)
+        here = (one.column >= selected.start) & (one.column < selected.stop)
+        index = torch.where(here, one.column - selected.start, 0)
+        gradient.index_add_(0, index, torch.where(here.unsqueeze(1), one.by_center, 0))
+        if rows.bias is not None:
+            part = torch.mv(weights, one.coefficient * rest)
+            if rows.inverse_norm is not None:
+                part /= rows.inverse_norm
+            part.index_add_(0, index, torch.where(here, one.by_bias, 0))
+            bias_gradient = part if bias_gradient is None else bias_gradient.add_(part)
+    return gradient, bias_gradient
