@@ -14,6 +14,7 @@ from partial_fc.data.shards import Index, load_index
 from partial_fc.evaluate.runs import open_sets
 from partial_fc.head.margins import build_margin
 from partial_fc.head.partial_fc import PartialFC
+from partial_fc.head.sampling import HardNegatives
 from partial_fc.optim import build_optimizer
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
@@ -59,16 +60,25 @@ def build(config: Config, device: torch.device) -> Parts:
         if found is not None:
             check_unchanged(found, config, index)
         open_sets(config.evaluate.sets, size)  # what is wrong with them is said now, not after the training
+        hard = config.head.hard_negatives
         head = PartialFC(
             index.num_classes,
             config.backbone.embedding_dim,
             margin,
             config.head.sample_rate,
+            optimizer=config.head.optim.name,
             momentum=_first(config.head.optim.momentum, config.optim.momentum),
             weight_decay=_first(config.head.optim.weight_decay, config.optim.weight_decay),
+            betas=config.head.optim.betas,
+            eps=config.head.optim.eps,
             seed=config.run.seed,
+            sampler=None if hard is None else HardNegatives(hard.neighbours, hard.every),
             init_std=config.head.init_std,
             chunk=config.head.chunk,
+            cache_bytes=config.head.cache_bytes,
+            cache_dtype=getattr(torch, config.head.cache_dtype),
+            matmul_precision=config.head.matmul_precision,
+            compile=config.head.compile,
             check_labels=False,  # all labels were checked when the index was loaded
             device=device,
         )

@@ -1,7 +1,7 @@
 """Checkpoints: atomic, by global class index, for any number of ranks, no pickle.
 
 checkpoints/step_00001200/
-    centers_000000000000_000000050000.safetensors   rows [0, 50000) of every tensor of the centers' state
+    centers_000000000000_000000050000.safetensors   rows [0, 50000) of the centers' state and the sampler's tables
     history.safetensors                             what catching up rows needs
     backbone.safetensors  optimizer.safetensors  classes.txt
     manifest.json                                   written last; without it there is no checkpoint
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from partial_fc.head.partial_fc import PartialFC
+from partial_fc.head.sampling import tables
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
 
@@ -142,6 +143,9 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
     with distributed.together(f"loading {path}"):
         history = load_file(path / "history.safetensors")
         head.centers.load(lambda name, out: _read_rows(checkpoint, name, head.classes, out), **history)
+        for name, table in tables(head).items():  # every rank reads all of it
+            if not _read_rows(checkpoint, name, range(head.num_classes), table):
+                table.fill_(-1)  # written with another sampler: nothing until the next refresh
         head.step_count = checkpoint.step
         engine.load(load_file(path / "backbone.safetensors"), load_file(path / "optimizer.safetensors"))
 
@@ -169,7 +173,8 @@ def _remove_incomplete(folder: Path) -> None:
 
 
 def _write_centers(folder: Path, head: PartialFC) -> list[dict]:
-    state = head.centers.state()
+    mine = slice(head.classes.start, head.classes.stop)
+    state = head.centers.state() | {name: table[mine] for name, table in tables(head).items()}
     bytes_per_row = sum(tensor[:1].numel() * tensor.element_size() for tensor in state.values())
     rows_per_part = max(PART_BYTES // max(bytes_per_row, 1), 1)
     entries = []
@@ -183,7 +188,7 @@ def _write_centers(folder: Path, head: PartialFC) -> list[dict]:
 
 
 def _read_rows(checkpoint: Checkpoint, name: str, classes: range, out: Tensor) -> bool:
-    """Fills `out` with the rows `classes` of one state tensor; False if the checkpoint has no tensor of that name."""
+    """Fills `out` with the rows `classes` of one state tensor; False if the checkpoint has none of that name and width."""
     for entry in checkpoint.files():
         if "classes" not in entry:
             continue
@@ -194,8 +199,10 @@ def _read_rows(checkpoint: Checkpoint, name: str, classes: range, out: Tensor) -
         with safe_open(checkpoint.path / entry["name"], framework="pt") as part:
             if name not in part.keys():  # noqa: SIM118 - no mapping, it only has keys()
                 return False
-            rows = part.get_slice(name)[start - first : stop - first]
-        out[start - classes.start : stop - classes.start] = rows.to(out)
+            rows = part.get_slice(name)
+            if rows.get_shape()[1:] != list(out.shape[1:]):
+                return False
+            out[start - classes.start : stop - classes.start] = rows[start - first : stop - first].to(out)
     return True
 
 

@@ -2,8 +2,11 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from partial_fc.benchmark.head import README, ROWS, TARGETS, benchmark_head, sweep
+from partial_fc.benchmark.measure import LABELS
 from partial_fc.config import EvaluationSet
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.parallel import distributed
@@ -61,6 +64,25 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", type=Path, nargs="+", help="run folders")
     report.add_argument("--out", type=Path, help="unset: report.html in the first run folder")
     report.set_defaults(run=_report)
+
+    benchmark = commands.add_parser("benchmark", help="what a part costs, beside what it replaces")
+    parts = benchmark.add_subparsers(required=True, metavar="PART")
+    head = parts.add_parser("head", help="time, memory and traffic of a training step; comma lists are swept")
+    head.add_argument("--classes", type=_numbers(int), default=[100_000], metavar="C,...", help="100000")
+    head.add_argument("--dim", type=_numbers(int), default=[512], metavar="D,...", help="of embeddings, 512")
+    head.add_argument("--batch", type=_numbers(int), default=[256], metavar="B,...", help="of all ranks, 256")
+    head.add_argument("--rate", type=_numbers(float), default=[1.0], metavar="R,...", help="sample rates, 1")
+    head.add_argument("--ranks", type=_numbers(int), metavar="W,...", help="processes, started here: 1; torchrun's")
+    head.add_argument(
+        "--preset", choices=("readme", "rows"), help="the README's sizes; 10^5 rows of 10^6, 10^7 classes"
+    )
+    head.add_argument("--rounds", type=int, default=7, help="measured steps of each variant")
+    head.add_argument("--threads", type=int, default=1, help="of each rank")
+    head.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    head.add_argument("--variants", type=_names, metavar="NAME,...", help=f"some of {','.join(LABELS)}")
+    head.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    head.add_argument("--table", choices=("plain", "markdown"), default="plain")
+    head.set_defaults(run=_benchmark_head)
     return parser
 
 
@@ -74,6 +96,16 @@ def _size(text: str) -> tuple[int, int]:
 
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
+
+
+def _numbers(kind: type) -> Callable[[str], list]:
+    def numbers(text: str) -> list:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers; give one, or more as 1,2") from None
+
+    return numbers
 
 
 def _ranges(text: str) -> list[tuple[int, int]]:
@@ -127,6 +159,23 @@ def _report(arguments: argparse.Namespace) -> None:
     out = arguments.out or arguments.runs[0] / "report.html"
     write_report(arguments.runs, out)
     print(f"report: {out}")
+
+
+def _benchmark_head(arguments: argparse.Namespace) -> None:
+    with distributed.job():
+        ranks = arguments.ranks or [distributed.world_size()]
+        cells = sweep(arguments.classes, arguments.dim, arguments.batch, arguments.rate, ranks)
+        benchmark_head(
+            {"readme": list(README), "rows": list(ROWS)}.get(arguments.preset, cells),
+            arguments.variants,
+            rounds=arguments.rounds,
+            threads=arguments.threads,
+            device=arguments.device,
+            json_file=arguments.json,
+            markdown=arguments.table == "markdown",
+            targets=TARGETS if arguments.preset == "readme" else (),
+            growth=arguments.preset == "rows",
+        )
 
 
 if __name__ == "__main__":

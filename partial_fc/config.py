@@ -94,12 +94,18 @@ class Backbone(Section):
 
 
 class HeadOptim(Section):
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Class centers that a step leaves out: caught up exactly with sgd, left as they are with adamw."""
     lr: float | None = Field(None, gt=0)
     """Learning rate of the class centers at its peak; unset: optim.lr."""
     momentum: float | None = Field(None, ge=0, lt=1)
-    """Unset: optim.momentum."""
+    """Of sgd; unset: optim.momentum."""
     weight_decay: float | None = Field(None, ge=0)
     """Unset: optim.weight_decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of adamw."""
+    eps: float = Field(1e-8, gt=0)
+    """Of adamw."""
 
 
 class MarginChoice(Section):
@@ -113,15 +119,41 @@ class MarginChoice(Section):
         return dict(self.model_extra or {})
 
 
+class HardNegatives(Section):
+    neighbours: int = Field(16, ge=1)
+    """Classes nearest to each of the batch's, by the cosine of the class centers, that join the random negatives."""
+    every: int = Field(1000, ge=1)
+    """Steps between refreshes of the table of nearest classes, each a search of all classes for all; none at step 0."""
+
+
 class Head(Section):
     margin: MarginChoice = MarginChoice()
     sample_rate: float = Field(1.0, gt=0, le=1)
     """Probability of each negative class in a step; positives come on top."""
+    hard_negatives: HardNegatives | None = None
+    """Prefer hard negatives, as {neighbours: 16, every: 1000}; unset: random negatives alone."""
     chunk: int | None = Field(None, ge=1)
     """Rows of logits that exist at once; unset: 2048 on a CPU, 16384 elsewhere."""
+    cache_bytes: int = Field(0, ge=0)
+    """Room on each rank for (batch, rows in use) numbers that spare the update a matrix product."""
+    cache_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of those numbers; bfloat16 takes half the room and rounds the centers' gradient to about 1e-3."""
+    matmul_precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """What products round their operands to; sums stay float32. tf32 is for CUDA devices."""
+    compile: bool | None = None
+    """Elementwise parts by torch.compile; unset: where it works and a rank has 2^24 numbers in use or more."""
     init_std: float | None = Field(None, gt=0)
     """Standard deviation of initial class centers; unset: 1 / sqrt(embedding_dim), centers of length 1."""
     optim: HeadOptim = HeadOptim()
+
+    @model_validator(mode="after")
+    def _something_to_prefer(self):
+        if self.hard_negatives is not None and self.sample_rate == 1:
+            raise ValueError(
+                "head.hard_negatives with head.sample_rate 1: every class is a negative already; lower "
+                "head.sample_rate, or give head.hard_negatives=null"
+            )
+        return self
 
 
 class Optim(Section):

@@ -55,10 +55,11 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
             embeddings = engine(normalize(batch.images.to(device), config.data.mean, config.data.std))
             head.begin_step(step, parts.labels(step))
             loss = head(embeddings, batch.labels.to(device), largest_part)
+            shared = share(loss, asked_to_stop(), len(batch.bad))
             engine.backward(loss)
 
             # the one host read of a step, before either update
-            loss_now, preempted, bad = agree(loss, asked_to_stop(), len(batch.bad))
+            loss_now, preempted, bad = shared()
 
             # update of head and backbone, or of neither
             lr = learning_rate(step, parts.total_steps, config.optim.lr, config.optim)
@@ -190,11 +191,23 @@ def preemption() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def agree(loss: Tensor, stop: bool, bad: int) -> tuple[float, bool, int]:
-    """The loss, whether any rank was asked to stop, and all ranks' undecodable samples: equal on all ranks.
+def share(loss: Tensor, stop: bool, bad: int) -> Callable[[], tuple[float, bool, int]]:
+    """One all-reduce, and its reading: the loss, whether any rank was asked to stop, all ranks' undecodable samples.
 
-    In: a loss that is equal on all ranks, this rank's flag and count. One all-reduce and one host read.
+    In: a loss that is equal on all ranks, this rank's flag and count. Reading waits for what was queued before this
+    call and not for the backward that comes after it, so that the head's update can run beside that.
     """
-    shared = distributed.all_reduce_sum(torch.tensor([float(stop), float(bad)], device=loss.device))
-    loss_now, stops, total = torch.cat([loss.detach().reshape(1), shared]).tolist()
-    return loss_now, stops > 0, int(total)
+    counts = distributed.all_reduce_sum(torch.tensor([float(stop), float(bad)], device=loss.device))
+    values = torch.cat([loss.detach().reshape(1), counts])
+    ready = None
+    if values.is_cuda:
+        values = torch.empty(3, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        ready = torch.cuda.current_stream(loss.device).record_event()
+
+    def read() -> tuple[float, bool, int]:
+        if ready is not None:
+            ready.synchronize()
+        loss_now, stops, total = values.tolist()
+        return loss_now, stops > 0, int(total)
+
+    return read

@@ -1,4 +1,7 @@
-"""The dense reference: one process, whole weight, autograd, torch.optim.SGD. Each loss is written out per element."""
+"""The dense reference: one process, whole weight, autograd, torch.optim. Each loss is written out per element.
+
+And the partitioned side of the same run, for any number of ranks.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -7,8 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from partial_fc import ArcFace, CosFace, Margin, NormSoftmax, Softmax
+from partial_fc import ArcFace, CosFace, Margin, NormSoftmax, PartialFC, Softmax
 from partial_fc.head.sampling import draw_negatives
+from partial_fc.parallel import distributed
+from tests.conftest import run_ranks
+
+EXACT = 1e-11  # of the largest reference value, in float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +94,9 @@ class Case:
     seed: int = 3
     dtype: torch.dtype = torch.float64
     init_std: float = 0.5
+    optimizer: str = "sgd"
     hyper: dict = field(default_factory=lambda: dict(momentum=0.9, weight_decay=5e-3))
+    head: dict = field(default_factory=dict)  # options of PartialFC that must not change the result
 
     INPUTS = 7
 
@@ -123,7 +132,8 @@ def run_dense(case: Case, weight: Tensor) -> dict:
     backbone = case.backbone()
     weight = weight.clone().requires_grad_()
     bias = torch.zeros(case.num_classes, dtype=case.dtype, requires_grad=True)
-    centers = torch.optim.SGD([weight, bias], lr=0.0, **case.hyper)
+    optimizers = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    centers = optimizers[case.optimizer]([weight, bias], lr=0.0, **case.hyper)
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.0, momentum=0.9)
     out: dict = {"loss": [], "embedding_grad": [], "backbone_grad": [], "weight": []}
     for step in range(case.steps):
@@ -154,7 +164,96 @@ def run_dense(case: Case, weight: Tensor) -> dict:
         out["backbone_grad"].append(backbone.weight.grad.clone())
         for group in (*centers.param_groups, *optimizer.param_groups):
             group["lr"] = case.lr(step)
-        centers.step()
+        if case.optimizer == "adamw":
+            step_rows(centers, used)
+        else:
+            centers.step()
         optimizer.step()
         out["weight"].append(weight.detach().clone())
     return out
+
+
+def step_rows(optimizer: torch.optim.Optimizer, used: Tensor) -> None:
+    """The optimizer's step on the rows `used` (C,); the others, and what it keeps of them, stay as they are."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter in parameters:  # torch makes the state in the first step
+        optimizer.state[parameter].setdefault("step", torch.tensor(0.0))
+        for name in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[parameter].setdefault(name, torch.zeros_like(parameter))
+    kept = [(p, *(optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq"))) for p in parameters]
+    before = [[tensor.detach().clone() for tensor in tensors] for tensors in kept]
+    optimizer.step()
+    with torch.no_grad():
+        for tensors, old in zip(kept, before, strict=True):
+            for tensor, value in zip(tensors, old, strict=True):
+                tensor[~used] = value[~used]
+
+
+def make_head(case: Case) -> PartialFC:
+    return PartialFC(
+        case.num_classes,
+        case.dim,
+        MARGINS[case.margin],
+        case.sample_rate,
+        chunk=case.chunk,
+        seed=case.seed,
+        dtype=case.dtype,
+        init_std=case.init_std,
+        optimizer=case.optimizer,
+        **case.hyper,
+        **case.head,
+    )
+
+
+def run_partitioned(case: Case) -> dict:
+    """One rank's side of `case`, through DDP where there are several ranks."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    head = make_head(case)
+    backbone = case.backbone()
+    model = nn.parallel.DistributedDataParallel(backbone) if world_size > 1 else backbone
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.0, momentum=0.9)
+    start = sum(case.sizes[:rank])
+    mine = slice(start, start + case.sizes[rank])
+    out: dict = {"loss": [], "embedding_grad": [], "backbone_grad": [], "weight": [], "start": head.full_weight()}
+    for step in range(case.steps):
+        batches = [case.data(step, forward) for forward in range(case.forwards)]
+        if case.forwards > 1:
+            head.begin_step(step, torch.cat([labels for _, labels in batches]))
+        optimizer.zero_grad()
+        for inputs, labels in batches:
+            embeddings = model(inputs[mine])
+            embeddings.retain_grad()
+            loss = head(embeddings, labels[mine])
+            objective = case.loss_factor * loss
+            if case.auxiliary:
+                objective = objective + auxiliary_loss(embeddings)
+            (objective * case.loss_scale).backward()
+            out["loss"].append(loss.item())
+            # W times the gradient of the loss; the auxiliary loss is this rank's own, 1/W of which counts
+            out["embedding_grad"].append(embeddings.grad / world_size / case.loss_scale)
+        for parameter in backbone.parameters():
+            parameter.grad /= case.loss_scale
+        out["backbone_grad"].append(backbone.weight.grad.clone())
+        head.step(case.lr(step), grad_scale=case.loss_scale)
+        for group in optimizer.param_groups:
+            group["lr"] = case.lr(step)
+        optimizer.step()
+        out["weight"].append(head.full_weight())
+    return out
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+
+
+def assert_equals_dense(case: Case) -> None:
+    ranks = run_ranks(run_partitioned, len(case.sizes), case)
+    wanted = run_dense(case, ranks[0]["start"])
+    for result in ranks:
+        assert result["loss"] == ranks[0]["loss"], "the loss differs between ranks"
+        assert error(torch.tensor(result["loss"]), torch.tensor(wanted["loss"])) < EXACT
+        for name in ("backbone_grad", "weight"):
+            for step in range(case.steps):
+                assert error(result[name][step], wanted[name][step]) < EXACT, (name, step)
+    for i, reference in enumerate(wanted["embedding_grad"]):
+        assert error(torch.cat([result["embedding_grad"][i] for result in ranks]), reference) < EXACT, i

@@ -20,7 +20,7 @@ FLOORS = [
     {"data", "head"},
     {"checkpoint", "prepare", "progress"},
     {"metrics", "evaluate"},
-    {"build"},
+    {"build", "benchmark"},
     {"train"},
     {"report"},
     {"cli", "launch"},

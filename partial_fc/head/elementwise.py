@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from partial_fc.head.optimizers import Learned, Optimizer
+from partial_fc.head.optimizers import Learned, Optimizer, Rate
 
 LN_2 = 0.6931471805599453
 # A shorter center counts as this long: its direction would be noise. Then 2^logit / |w| fits float32 for every s <= 68.
@@ -64,11 +64,9 @@ def update(
     rows: Learned,
     inverse_norm: Tensor | None,
     gradient: Tensor,
-    scratch: Tensor,
-    rates: tuple[float, ...],
-    renew: bool,
+    rates: tuple[Rate, ...],
 ) -> None:
-    """The optimizer's step on rows (c, D), in place; with `renew` inverse_norm (c,) then becomes that of the new rows.
+    """The optimizer's step on rows (c, D), in place; inverse_norm (c,) becomes that of the new rows.
 
     gradient (c, D): by w_hat, divided by |w|; its part along w is taken out here, (g - (g.w_hat) w_hat) / |w|, and the
     weight decay put in, both as one multiple of w. Not normalized centers: the gradient by w.
@@ -76,12 +74,12 @@ def update(
     weight = rows.value
     if inverse_norm is None:
         if optimizer.coupled_decay:
-            gradient.add_(weight, alpha=optimizer.coupled_decay)
+            gradient = torch.add(gradient, weight, alpha=optimizer.coupled_decay)
     else:
-        along = torch.mul(gradient, weight, out=scratch).sum(dim=1).mul_(inverse_norm).mul_(inverse_norm)
-        gradient.addcmul_(weight, along.neg_().add_(optimizer.coupled_decay).unsqueeze(1))
+        along = (gradient * weight).sum(dim=1) * inverse_norm * inverse_norm
+        gradient = torch.addcmul(gradient, weight, (optimizer.coupled_decay - along).unsqueeze(1))
     optimizer.update(rows, gradient, *rates)
-    if renew:
+    if inverse_norm is not None:
         inverse_norms(weight, inverse_norm)
 
 
@@ -102,8 +100,13 @@ PLAIN = Elementwise(weigh, weigh_again, update)
 @functools.cache
 def compiled() -> Elementwise:
     """The same functions through torch.compile, of any chunk length. Nothing is compiled before the first call."""
-    # one entry a combination of dtype, margin kind and optimizer; the default of 8 would silently run the rest plain
-    return Elementwise(*(torch.compile(function, dynamic=True, recompile_limit=64) for function in PLAIN))
+    # one a combination of dtype, margin kind and optimizer; past the default of 8 the rest would silently run plain
+    weigh, weigh_again, update = (torch.compile(part, dynamic=True, recompile_limit=64) for part in PLAIN)
+
+    def update_at(optimizer, rows, inverse_norm, gradient, rates):
+        update(optimizer, rows, inverse_norm, gradient, tuple(torch.tensor(r, dtype=torch.float64) for r in rates))
+
+    return Elementwise(weigh, weigh_again, update_at)
 
 
 @functools.cache

@@ -11,6 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+Rate = float | Tensor  # a number, or a tensor ()
+
 
 @dataclass(frozen=True)
 class Learned:
@@ -51,11 +53,11 @@ class SGD:
         """What of update `number` (from 1) is the same for all rows."""
         return (lr,)
 
-    def update(self, rows: Learned, gradient: Tensor, lr: float) -> None:
-        """In place; `gradient` has coupled_decay times the value in it already, and is scratch afterwards."""
+    def update(self, rows: Learned, gradient: Tensor, lr: Rate) -> None:
+        """In place; `gradient` has coupled_decay times the value in it already."""
         (velocity,) = rows.moments
         torch.add(gradient, velocity, alpha=self.momentum, out=velocity)
-        rows.value.add_(velocity, alpha=-lr)
+        _subtract(rows.value, velocity, lr)
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,24 @@ class AdamW:
         first, second = self.betas
         return (1 - lr * self.weight_decay, lr / (1 - first**number), (1 - second**number) ** -0.5)
 
-    def update(self, rows: Learned, gradient: Tensor, keep: float, rate: float, root: float) -> None:
+    def update(self, rows: Learned, gradient: Tensor, keep: Rate, rate: Rate, root: Rate) -> None:
         mean, square = rows.moments
         first, second = self.betas
         mean.lerp_(gradient, 1 - first)
         square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        torch.sqrt(square, out=gradient).mul_(root).add_(self.eps)
-        rows.value.mul_(keep).addcdiv_(mean, gradient, value=-rate)
+        rows.value.mul_(keep)
+        _subtract(rows.value, mean / (square.sqrt() * root + self.eps), rate)
 
 
 Optimizer = SGD | AdamW
+
+
+def _subtract(value: Tensor, direction: Tensor, rate: Rate) -> None:
+    """value -= rate * direction, in one pass; torch.compile would compile anew for every number, not for tensors ()."""
+    if isinstance(rate, Tensor):
+        value.sub_(direction * rate)
+    else:
+        value.sub_(direction, alpha=rate)
 
 
 def build_optimizer(

@@ -5,7 +5,6 @@ C_r classes of this rank, U rows in use.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,15 +17,11 @@ from partial_fc.head.margins import CosFace, Margin
 from partial_fc.head.matmul import Precision, check_precision
 from partial_fc.head.optimizers import build_optimizer
 from partial_fc.head.partition import class_range
-from partial_fc.head.sampling import random_negatives
+from partial_fc.head.sampling import Sampler, random_negatives
 from partial_fc.head.side_stream import SideStream
 from partial_fc.head.softmax import LOG2_E, Buffers
 from partial_fc.head.targets import Target, find_targets, target_gradient, unit
 from partial_fc.parallel import distributed
-
-# A sampler gives the negatives of a step: sampler(head, step, labels of the global batch) -> distinct class ids (n,),
-# int64, of head.classes, in any order.
-Sampler = Callable[["PartialFC", int, Tensor], Tensor]
 
 
 @dataclass
@@ -200,13 +195,14 @@ class PartialFC:
     def begin_step(self, step: int, labels: Tensor) -> None:
         """Fixes the rows in use of step number `step` from the labels of the whole global batch, equal on all ranks.
 
-        After it forward may run once per micro-batch; `step` then updates for all of them. Needs no collective.
+        After it forward may run once per micro-batch; `step` then updates for all of them. No collective, but where the
+        sampler refreshes a table: all ranks begin the same steps.
         Raises RuntimeError where a forward still waits for its `step` or `skip_step`.
         """
         if self._forwards:
             raise RuntimeError("begin_step while a forward waits for its update: call step(lr) or skip_step() first")
         self.step_count = step
-        self._used = self._rows_in_use(labels)
+        self._used = self._rows_in_use(labels, training=True)
         self._step_labels = labels.to(self.device)
 
     def __call__(self, embeddings: Tensor, labels: Tensor, padded_size: int | None = None) -> Tensor:
@@ -237,7 +233,7 @@ class PartialFC:
             buffers = self._buffers if training else Buffers(self.dtype, self.device)
             if self.check_labels:
                 exchange.check_labels(gathered, self.num_classes, planned if self.sampled else None, padded_size)
-            used = self._rows_in_use(gathered) if planned is None else self._used
+            used = self._rows_in_use(gathered, training) if planned is None else self._used
             loss, gradient, kept = self._forward(x, gathered, used, buffers, training)
             if not training:
                 return loss
@@ -299,10 +295,12 @@ class PartialFC:
             return f"labels are {found}; wanted int64 ({len(embeddings)},), one per embedding"
         return None
 
-    def _rows_in_use(self, labels: Tensor) -> InUse:
+    def _rows_in_use(self, labels: Tensor, training: bool) -> InUse:
         """This rank's positives among `labels` (B,) and the sampler's negatives."""
         if not self.sampled:
             return self.centers.select(None)
+        if training and hasattr(self.sampler, "refresh"):  # an evaluation leaves no trace
+            self.sampler.refresh(self, self.step_count)
         labels = labels.cpu()  # the number of rows in use is needed on the host
         drawn = self.sampler(self, self.step_count, labels)
         here = labels[(labels >= self.classes.start) & (labels < self.classes.stop)]
@@ -392,11 +390,9 @@ class PartialFC:
         for selected in self._way.chunks(used.count):
             rows = centers.take(used, selected, self._buffers, moments=True)
             gradient, bias_gradient = softmax.row_gradients(rows, selected, passes, self._way, self._buffers)
-            scratch = self._buffers.get("product", *gradient.shape)
-            renew = centers.inverse_norm is not None
-            self._way.elementwise.update(optimizer, rows.weight, rows.inverse_norm, gradient, scratch, rates, renew)
+            self._way.elementwise.update(optimizer, rows.weight, rows.inverse_norm, gradient, rates)
             if rows.bias is not None:
-                elementwise.update(optimizer, rows.bias, None, bias_gradient, bias_gradient, rates, False)
+                elementwise.update(optimizer, rows.bias, None, bias_gradient, rates)
             centers.put(used, selected, rows)
         centers.end_update(used, lr)
 

@@ -1,0 +1,220 @@
+"""partial-fc benchmark head: PartialFC beside plain PyTorch, the published PartialFC v2 and the least that any head
+computes, in time, memory and traffic, over sizes, sample rates and ranks."""
+
+import json
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+from tqdm import tqdm
+
+from partial_fc.benchmark.measure import LABELS, LIMITS, Cell, describe, measure_memory, time_in_turn
+from partial_fc.benchmark.ranks import on_ranks
+from partial_fc.benchmark.table import print_cell, print_growth, print_header, print_targets
+from partial_fc.parallel import distributed
+
+# ours are compared with these
+BASELINES = ("dense", "published", "limit", "limit-ours")
+OURS = tuple(variant for variant in LABELS if variant not in BASELINES)
+
+
+@dataclass(frozen=True)
+class Target:
+    """An upper bound on a ratio of ours to a baseline, in time or memory."""
+
+    cell: Cell
+    measure: str  # time | memory
+    against: str
+    at_most: float
+
+
+README = (
+    Cell(100_000, 512, 256, 1.0),
+    Cell(100_000, 128, 256, 1.0),
+    Cell(200_000, 512, 256, 0.1),
+    Cell(100_000, 512, 256, 1.0, ranks=2),
+    Cell(50_000, 512, 256, 1.0),
+    Cell(200_000, 256, 256, 0.1),
+)
+TARGETS = (Target(Cell(200_000, 256, 256, 0.1), "time", "dense", 0.38),)
+
+# 10^5 rows in use of more and more classes: a step should cost what its rows cost
+ROWS = (Cell(1_000_000, 128, 256, 0.1), Cell(10_000_000, 128, 256, 0.01))
+ROWS_AT_MOST = 1.2
+
+
+def benchmark_head(
+    cells: list[Cell],
+    variants: list[str] | None,
+    *,
+    rounds: int,
+    threads: int,
+    device: str,
+    json_file: Path | None = None,
+    markdown: bool = False,
+    targets: tuple[Target, ...] = (),
+    growth: bool = False,
+) -> dict:
+    """Measures every variant in every cell, prints a table a cell, and returns (and writes) everything as one dict.
+
+    Time: the variants of a cell live in one process (one group of processes), and every round each makes a step, in an
+    order that rotates; a ratio is the median of the rounds' ratios. With several ranks a round's time is the median
+    over ranks. Memory: a process (group) of its own for each variant; the largest rank's. variants: None: all that can
+    run. growth: the cells are one problem that grows; they are timed in turn with each other.
+
+    Raises ValueError for unknown variants and sizes that cannot run, RunError for a rank that failed.
+    """
+    if rounds < 1 or threads < 1:
+        raise ValueError(f"--rounds and --threads are {rounds} and {threads}; both must be positive")
+    for cell in cells:
+        _check(cell)
+    unknown = [variant for variant in variants or () if variant not in LABELS]
+    if unknown:
+        raise ValueError(f"--variants: got {unknown[0]!r}; wanted some of {', '.join(LABELS)}")
+    speaks = distributed.rank() == 0
+    if json_file is not None:
+        with distributed.together("--json"):  # now, not after everything was measured
+            json_file.touch()
+    ranks = distributed.world_size()
+    header = on_ranks(describe, ranks, device, threads, device)[0] | {"rounds": rounds}
+    variants = _runnable(variants, growth, compiler=header.pop("compiler"))
+    header["compiled"] = any(variant.endswith("-compiled") for variant in variants)
+    report = {"header": header, "cells": []}
+    if speaks:
+        print_header(header, markdown)
+    groups = [[(cell, variant) for cell in cells] for variant in variants] if growth else []
+    for cell in [] if growth else cells:
+        # plain PyTorch knows one process
+        groups.append([(cell, variant) for variant in variants if variant != "dense" or cell.ranks == 1])
+    for group in groups:
+        if not group:
+            continue
+        measured = _measure(group, header["clock"], rounds, threads, device)
+        results = {}
+        for (cell, variant), result in zip(group, measured, strict=True):
+            results.setdefault(cell, {})[variant] = result
+        for cell, of_cell in results.items():
+            _compare(cell, of_cell)
+            report["cells"].append(asdict(cell) | {"rows": cell.rows, "variants": of_cell})
+            if speaks:
+                print_cell(cell, of_cell, markdown)
+        if growth:
+            grown = _growth(group, measured)
+            report.setdefault("growth", []).append(grown)
+            if speaks:
+                print_growth(grown)
+    report["targets"] = [_reached(target, report["cells"]) for target in targets]
+    if speaks:
+        print_targets(report["targets"])
+        if json_file is not None:
+            json_file.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def sweep(classes: list[int], dims: list[int], batches: list[int], rates: list[float], ranks: list[int]) -> list[Cell]:
+    return [Cell(*sizes) for sizes in product(classes, dims, batches, rates, ranks)]
+
+
+def _check(cell: Cell) -> None:
+    if min(cell.classes, cell.dim, cell.batch, cell.ranks) < 1 or not 0 < cell.rate <= 1:
+        raise ValueError(f"got {cell}; wanted positive sizes and a rate in (0, 1]")
+    if cell.batch % cell.ranks:
+        raise ValueError(
+            f"--batch {cell.batch} on {cell.ranks} ranks; the published head takes equal batches: give a multiple"
+        )
+    if cell.classes <= (cell.ranks - 1) * cell.classes_of_rank or cell.rows < 1:
+        raise ValueError(f"got {cell}; wanted classes for every rank and at least one row in use: raise --classes")
+    if distributed.world_size() > 1 and cell.ranks != distributed.world_size():
+        raise ValueError(
+            f"got {cell.ranks} ranks in a job of {distributed.world_size()}; under torchrun give --ranks "
+            f"{distributed.world_size()}, or run without torchrun: the command starts its ranks itself"
+        )
+
+
+def _runnable(variants: list[str] | None, growth: bool, compiler: bool) -> list[str]:
+    """The variants to measure: those that were asked for, or all that can run here; of a growing problem ours alone."""
+    if variants is None:
+        wanted = ["recompute", "recompute-compiled"] if growth else list(LABELS)
+        return [variant for variant in wanted if compiler or not variant.endswith("-compiled")]
+    if not compiler and any(variant.endswith("-compiled") for variant in variants):
+        raise ValueError("--variants: torch.compile finds no compiler here; leave out those that end in -compiled")
+    return variants
+
+
+# ---- from clocks to figures
+
+
+def _measure(group: list[tuple[Cell, str]], clock: str, rounds: int, threads: int, device: str) -> list[dict]:
+    """Figures of contestants that are timed in turn, before they are compared."""
+    ranks = group[0][0].ranks
+    by_rank = on_ranks(time_in_turn, ranks, device, group, rounds, threads, device)
+    out = []
+    for which, (cell, variant) in enumerate(tqdm(group, "memory", leave=False, disable=distributed.rank() > 0)):
+        ranked = [times[which] for times in by_rank]
+        clocks = {
+            name: [median(of_round) for of_round in zip(*(times["clocks"][name] for times in ranked), strict=True)]
+            for name in ranked[0]["clocks"]
+        }
+        result = {"clocks": {name: _spread(times) for name, times in clocks.items()}}
+        result["time"] = result["clocks"][clock]
+        result |= {name: ranked[0][name] for name in ("loss", "collectives", "bytes")}
+        # a limit holds the rows in use alone: that is no head's memory
+        held = [None]
+        if variant not in LIMITS:
+            held = on_ranks(measure_memory, ranks, device, cell, variant, threads, device)
+        result["memory"] = None if None in held else max(held)
+        result["bytes_per_class"] = None if result["memory"] is None else result["memory"] / cell.classes_of_rank
+        out.append(result)
+    return out
+
+
+def _spread(milliseconds: list[float]) -> dict:
+    return {
+        "median": median(milliseconds),
+        "low": min(milliseconds),
+        "high": max(milliseconds),
+        "rounds": milliseconds,
+    }
+
+
+def _compare(cell: Cell, results: dict[str, dict]) -> None:
+    """Adds each variant's ratios to the baselines. `state`: to weight and momentum in float32, which any SGD keeps."""
+    state = 2 * 4 * cell.dim * cell.classes_of_rank
+    for result in results.values():
+        result["time_ratio"], result["memory_ratio"] = {}, {}
+        for name in BASELINES:
+            if name not in results:
+                continue
+            result["time_ratio"][name] = _paired(result, results[name])
+            if result["memory"] and results[name]["memory"]:
+                result["memory_ratio"][name] = result["memory"] / results[name]["memory"]
+        if result["memory"]:
+            result["memory_ratio"]["state"] = result["memory"] / state
+
+
+def _paired(one: dict, other: dict) -> float:
+    return median(a / b for a, b in zip(one["time"]["rounds"], other["time"]["rounds"], strict=True))
+
+
+def _growth(group: list[tuple[Cell, str]], measured: list[dict]) -> dict:
+    """A variant's time in each cell over its time in the first."""
+    return {
+        "variant": group[0][1],
+        "classes": [cell.classes for cell, _ in group],
+        "time_ratio": [_paired(result, measured[0]) for result in measured],
+        "at_most": ROWS_AT_MOST,
+    }
+
+
+def _reached(target: Target, cells: list[dict]) -> dict:
+    """A target and each of our variants' ratio in its cell."""
+    wanted = asdict(target.cell)
+    measured = {}
+    for cell in cells:
+        if all(cell[name] == value for name, value in wanted.items()):
+            for variant in OURS:
+                ratio = cell["variants"].get(variant, {}).get(f"{target.measure}_ratio", {}).get(target.against)
+                if ratio is not None:
+                    measured[variant] = ratio
+    return asdict(target) | {"measured": measured}

@@ -1,0 +1,92 @@
+"""What partial-fc benchmark prints."""
+
+from partial_fc.benchmark.measure import LABELS, Cell
+
+BASELINE_COLUMNS = {"dense": "dense", "published": "publ.", "limit": "limit", "limit-ours": "our limit"}
+CLOCKS = {
+    "cpu": "CPU time of the process",
+    "wall": "wall time",
+    "device": "device time, between CUDA events",
+}
+
+
+def print_header(header: dict, markdown: bool) -> None:
+    lines = [
+        f"{header['hardware']}; torch {header['torch']}, {header['libraries']}; {header['dtype']}",
+        f"threads a rank: {header['threads']}; compiled parts {'ran' if header['compiled'] else 'did not run'}",
+        f"ms: {CLOCKS[header['clock']]} of a step, median of {header['rounds']} interleaved rounds, median over ranks",
+        "/x: over x's, median of the rounds' ratios. MiB: peak beyond the process, the largest rank's, and bytes a "
+        "class; /state: over weight + momentum. KiB: of what a step's collectives gather or reduce",
+    ]
+    print(*lines, sep="  \n" if markdown else "\n")
+
+
+def print_cell(cell: Cell, results: dict[str, dict], markdown: bool) -> None:
+    title = (
+        f"C={cell.classes:,} D={cell.dim} B={cell.batch} rate {cell.rate:g}, {cell.ranks} "
+        f"rank{'s' if cell.ranks > 1 else ''}, {cell.rows:,} rows in use a rank"
+    )
+    baselines = [name for name in BASELINE_COLUMNS if name in results]
+    by_memory = [name for name in baselines if not name.startswith("limit")]
+    head = ["", "ms", "min-max", "wall ms", *(f"/{BASELINE_COLUMNS[name]}" for name in baselines)]
+    head += ["MiB", "B/class", *(f"/{BASELINE_COLUMNS[name]}" for name in by_memory), "/state"]
+    head += ["collectives", "KiB", "loss"]
+    rows = [_row(variant, result, baselines, by_memory) for variant, result in results.items()]
+    print(f"\n**{title}**\n" if markdown else f"\n{title}")
+    print(_markdown(head, rows) if markdown else _plain(head, rows), flush=True)
+
+
+def print_growth(growth: dict) -> None:
+    first, *others = growth["classes"]
+    print(f"\n{LABELS[growth['variant']]}: the same number of rows in use of more classes")
+    for classes, ratio in zip(others, growth["time_ratio"][1:], strict=True):
+        print(f"time at C={classes:,} / time at C={first:,}: {ratio:.2f}, wanted at most {growth['at_most']}")
+
+
+def print_targets(targets: list[dict]) -> None:
+    for target in targets:
+        cell = Cell(**target["cell"])
+        print(
+            f"\n{target['measure']} / {target['against']} at C={cell.classes:,} D={cell.dim} rate {cell.rate:g}, "
+            f"{cell.ranks} rank{'s' if cell.ranks > 1 else ''}: wanted at most {target['at_most']}; measured "
+            + (", ".join(f"{LABELS[name]} {ratio:.2f}" for name, ratio in target["measured"].items()) or "nothing")
+        )
+
+
+def _row(variant: str, result: dict, baselines: list[str], by_memory: list[str]) -> list[str]:
+    time, memory = result["time"], result["memory"]
+    return [
+        LABELS[variant],
+        _ms(time["median"]),
+        f"{_ms(time['low'])}-{_ms(time['high'])}",
+        _ms(result["clocks"]["wall"]["median"]),
+        *(_ratio(result["time_ratio"].get(name)) for name in baselines),
+        "-" if memory is None else f"{memory / 2**20:,.0f}",
+        "-" if memory is None else f"{result['bytes_per_class']:,.0f}",
+        *(_ratio(result["memory_ratio"].get(name)) for name in (*by_memory, "state")),
+        str(sum(result["collectives"].values())),
+        f"{result['bytes'] / 2**10:,.0f}",
+        "-" if result["loss"] is None else f"{result['loss']:.4f}",
+    ]
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def _plain(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = []
+    for row in (head, *rows):
+        numbers = [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *numbers]).rstrip())
+    return "\n".join(lines)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))

@@ -1,0 +1,55 @@
+"""The compiled elementwise parts: the same tests as the plain ones, where a compiler works."""
+
+import pytest
+import torch
+
+from partial_fc import CosFace, PartialFC
+from partial_fc.head import elementwise
+from tests.dense import MARGINS, Case, assert_equals_dense
+from tests.test_partial_fc import assert_as_good_as_naive
+
+needs_compiler = pytest.mark.skipif(
+    not elementwise.compiler_works("cpu"), reason="not run: torch.compile works not here (it needs a C++ compiler)"
+)
+COMPILED = dict(compile=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+@pytest.mark.parametrize("margin", MARGINS)
+def test_compiled_equals_dense(margin, rate):
+    assert_equals_dense(Case(margin, sample_rate=rate, sizes=(3, 1), head=COMPILED))
+
+
+@needs_compiler
+def test_compiled_adamw_and_cache_equal_dense():
+    hyper = dict(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    options = dict(cache_bytes=100 * 8, cache_dtype=torch.float64, **COMPILED)
+    assert_equals_dense(Case("arcface", sizes=(3, 1), forwards=2, optimizer="adamw", hyper=hyper, head=options))
+
+
+@needs_compiler
+@pytest.mark.parametrize("inputs", ["random", "trained"])
+@pytest.mark.parametrize("margin", ["cosface", "arcface", "biased", "cosface-s200"])
+def test_compiled_float32_is_as_good_as_naive_float32(margin, inputs):
+    assert_as_good_as_naive(MARGINS[margin], inputs, **COMPILED)
+
+
+@needs_compiler
+def test_nothing_is_compiled_anew_from_step_to_step():
+    """Learning rate, chunk length and rows in use change all the time."""
+    head = PartialFC(1000, 8, CosFace(), 0.3, optimizer="adamw", chunk=64, **COMPILED)
+    counted = []
+    for step in range(8):
+        labels = torch.randint(1000, (6,))
+        head(torch.randn(6, 8, requires_grad=True), labels).backward()
+        head.step(0.1 / (1 + step))
+        counted.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counted[2] == counted[-1] > 0
+
+
+def test_small_heads_are_not_compiled_unasked():
+    assert not PartialFC(1000, 8).compiled
+    assert PartialFC(2**15, 512, sample_rate=1.0, init_std=1.0).compiled == elementwise.compiler_works("cpu")
+    assert not PartialFC(2**15, 512, sample_rate=0.9).compiled
+    assert not PartialFC(2**15, 512, compile=False).compiled
