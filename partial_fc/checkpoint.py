@@ -188,7 +188,7 @@ def _write_centers(folder: Path, head: PartialFC) -> list[dict]:
 
 
 def _read_rows(checkpoint: Checkpoint, name: str, classes: range, out: Tensor) -> bool:
-    """Fills `out` with the rows `classes` of one state tensor; False if the checkpoint has none of that name and width."""
+    """Fills `out` with the rows `classes` of one state tensor; False where it has none of that name and width."""
     for entry in checkpoint.files():
         if "classes" not in entry:
             continue

@@ -4,14 +4,16 @@ And the partitioned side of the same run, for any number of ranks.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from partial_fc import ArcFace, CosFace, Margin, NormSoftmax, PartialFC, Softmax
-from partial_fc.head.sampling import draw_negatives
+from partial_fc.head.sampling import HardNegatives, draw_negatives
 from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
 
@@ -83,6 +85,7 @@ class Case:
     num_classes: int = 23
     dim: int = 5
     sample_rate: float = 1.0
+    sampler: Callable | None = None  # a plain function, or HardNegatives
     chunk: int = 4
     sizes: tuple[int, ...] = (6,)  # local batch sizes, one per rank
     labels: str = "random"  # random | one_rank | duplicates
@@ -126,6 +129,30 @@ def auxiliary_loss(embeddings: Tensor) -> Tensor:
     return (embeddings**2).mean(dim=1).sum()
 
 
+def nearest_classes(weight: Tensor, count: int) -> Tensor:
+    """(C, count) the nearest other classes by cosine, of equal ones the lower class first; -1 past the last."""
+    rows = nn.functional.normalize(weight.double())
+    cosine = (rows @ rows.T).float()
+    table = torch.full((len(weight), count), -1)
+    for row in range(len(weight)):
+        others = sorted(set(range(len(weight))) - {row}, key=lambda other: (-cosine[row, other].item(), other))
+        table[row, : len(others)] = torch.tensor(others[:count], dtype=torch.int64)
+    return table
+
+
+def sample(case: Case, step: int, labels: Tensor, neighbours: Tensor) -> Tensor:
+    """The negatives of a step, class ids; neighbours (C, K) as of the last refresh."""
+    everyone = range(case.num_classes)
+    drawn = draw_negatives(case.seed, step, everyone, case.num_classes, case.sample_rate)
+    if case.sampler is None:
+        return drawn
+    if isinstance(case.sampler, HardNegatives):
+        near = neighbours[labels].flatten()
+        return torch.cat([drawn, near[near >= 0]])
+    head = SimpleNamespace(classes=everyone, num_classes=case.num_classes, seed=case.seed, sample_rate=case.sample_rate)
+    return case.sampler(head, step, labels)
+
+
 def run_dense(case: Case, weight: Tensor) -> dict:
     """Losses, embedding gradients, backbone gradients and the centers after every step."""
     margin = MARGINS[case.margin]
@@ -136,16 +163,17 @@ def run_dense(case: Case, weight: Tensor) -> dict:
     centers = optimizers[case.optimizer]([weight, bias], lr=0.0, **case.hyper)
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.0, momentum=0.9)
     out: dict = {"loss": [], "embedding_grad": [], "backbone_grad": [], "weight": []}
+    neighbours = torch.empty(case.num_classes, 0, dtype=torch.int64)
     for step in range(case.steps):
         batches = [case.data(step, forward) for forward in range(case.forwards)]
         used = torch.ones(case.num_classes, dtype=torch.bool)
-        if case.sample_rate < 1:
-            everyone = range(case.num_classes)
-            drawn = draw_negatives(case.seed, step, everyone, case.num_classes, case.sample_rate)
+        if isinstance(case.sampler, HardNegatives) and step > 0 and step % case.sampler.every == 0:
+            neighbours = nearest_classes(weight.detach(), case.sampler.neighbours)
+        if case.sample_rate < 1 or case.sampler is not None:
+            positives = torch.cat([labels for _, labels in batches])
             used = torch.zeros(case.num_classes, dtype=torch.bool)
-            used[drawn] = True
-            for _, labels in batches:
-                used[labels] = True
+            used[sample(case, step, positives, neighbours)] = True
+            used[positives] = True
         centers.zero_grad()
         optimizer.zero_grad()
         weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
@@ -195,6 +223,7 @@ def make_head(case: Case) -> PartialFC:
         case.dim,
         MARGINS[case.margin],
         case.sample_rate,
+        sampler=case.sampler,
         chunk=case.chunk,
         seed=case.seed,
         dtype=case.dtype,

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 from partial_fc import CosFace, PartialFC, Softmax, checkpoint
+from partial_fc.head.sampling import HardNegatives, tables
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
 from tests.conftest import run_ranks
@@ -196,3 +197,62 @@ def test_the_backbone_alone(tmp_path):
     save_here(tmp_path)
     state = checkpoint.read_backbone(checkpoint.find_latest(tmp_path))
     assert torch.equal(state["0.weight"], load_here(tmp_path)[1]["0.weight"])
+
+
+def hard_negatives(run: Path, steps: range, neighbours: int | None = 2) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Trains `steps` from the latest checkpoint, with a refresh at steps 4, 8, ..., and saves; centers and table."""
+    sampler = None if neighbours is None else HardNegatives(neighbours, every=4)
+    head = PartialFC(CLASSES, DIM, CosFace(), 0.1, sampler=sampler, dtype=torch.float64)
+    _, engine = trained(steps=0)
+    found = checkpoint.find_latest(run)
+    if found is not None:
+        for table in tables(head).values():
+            table.fill_(7)  # loading leaves nothing of what was there
+        checkpoint.load(found, head=head, engine=engine)
+    assert head.step_count == steps.start
+    for step in steps:
+        x = torch.randn(12, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        labels = (torch.arange(12) // 4 * 3 + step) % CLASSES
+        mine = distributed.part(12, distributed.rank(), distributed.world_size())
+        head.begin_step(step, labels)
+        head(x[mine.start : mine.stop] @ torch.ones(3, DIM).double().triu(), labels[mine.start : mine.stop]).backward()
+        head.step(0.1)
+    (run / "names.txt").write_text("")
+    checkpoint.save(run, steps.stop, head=head, engine=engine, classes=run / "names.txt", settings={}, keep=9)
+    return head.full_weight(), tables(head).get("neighbours")
+
+
+def sums(run: Path, step: int) -> dict[str, str]:
+    found = checkpoint.open_checkpoint(run / "checkpoints" / f"step_{step:08d}")
+    return {entry["name"]: entry["sha256"] for entry in found.files()}
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6], ids=["before the first refresh", "before a refresh", "between two"])
+def test_hard_negatives_resume_bit_for_bit(tmp_path, stop):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "run").mkdir()
+    run_ranks(hard_negatives, 2, tmp_path / "whole", range(11))
+    run_ranks(hard_negatives, 2, tmp_path / "run", range(stop))
+    run_ranks(hard_negatives, 2, tmp_path / "run", range(stop, 11))
+    assert sums(tmp_path / "run", 11) == sums(tmp_path / "whole", 11)
+
+
+@pytest.mark.parametrize("saved, loaded", [(2, 3), (3, 1), (1, 4)])
+def test_hard_negatives_resume_at_another_number_of_ranks(tmp_path, saved, loaded):
+    """From step 6: steps 6 and 7 use the table of step 4, which cannot be had from the centers any more."""
+    whole, table = run_ranks(hard_negatives, saved, tmp_path, range(6))[0]
+    for resumed, same in run_ranks(hard_negatives, loaded, tmp_path, range(6, 6)):
+        assert torch.equal(same, table) and (table >= 0).all() and torch.equal(resumed, whole)
+    wanted, _ = run_ranks(hard_negatives, saved, tmp_path, range(6, 8))[0]
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000008")
+    for got, _ in run_ranks(hard_negatives, loaded, tmp_path, range(6, 8)):
+        assert (got - wanted).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("saved, loaded", [(None, 2), (2, None), (2, 3)])
+def test_another_sampler_has_no_table_until_its_next_refresh(tmp_path, saved, loaded):
+    run_ranks(hard_negatives, 2, tmp_path, range(6), saved)
+    for _, table in run_ranks(hard_negatives, 2, tmp_path, range(6, 8), loaded):
+        assert table is None if loaded is None else (table == -1).all()
+    for _, table in run_ranks(hard_negatives, 2, tmp_path, range(8, 9), loaded):
+        assert table is None if loaded is None else (table >= 0).all()

@@ -138,7 +138,8 @@ class Published:
     The weight is a Parameter (C_r, D). A step gathers embeddings and labels, normalizes a copy of the rows in use,
     computes dense logits (B, U), clamps the cosines, sets the margin at the targets, multiplies by the scale, and has
     autograd make a dense gradient (U, D). At sample_rate < 1 the drawn rows and their momentum are gathered into a
-    parameter, updated by the optimizer and scattered back; the other rows stay as they are. 5 + W collectives.
+    parameter, updated by the optimizer and scattered back; the other rows stay as they are. 5 + W collectives. The
+    clamp, which the released code has and CosFace does not need, is 8 % of a step at D = 512 and 18 % at D = 128.
     """
 
     def __init__(
