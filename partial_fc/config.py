@@ -133,7 +133,7 @@ class Head(Section):
     hard_negatives: HardNegatives | None = None
     """Prefer hard negatives, as {neighbours: 16, every: 1000}; unset: random negatives alone."""
     chunk: int | None = Field(None, ge=1)
-    """Rows of logits that exist at once; unset: 2048 on a CPU, 16384 elsewhere."""
+    """Rows of logits that exist at once; unset: 1024 to 2048 on a CPU, 16384 elsewhere."""
     cache_bytes: int = Field(0, ge=0)
     """Room on each rank for (batch, rows in use) numbers that spare the update a matrix product."""
     cache_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -23,6 +23,7 @@ from partial_fc.benchmark.peers import Dense, Limit, Published, head_matmul, tor
 from partial_fc.head.elementwise import compiler_works
 from partial_fc.head.margins import CosFace
 from partial_fc.head.partial_fc import PartialFC
+from partial_fc.head.softmax import default_chunk
 from partial_fc.parallel import distributed
 
 MARGIN = CosFace(scale=64.0, margin=0.35)
@@ -104,7 +105,7 @@ def build(variant: str, cell: Cell, device: torch.device) -> Dense | Published |
     if variant == "published":
         return Published(*sizes, **SGD, device=device)
     if variant in LIMITS:
-        chunk = 2048 if device.type == "cpu" else 16384  # the head's own
+        chunk = default_chunk(cell.dim, device)
         return Limit(cell.rows, cell.dim, cell.batch, LIMITS[variant], chunk=chunk, device=device)
     return Ours(variant, cell, device)
 

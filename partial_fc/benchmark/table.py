@@ -43,14 +43,22 @@ def print_growth(growth: dict) -> None:
         print(f"time at C={classes:,} / time at C={first:,}: {ratio:.2f}, wanted at most {growth['at_most']}")
 
 
-def print_targets(targets: list[dict]) -> None:
+def print_targets(targets: list[dict], markdown: bool) -> None:
+    if not targets:
+        return
+    head = ["what we set out to reach", "ratio", "wanted", "measured", ""]
+    rows = []
     for target in targets:
-        cell = Cell(**target["cell"])
-        print(
-            f"\n{target['measure']} / {target['against']} at C={cell.classes:,} D={cell.dim} rate {cell.rate:g}, "
-            f"{cell.ranks} rank{'s' if cell.ranks > 1 else ''}: wanted at most {target['at_most']}; measured "
-            + (", ".join(f"{LABELS[name]} {ratio:.2f}" for name, ratio in target["measured"].items()) or "nothing")
+        cell, measured = Cell(**target["cell"]), target["measured"]
+        title = f"C={cell.classes:,} D={cell.dim} rate {cell.rate:g}" + (
+            f" {cell.ranks} ranks" if cell.ranks > 1 else ""
         )
+        figures = ", ".join(f"{LABELS[name].removeprefix('ours ')} {ratio:.2f}" for name, ratio in measured.items())
+        reached = "-" if not measured else "yes" if min(measured.values()) <= target["at_most"] else "NO"
+        ratio = f"{target['measure']} / {target['against']}"
+        rows.append([title, ratio, f"{target['at_most']:.2f}", figures or "nothing", reached])
+    print()
+    print(_markdown(head, rows) if markdown else _plain(head, rows), flush=True)
 
 
 def _row(variant: str, result: dict, baselines: list[str], by_memory: list[str]) -> list[str]:

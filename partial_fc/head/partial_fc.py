@@ -30,6 +30,7 @@ class _Forward:
 
     x: Tensor  # (B, D) gathered embeddings
     column: Tensor  # (B,) row of the target among the rows in use, -1 if another rank's
+    places: softmax.Places  # the same by chunk
     real: Tensor  # (B,) bool: not padding
     log_z: Tensor  # (B,) float64
     psi: Tensor  # (B,) float64
@@ -85,7 +86,7 @@ class PartialFC:
     is length 1 (at a tenth of that the first updates, which grow with 1 / |w|, throw the centers together).
     sampler: which negatives a step uses; None: each with probability sample_rate (see `sampling`).
 
-    chunk: rows of logits that exist at once; None: 2048 on a CPU, 16384 elsewhere. cache_bytes: room on this rank for
+    chunk: rows of logits that exist at once; None: see `softmax.default_chunk`. cache_bytes: room on this rank for
     numbers (B, U) that spare the update a product, in cache_dtype, float32 or bfloat16; what does not fit is computed
     again. matmul_precision: see `matmul`. compile: the elementwise parts by torch.compile; None: where a compiler
     works and a rank has 2^24 numbers in use or more, since compiling takes 20 seconds.
@@ -157,7 +158,7 @@ class PartialFC:
             elementwise.compiler_works(device.type) if compile is None and in_use >= 2**24 else bool(compile)
         )
         self._way = softmax.Way(
-            chunk=chunk or (2048 if device.type == "cpu" else 16384),
+            chunk=chunk or softmax.default_chunk(embedding_dim, device),
             bounded=normalized and self.margin.scale + room <= largest,
             precision=matmul_precision,
             elementwise=elementwise.compiled() if self.compiled else elementwise.PLAIN,
@@ -323,11 +324,12 @@ class PartialFC:
         count = real.sum().clamp_min(1)
         column = self._columns(labels, used)
         target = self._targets(x, used, column)
+        places = softmax.Places.of(column, used.count, self._way, self.dtype)
         maximum, total, mean, weights = softmax.sum_negatives(
             self._scaled(x) * LOG2_E,
             lambda rows: self._centers.take(used, rows, buffers, moments=False),
             used.count,
-            column,
+            places,
             way=self._way,
             weighted=training,
             cache=self._cache.reserve(len(x), used.count, self._way.chunk) if training else None,
@@ -348,7 +350,7 @@ class PartialFC:
         if not training:
             return loss, None, None
         psi_prime = self.margin.derivative(cosine)
-        kept = _Forward(x, column, real, log_z, psi, psi_prime, p_minus_one, weights)
+        kept = _Forward(x, column, places, real, log_z, psi, psi_prime, p_minus_one, weights)
         gradient = mean * torch.exp(maximum - log_z).to(self.dtype).unsqueeze(1)
         if self.margin.scale is not None:  # the backward of s x / |x|
             x_hat, x_length = unit(x)
@@ -387,9 +389,9 @@ class PartialFC:
         optimizer = centers.optimizer
         rates = optimizer.rates(lr, centers.updates + 1)
         passes = [self._pass(kept, used, grad_scale) for kept in self._forwards]  # before any row changes
-        for selected in self._way.chunks(used.count):
+        for number, selected in enumerate(self._way.chunks(used.count)):
             rows = centers.take(used, selected, self._buffers, moments=True)
-            gradient, bias_gradient = softmax.row_gradients(rows, selected, passes, self._way, self._buffers)
+            gradient, bias_gradient = softmax.row_gradients(rows, number, passes, self._way, self._buffers)
             self._way.elementwise.update(optimizer, rows.weight, rows.inverse_norm, gradient, rates)
             if rows.bias is not None:
                 elementwise.update(optimizer, rows.bias, None, bias_gradient, rates)
@@ -403,14 +405,6 @@ class PartialFC:
         target = self._targets(kept.x, used, kept.column)
         by_center = self._target_part(kept, target, by_embedding=False) * coefficient.unsqueeze(1)
         by_bias = torch.where(target.owned, kept.p_minus_one, 0).to(self.dtype) * coefficient
-        xs = self._scaled(kept.x)
         return softmax.Pass(
-            xs=xs * LOG2_E,
-            x_pull=xs * coefficient.unsqueeze(1),
-            column=kept.column,
-            log2_z=kept.log_z * LOG2_E,
-            by_center=by_center,
-            by_bias=by_bias,
-            coefficient=coefficient,
-            kept=kept.weights,
+            self._scaled(kept.x), coefficient, kept.log_z * LOG2_E, kept.places, by_center, by_bias, kept.weights
         )

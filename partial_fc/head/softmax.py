@@ -92,7 +92,7 @@ class Cache:
 class Kept(NamedTuple):
     """A chunk in the cache."""
 
-    weights: Tensor  # (B, c) 2^(logit - maximum) / |w|
+    weights: Tensor  # (c, B) 2^(logit - maximum) / |w|, transposed: that is what dW multiplies
     maximum: Tensor | None  # (B,) what was subtracted
 
 
@@ -109,22 +109,50 @@ class Way:
         return (slice(start, min(start + self.chunk, rows)) for start in range(0, rows, self.chunk))
 
 
-def _mask_targets(logits: Tensor, column: Tensor, first: int, dim: int) -> None:
-    """Sets the targets' entries to -inf, in place, in a chunk whose first row is `first`.
+def default_chunk(dim: int, device: torch.device) -> int:
+    """Rows of a chunk: on a CPU as many as its cache likes, 1024 at D >= 256 and 2048 at D <= 128 (between the two, up
+    to 10 % of a step at D = 512 and 7 % at 128); elsewhere 16384."""
+    return min(max(2**18 // dim, 1024), 2048) if device.type == "cpu" else 16384
 
-    Its rows lie along `dim`, the samples, `column` (B,), along the other.
-    """
-    count = logits.shape[dim]
-    here = ((column >= first) & (column < first + count)).unsqueeze(dim)
-    index = (column - first).clamp_(0, count - 1).unsqueeze(dim)
-    logits.scatter_(dim, index, torch.where(here, -torch.inf, logits.gather(dim, index)))
+
+class Places(NamedTuple):
+    """Where the targets lie in the chunks."""
+
+    chunk: Tensor  # (B,) number of the chunk, -1 where another rank owns the target
+    row: Tensor  # (B,) row in that chunk
+    mask: Tensor  # (chunks, B) -inf where a chunk holds the sample's target, else 0
+
+    @classmethod
+    def of(cls, column: Tensor, count: int, way: Way, dtype: torch.dtype) -> "Places":
+        """In: the row of each sample's target (B,) among `count`; -1 where another rank owns it."""
+        chunk = torch.div(column, way.chunk, rounding_mode="floor")
+        numbers = torch.arange(-(-count // way.chunk), device=column.device).unsqueeze(1)
+        zero = torch.zeros((), dtype=dtype, device=column.device)
+        return cls(chunk, column % way.chunk, torch.where(chunk == numbers, -torch.inf, zero))
+
+    def exclude(self, logits: Tensor, number: int, dim: int) -> None:
+        """Sets the targets' entries to -inf in chunk `number`, in place; its rows lie along `dim`."""
+        # other samples add 0 to some row: one below the length, which the last chunk may have less of
+        row = self.row.clamp_max(logits.shape[dim] - 1)
+        logits.scatter_add_(dim, row.unsqueeze(dim), self.mask[number].unsqueeze(dim))
+
+    def add(self, gradient: Tensor, number: int, values: Tensor) -> None:
+        """Adds the samples' values (B, ...) to their targets' rows in chunk `number` (c, ...), in place."""
+        here = self.chunk == number
+        if gradient.is_cuda:  # which samples are here would have to be read by the host
+            zero = torch.zeros((), dtype=values.dtype, device=values.device)
+            values = torch.where(here.view(-1, *[1] * (values.ndim - 1)), values, zero)
+            gradient.index_add_(0, torch.where(here, self.row, 0), values)
+        else:
+            some = here.nonzero().squeeze(1)
+            gradient.index_add_(0, self.row[some], values[some])
 
 
 def sum_negatives(
     xs: Tensor,
     take: Callable[[slice], Rows],
     count: int,
-    column: Tensor,
+    places: Places,
     *,
     way: Way,
     weighted: bool,
@@ -146,11 +174,11 @@ def sum_negatives(
     total = torch.zeros(len(xs), dtype=torch.float64, device=xs.device)
     mean = torch.zeros_like(xs) if weighted else None
     kept: list[Kept] = []
-    for selected in way.chunks(count):
+    for number, selected in enumerate(way.chunks(count)):
         rows = take(selected)
         weight, bias = rows.weight.value, rows.scaled_bias
         logits = matmul_nt(xs, weight, way.precision)
-        _mask_targets(logits, column, selected.start, dim=1)
+        places.exclude(logits, number, dim=1)
         part, larger = way.elementwise.weigh(logits, rows.inverse_norm, bias, maximum)
         if maximum is not None:
             shrink = torch.exp2(maximum - larger)
@@ -162,55 +190,73 @@ def sum_negatives(
         if mean is not None:
             mean += matmul_nt(logits, weight.T, way.precision)
         if cache is not None and selected.stop * len(xs) <= len(cache):
-            copy = cache[selected.start * len(xs) : selected.stop * len(xs)].view(logits.shape).copy_(logits)
-            kept.append(Kept(copy, maximum))
+            room = cache[selected.start * len(xs) : selected.stop * len(xs)].view(logits.T.shape)
+            # transposed and rounded at once is four times as slow
+            kept.append(Kept(room.copy_(logits.T if room.dtype == logits.dtype else logits.T.contiguous()), maximum))
     return torch.zeros_like(total) if maximum is None else maximum.double(), total, mean, kept
 
 
-class Pass(NamedTuple):
+class Pass:
     """One forward's share of an update: B samples that pull at the rows."""
 
-    xs: Tensor  # (B, D)
-    x_pull: Tensor  # (B, D) xs without log2(e), times the derivative of the objective by each sample's loss
-    column: Tensor  # (B,)
-    log2_z: Tensor  # (B,) float64
-    by_center: Tensor  # (B, D) gradient by the sample's own target row; zeros if another rank's
-    by_bias: Tensor  # (B,) likewise
-    coefficient: Tensor  # (B,) derivative of the objective by each sample's loss
-    kept: list[Kept]  # the first chunks' weights
+    def __init__(
+        self,
+        xs: Tensor,
+        coefficient: Tensor,
+        log2_z: Tensor,
+        places: Places,
+        by_center: Tensor,
+        by_bias: Tensor,
+        kept: list[Kept],
+    ):
+        """xs (B, D) without log2(e); coefficient (B,), the derivative of the objective by each sample's loss; log2_z
+        (B,) float64; by_center (B, D) and by_bias (B,), gradients by the samples' own targets, zeros for other ranks'.
+        """
+        self.xs, self.coefficient, self.log2_z = xs, coefficient, log2_z
+        self.places, self.by_center, self.by_bias, self.kept = places, by_center, by_bias, kept
+        self.xs_2 = xs * LOG2_E
+        # log Z in two pieces: its rounding to the dtype would shift all probabilities of a sample alike
+        self.log2_z_rounded = log2_z.to(xs.dtype)
+        self._pull = self._pulled(self.log2_z_rounded)
+        self._pull_of_bounded = self._pulled(None) if kept and kept[0].maximum is None else None
+
+    def _pulled(self, maximum: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What multiplies weights 2^(logit - maximum): for rows (D, B), and for the bias (B,)."""
+        exponent = -self.log2_z if maximum is None else maximum.double() - self.log2_z
+        factor = self.coefficient * torch.exp2(exponent).to(self.xs.dtype)
+        return (self.xs * factor.unsqueeze(1)).T, factor
+
+    def weights(self, rows: Rows, number: int, way: Way, buffers: Buffers) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Chunk `number`'s weights (c, B), from the cache or computed again, and what multiplies them."""
+        if number < len(self.kept):
+            weights, maximum = self.kept[number]
+            if weights.dtype != self.xs.dtype:
+                weights = buffers.get("weights", *weights.shape).copy_(weights)
+            return weights, self._pull_of_bounded if maximum is None else self._pulled(maximum)
+        weights = matmul_nt(rows.weight.value, self.xs_2, way.precision)
+        self.places.exclude(weights, number, dim=0)
+        way.elementwise.weigh_again(weights, rows.inverse_norm, rows.scaled_bias, self.log2_z_rounded)
+        return weights, self._pull
 
 
-def row_gradients(rows: Rows, selected: slice, passes: list[Pass], way: Way, buffers: Buffers) -> tuple:
-    """The gradient by the rows of a chunk (c, D), and by their bias (c,), None without one.
+def row_gradients(
+    rows: Rows, number: int, passes: list[Pass], way: Way, buffers: Buffers
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient by the rows of chunk `number` (c, D), and by their bias (c,), None without one.
 
     Negatives: sum_i coefficient_i p_ij xs_i, divided by |w| where centers are normalized: what is along w has still to
     be taken out. Targets, each sample's own part, are added to their rows; they have nothing along w then.
     """
-    count = selected.stop - selected.start
-    number = selected.start // way.chunk
     gradient = bias_gradient = None
     for one in passes:
-        if number < len(one.kept):
-            weights = buffers.get("weights", count, len(one.xs)).copy_(one.kept[number].weights.T)
-            maximum = one.kept[number].maximum
-            log2_z = one.log2_z.neg() if maximum is None else maximum.double() - one.log2_z
-            rest = torch.exp2(log2_z).to(weights.dtype)
-        else:
-            weights = matmul_nt(rows.weight.value, one.xs, way.precision)
-            _mask_targets(weights, one.column, selected.start, dim=0)
-            # log Z in two pieces: its rounding to the dtype would shift all probabilities of a sample alike
-            log2_z = one.log2_z.to(weights.dtype)
-            rest = torch.exp2(log2_z.double() - one.log2_z).to(weights.dtype)
-            way.elementwise.weigh_again(weights, rows.inverse_norm, rows.scaled_bias, log2_z)
-        part = matmul_nt(weights, (one.x_pull * rest.unsqueeze(1)).T, way.precision)
+        weights, (by_rows, by_bias) = one.weights(rows, number, way, buffers)
+        part = matmul_nt(weights, by_rows, way.precision)
+        one.places.add(part, number, one.by_center)
         gradient = part if gradient is None else gradient.add_(part)
-        here = (one.column >= selected.start) & (one.column < selected.stop)
-        index = torch.where(here, one.column - selected.start, 0)
-        gradient.index_add_(0, index, torch.where(here.unsqueeze(1), one.by_center, 0))
         if rows.bias is not None:
-            part = torch.mv(weights, one.coefficient * rest)
+            part = torch.mv(weights, by_bias)
             if rows.inverse_norm is not None:
                 part /= rows.inverse_norm
-            part.index_add_(0, index, torch.where(here, one.by_bias, 0))
+            one.places.add(part, number, one.by_bias)
             bias_gradient = part if bias_gradient is None else bias_gradient.add_(part)
     return gradient, bias_gradient
