@@ -18,23 +18,29 @@ from tests.conftest import run_ranks
 CLASSES, DIM = 23, 4
 
 
-def trained(rate: float = 0.3, num_classes: int = CLASSES, steps: int = 5, softmax: bool = False) -> tuple:
-    head = PartialFC(num_classes, DIM, Softmax() if softmax else CosFace(), rate, dtype=torch.float64)
+def trained(rate: float = 0.3, num_classes: int = CLASSES, steps: int = 5, softmax: bool = False, **options) -> tuple:
+    head = PartialFC(num_classes, DIM, Softmax() if softmax else CosFace(), rate, dtype=torch.float64, **options)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, DIM), nn.BatchNorm1d(DIM)).double()
     engine = DDPEngine(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), torch.device("cpu"))
-    for step in range(steps):
+    go_on(head, engine, range(steps))
+    return head, engine
+
+
+def go_on(head: PartialFC, engine: DDPEngine, steps: range) -> None:
+    for step in steps:
         x = torch.randn(12, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        labels = torch.arange(12) * 3 % num_classes
+        labels = torch.arange(12) * 3 % head.num_classes
         mine = distributed.part(12, distributed.rank(), distributed.world_size())
         head(engine(x[mine.start : mine.stop]), labels[mine.start : mine.stop]).backward()
         head.step(0.1)
         engine.step(0.1)
-    return head, engine
 
 
-def save_here(run: Path, rate: float = 0.3, num_classes: int = CLASSES, softmax: bool = False) -> torch.Tensor:
-    head, engine = trained(rate, num_classes, softmax=softmax)
+def save_here(
+    run: Path, rate: float = 0.3, num_classes: int = CLASSES, softmax: bool = False, options: dict | None = None
+) -> torch.Tensor:
+    head, engine = trained(rate, num_classes, softmax=softmax, **(options or {}))
     (run / "names.txt").write_text("a\nb\n")
     checkpoint.save(
         run, 5, head=head, engine=engine, classes=run / "names.txt", settings={"order": {}, "config": {}}, keep=2
@@ -60,6 +66,37 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path, saved, loaded,
     for weight, _, optimizer, step_count in run_ranks(load_here, loaded, tmp_path, 0.3, num_classes):
         assert torch.equal(weight, wanted) and step_count == 5
         assert set(optimizer) == {f"{name}.momentum_buffer" for name in ("0.weight", "0.bias", "1.weight", "1.bias")}
+
+
+ADAMW = dict(optimizer="adamw", cache_bytes=1000, cache_dtype=torch.bfloat16)
+
+
+def more(run: Path | None, steps: int) -> tuple[list[torch.Tensor], int]:
+    """The centers' state after five steps and some more: from the checkpoint, or all at once; updates counted."""
+    head, engine = trained(steps=0 if run else 5, **ADAMW)
+    if run:
+        checkpoint.load(checkpoint.find_latest(run), head=head, engine=engine)
+    go_on(head, engine, range(5, 5 + steps))
+    return list(head.centers.state().values()), head.centers.updates
+
+
+def test_adamw_goes_on_where_it_was(tmp_path):
+    """Bias corrections count the head's updates, which a checkpoint keeps."""
+    run_ranks(save_here, 2, tmp_path, 0.3, CLASSES, False, ADAMW)
+    for (resumed, updates), (whole, _) in zip(
+        run_ranks(more, 2, tmp_path, 5), run_ranks(more, 2, None, 5), strict=True
+    ):
+        assert updates == 10 and len(resumed) == 3 and all(map(torch.equal, resumed, whole))
+    here, there = run_ranks(more, 3, tmp_path, 0), run_ranks(more, 2, None, 0)
+    for name in range(3):
+        of_three, of_two = (torch.cat([state[name] for state, _ in ranks]) for ranks in (here, there))
+        assert torch.equal(of_three, of_two) and of_two.abs().max() > 0
+    assert all(updates == 5 for _, updates in here)
+
+
+def test_another_optimizer_is_an_error(tmp_path):
+    save_here(tmp_path, options=ADAMW)
+    assert "it was written with center_state ['exp_avg', 'exp_avg_sq', 'weight'], this run has" in load_here(tmp_path)
 
 
 def test_small_parts_are_cut_and_joined(tmp_path, monkeypatch):

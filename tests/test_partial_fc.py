@@ -297,27 +297,62 @@ def test_begin_step_must_know_every_label():
         assert head(torch.randn(2, 4), torch.tensor([1, 500])).isfinite()
 
 
+ON_CUDA = {
+    "plain": {},
+    "adamw": dict(optimizer="adamw"),
+    "cached": dict(cache_bytes=1 << 20, cache_dtype=torch.float64),
+    "compiled": dict(compile=True),
+}
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("options", ON_CUDA)
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 @pytest.mark.parametrize("margin", MARGINS)
-def test_cuda_equals_cpu(margin, rate):
-    heads = {
-        device: PartialFC(101, 8, MARGINS[margin], rate, dtype=torch.float64, chunk=16, init_std=0.5, device=device)
-        for device in ("cpu", "cuda")
-    }
+def test_cuda_equals_cpu(margin, rate, options):
+    same = dict(dtype=torch.float64, chunk=16, init_std=0.5, **ON_CUDA[options])
+    cpu = PartialFC(101, 8, MARGINS[margin], rate, device="cpu", **{**same, "compile": False})
+    cuda = PartialFC(101, 8, MARGINS[margin], rate, device="cuda", **same)
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(12, 8, generator=generator, dtype=torch.float64)
         labels = torch.randint(101, (12,), generator=generator)
-        results = {}
-        for device, head in heads.items():
-            embeddings = x.to(device).requires_grad_()
-            loss = head(embeddings, labels.to(device))
+        results = []
+        for head in (cuda, cpu):
+            embeddings = x.to(head.device).requires_grad_()
+            loss = head(embeddings, labels.to(head.device))
             loss.backward()
             head.step(0.1)
-            results[device] = (loss.detach().cpu(), embeddings.grad.cpu(), head.full_weight().cpu())
-        for got, wanted in zip(results["cuda"], results["cpu"], strict=True):
+            results.append((loss.detach().cpu(), embeddings.grad.cpu(), head.full_weight().cpu()))
+        for got, wanted in zip(*results, strict=True):
             assert error(got, wanted) < EXACT
+
+
+def train_on_cuda(pause: bool) -> Tensor:
+    """Ten steps behind a slow backbone; `pause`: the device is idle before and after every update."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(*[nn.Linear(512, 512, dtype=torch.float64) for _ in range(8)]).cuda()
+    head = PartialFC(4000, 512, CosFace(), 0.5, dtype=torch.float64, chunk=512, device="cuda")
+    for step in range(10):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(64, 512, generator=generator, dtype=torch.float64).cuda()
+        labels = torch.randint(4000, (64,), generator=generator)
+        head.begin_step(step, labels)
+        head(backbone(x), labels.cuda(), padded_size=64).backward()
+        if pause:
+            torch.cuda.synchronize()
+        head.step(0.1)
+        if pause:
+            torch.cuda.synchronize()
+    return head.full_weight().cpu()
+
+
+@pytest.mark.gpu
+def test_the_update_beside_the_backward_reads_and_writes_in_order():
+    """On its own stream it must not see memory that was given away, nor the next step see it half done."""
+    wanted = train_on_cuda(pause=True)
+    for _ in range(3):
+        assert error(train_on_cuda(pause=False), wanted) < EXACT
 
 
 def wrong_label(label: int) -> str:

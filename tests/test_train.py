@@ -145,6 +145,22 @@ def test_three_ranks_resume_bit_for_bit(glyphs_ci, tmp_path):
     assert checksums(tmp_path / "run") == checksums(tmp_path / "whole")
 
 
+OPTIONS = {
+    "adamw, cached": ("head.optim.name=adamw", "head.optim.lr=0.01", "head.cache_bytes=100000"),
+    "bfloat16": ("head.matmul_precision=bfloat16", "head.cache_bytes=50000", "head.cache_dtype=bfloat16"),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_of_the_head_resume_bit_for_bit(glyphs_ci, tmp_path, options):
+    overrides = (*OPTIONS[options], "optim.schedule=constant", "checkpoint.every=5")
+    for name, stops in (("whole", (10,)), ("parts", (5, 10))):
+        for stop in stops:
+            run_ranks(train_here, 2, tmp_path / name, glyphs_ci / "train", *overrides, f"run.steps={stop}")
+    assert checksums(tmp_path / "parts") == checksums(tmp_path / "whole")
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
 def test_a_finished_run_stays_as_it_is(reference, glyphs_ci, tmp_path):
     shutil.copytree(reference, tmp_path / "run")
     assert run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train") == [True, True]
