@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     head.add_argument("--threads", type=int, default=1, help="of each rank")
     head.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     head.add_argument("--variants", type=_names, metavar="NAME,...", help=f"some of {','.join(LABELS)}")
+    head.add_argument("--profile", action="store_true", help="also where the time of a step goes, by torch's profiler")
     head.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     head.add_argument("--table", choices=("plain", "markdown"), default="plain")
     head.set_defaults(run=_benchmark_head)
@@ -175,6 +176,7 @@ def _benchmark_head(arguments: argparse.Namespace) -> None:
             markdown=arguments.table == "markdown",
             targets=TARGETS if arguments.preset == "readme" else (),
             growth=arguments.preset == "rows",
+            profile=arguments.profile,
         )
 
 

@@ -204,6 +204,18 @@ def test_growth_compares_cells_in_turn(capsys):
     assert f"time at C=20,000 / time at C=2,000: {growth['time_ratio'][1]:.2f}" in capsys.readouterr().out
 
 
+def test_a_profile_says_where_the_time_goes(capsys):
+    cell = Cell(3000, 128, 64, 1.0)
+    report = benchmark_head([cell], ["published", "recompute"], rounds=1, threads=1, device="cpu", profile=True)
+    variants = report["cells"][0]["variants"]
+    assert "profile" not in variants["published"]
+    operations = variants["recompute"]["profile"]
+    named = {one["operation"]: one for one in operations}
+    assert named["mkldnn::_linear_pointwise"]["calls"] == 8  # four products for each of two chunks
+    assert [one["ms"] for one in operations[:-1]] == sorted((one["ms"] for one in operations[:-1]), reverse=True)
+    assert "ours recompute, " in capsys.readouterr().out
+
+
 def test_presets_and_targets():
     assert {target.cell for target in TARGETS} <= set(README)
     assert {target.against for target in TARGETS} <= set(BASELINES)

@@ -10,8 +10,9 @@ from statistics import median
 from tqdm import tqdm
 
 from partial_fc.benchmark.measure import LABELS, LIMITS, Cell, describe, measure_memory, time_in_turn
+from partial_fc.benchmark.profile import profile_step
 from partial_fc.benchmark.ranks import on_ranks
-from partial_fc.benchmark.table import print_cell, print_growth, print_header, print_targets
+from partial_fc.benchmark.table import print_cell, print_growth, print_header, print_profile, print_targets
 from partial_fc.parallel import distributed
 
 # ours are compared with these
@@ -76,13 +77,15 @@ def benchmark_head(
     markdown: bool = False,
     targets: tuple[Target, ...] = (),
     growth: bool = False,
+    profile: bool = False,
 ) -> dict:
     """Measures every variant in every cell, prints a table a cell, and returns (and writes) everything as one dict.
 
     Time: the variants of a cell live in one process (one group of processes), and every round each makes a step, in an
     order that rotates; a ratio is the median of the rounds' ratios. With several ranks a round's time is the median
     over ranks. Memory: a process (group) of its own for each variant; the largest rank's. variants: None: all that can
-    run. growth: the cells are one problem that grows; they are timed in turn with each other.
+    run. growth: the cells are one problem that grows; they are timed in turn with each other. profile: also where a
+    step's time goes, of our variants on the first rank.
 
     Raises ValueError for unknown variants and sizes that cannot run, RunError for a rank that failed.
     """
@@ -120,6 +123,13 @@ def benchmark_head(
             report["cells"].append(asdict(cell) | {"rows": cell.rows, "variants": of_cell})
             if speaks:
                 print_cell(cell, of_cell, markdown)
+            for variant in of_cell if profile else ():
+                if variant in OURS:
+                    of_cell[variant]["profile"] = on_ranks(
+                        profile_step, cell.ranks, device, cell, variant, threads, device
+                    )[0]
+                    if speaks:
+                        print_profile(variant, of_cell[variant]["profile"], markdown)
         if growth:
             grown = _growth(group, measured)
             report.setdefault("growth", []).append(grown)

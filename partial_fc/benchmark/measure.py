@@ -153,7 +153,7 @@ def time_in_turn(contestants: list[tuple[Cell, str]], rounds: int, threads: int,
     `bytes` of a step. All contestants live at once.
     """
     torch.set_num_threads(threads)
-    place = _device(device)
+    place = place_of(device)
     quiet = distributed.rank() > 0
     heads = [build(variant, cell, place) for cell, variant in tqdm(contestants, "building", leave=False, disable=quiet)]
     for head in heads:
@@ -224,7 +224,7 @@ def measure_memory(cell: Cell, variant: str, threads: int, device: str) -> int |
     libraries, threads and compiled parts are not counted.
     """
     torch.set_num_threads(threads)
-    place = _device(device)
+    place = place_of(device)
     if place.type == "cpu" and not Path("/proc/self/status").exists():
         return None
     small = replace(cell, classes=min(cell.classes, int(cell.ranks * 5000 / cell.rate)))
@@ -269,7 +269,7 @@ def _return_free_memory() -> None:
 def describe(threads: int, device: str) -> dict:
     """What a reader needs to know about the numbers."""
     torch.set_num_threads(threads)
-    place = _device(device)
+    place = place_of(device)
     if place.type == "cuda":
         hardware, library = torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}"
     else:
@@ -296,7 +296,7 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-def _device(name: str) -> torch.device:
+def place_of(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device here; give --device cpu")
     return torch.device("cpu") if name == "cpu" else torch.device("cuda", torch.cuda.current_device())

@@ -36,6 +36,17 @@ def print_cell(cell: Cell, results: dict[str, dict], markdown: bool) -> None:
     print(_markdown(head, rows) if markdown else _plain(head, rows), flush=True)
 
 
+def print_profile(variant: str, operations: list[dict], markdown: bool) -> None:
+    whole = sum(one["ms"] for one in operations)
+    rows = [
+        [one["operation"], f"{one['ms']:.1f}", f"{100 * one['ms'] / whole:.0f}", str(one["calls"])]
+        for one in operations
+    ]
+    head = [f"{LABELS[variant]}, {whole:.0f} ms", "ms", "%", "calls"]
+    print()
+    print(_markdown(head, rows) if markdown else _plain(head, rows), flush=True)
+
+
 def print_growth(growth: dict) -> None:
     first, *others = growth["classes"]
     print(f"\n{LABELS[growth['variant']]}: the same number of rows in use of more classes")
