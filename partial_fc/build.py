@@ -185,10 +185,11 @@ def print_summary(
     config: Config, index: Index, order: Order, head: PartialFC, total_steps: int, found: checkpoint.Checkpoint | None
 ) -> None:
     world_size = distributed.world_size()
+    compiled = ", compiled" if head.compiled else ""
     start = "from the start" if found is None else f"from {found.path}"
     print(
         f"{config.run.dir}: {index.num_samples:,} samples of {index.num_classes:,} identities; {world_size} ranks on "
-        f"{head.device.type}, {len(head.classes):,} class centers on the first; {config.backbone.name}, "
+        f"{head.device.type}, {len(head.classes):,} class centers on the first{compiled}; {config.backbone.name}, "
         f"{config.head.margin.name}; {total_steps:,} steps of {order.global_batch_size} samples "
         f"({total_steps / order.steps_per_epoch:.2f} epochs), {start}",
         flush=True,

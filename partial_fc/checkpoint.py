@@ -2,7 +2,7 @@
 
 checkpoints/step_00001200/
     centers_000000000000_000000050000.safetensors   rows [0, 50000) of the centers' state and the sampler's tables
-    history.safetensors                             what catching up rows needs
+    history.safetensors                             what catching up rows needs; how many updates there were
     backbone.safetensors  optimizer.safetensors  classes.txt
     manifest.json                                   written last; without it there is no checkpoint
 checkpoints/latest                                  the newest one's name

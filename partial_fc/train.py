@@ -52,9 +52,11 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
             torch.manual_seed(seed_for("step", config.run.seed, step, rank))
 
             # forward and backward: embeddings (b, D), loss () equal on all ranks
-            embeddings = engine(normalize(batch.images.to(device), config.data.mean, config.data.std))
+            embeddings = engine(
+                normalize(batch.images.to(device, non_blocking=True), config.data.mean, config.data.std)
+            )
             head.begin_step(step, parts.labels(step))
-            loss = head(embeddings, batch.labels.to(device), largest_part)
+            loss = head(embeddings, batch.labels.to(device, non_blocking=True), largest_part)
             shared = share(loss, asked_to_stop(), len(batch.bad))
             engine.backward(loss)
 
@@ -197,8 +199,9 @@ def share(loss: Tensor, stop: bool, bad: int) -> Callable[[], tuple[float, bool,
     In: a loss that is equal on all ranks, this rank's flag and count. Reading waits for what was queued before this
     call and not for the backward that comes after it, so that the head's update can run beside that.
     """
-    counts = distributed.all_reduce_sum(torch.tensor([float(stop), float(bad)], device=loss.device))
-    values = torch.cat([loss.detach().reshape(1), counts])
+    # filled on the device: a copy from the host would wait
+    counts = torch.stack([torch.full((), float(number), device=loss.device) for number in (stop, bad)])
+    values = torch.cat([loss.detach().reshape(1), distributed.all_reduce_sum(counts)])
     ready = None
     if values.is_cuda:
         values = torch.empty(3, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)

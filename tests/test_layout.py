@@ -36,7 +36,10 @@ DOORS = {
     "jinja2": {"report/page.py"},
     "pickle": set(),
 }
-NO_RANKS = {"data/order.py", "data/augment.py", "optim.py", "head/margins.py", "head/softmax.py", "head/partition.py"}
+NO_RANKS = {"data/order.py", "data/augment.py", "optim.py"} | {
+    f"head/{name}.py"
+    for name in ("margins", "softmax", "targets", "elementwise", "matmul", "optimizers", "centers", "partition")
+}
 
 
 def imports(path: Path) -> set[str]:

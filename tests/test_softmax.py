@@ -36,7 +36,7 @@ def test_micro_batches_share_the_cache(rows):
 
 
 def test_the_cache_stays_within_its_budget():
-    cache = Cache(1000 * 4, torch.float32, torch.device("cpu"))
+    cache = Cache(1000 * 4, True, torch.float32, torch.device("cpu"))
     for rows in (50, 90, 20, 100, 97):  # sampling changes the rows in use from step to step
         taken = [cache.reserve(8, rows, 16), cache.reserve(8, rows, 16), cache.reserve(8, rows, 16)]
         fits = [len(block) // 8 for block in taken]
@@ -47,12 +47,12 @@ def test_the_cache_stays_within_its_budget():
             block.fill_(number)
         assert all((block == number).all() for number, block in enumerate(taken))  # they do not overlap
         cache.clear()
-    assert len(Cache(0, torch.float32, torch.device("cpu")).reserve(8, 50, 16)) == 0
+    assert len(Cache(0, True, torch.float32, torch.device("cpu")).reserve(8, 50, 16)) == 0
 
 
 def gradients(margin: str, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients by embeddings and centers of one step in which nothing else moves the centers."""
-    head = PartialFC(500, 32, MARGINS[margin], chunk=64, momentum=0.0, weight_decay=0.0, **options)
+    head = PartialFC(500, 32, MARGINS[margin], **(dict(chunk=64, momentum=0.0, weight_decay=0.0) | options))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(48, 32, generator=generator).to(head.dtype).requires_grad_()
     before = head.full_weight().clone()
@@ -69,6 +69,19 @@ def test_bf16_cache_rounds_the_centers_gradient_alone(margin):
     x, w = gradients(margin, cache_bytes=WHOLE, cache_dtype=torch.bfloat16)
     assert torch.equal(x, plain[0])
     assert error(plain[1], exact[1]) < error(w, exact[1]) < 4e-3
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_the_cache_is_used_in_every_step(forwards):
+    """16 chunks of 8 samples: room for all of them, or for all of one forward's and half of the next one's."""
+    head = PartialFC(64, 4, chunk=4, cache_bytes=(16 * 4 * 8 + 8 * 4 * 8) * 4)
+    for step in range(4):
+        labels = torch.arange(8)
+        head.begin_step(step, labels)
+        for _ in range(forwards):
+            head(torch.randn(8, 4, requires_grad=True), labels).backward()
+        assert [len(kept.cached) for kept in head._forwards] == [16, 8][:forwards]
+        head.step(0.1)
 
 
 def test_errors_name_what_to_do():

@@ -147,6 +147,7 @@ def test_three_ranks_resume_bit_for_bit(glyphs_ci, tmp_path):
 
 OPTIONS = {
     "adamw, cached": ("head.optim.name=adamw", "head.optim.lr=0.01", "head.cache_bytes=100000"),
+    "compiled": ("head.compile=true", "head.sample_rate=1"),
     "bfloat16": ("head.matmul_precision=bfloat16", "head.cache_bytes=50000", "head.cache_dtype=bfloat16"),
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from partial_fc.head.elementwise import inverse_norms
 from partial_fc.head.optimizers import SGD, Learned, Optimizer
+from partial_fc.head.side_stream import upload
 from partial_fc.head.softmax import Buffers, Rows
 from partial_fc.seeds import seed_for
 
@@ -74,7 +75,7 @@ class MissedUpdates:
 
     def matrices(self, lag: Tensor) -> Tensor:
         """The products for rows that missed `lag` (n,) updates: (n, 2, 2) float64 on lag's device."""
-        return torch.from_numpy(self.table).to(lag.device)[lag]
+        return upload(torch.from_numpy(self.table), lag.device)[lag]
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Centers:
         if self.last_update is None:
             if lags > 0:
                 self._catch_up_all(last_update)
-            self.missed = MissedUpdates()
+            self.missed = MissedUpdates()  # all rows are current: this run's checkpoints need no history
         self._renew_inverse_norms()
 
     def _catch_up_all(self, last_update: Tensor) -> None:
@@ -187,7 +188,7 @@ class Centers:
         return self.missed.matrices(lag).to(self.weight.value.dtype).flatten(1).T.contiguous()
 
     def select(self, ids: Tensor | None) -> InUse:
-        """The local rows `ids` (U,), sorted, as the rows in use; None: all of them, where nothing is sampled."""
+        """The local rows `ids` (U,), sorted, as the rows in use; where nothing is sampled all are, whatever `ids`."""
         if not self.sampled:
             return InUse(len(self.weight.value), None, None)
         return InUse(len(ids), ids, None if self.last_update is None else self._missed(self.last_update[ids]))
@@ -232,8 +233,10 @@ class Centers:
         return rows.weight.value, None if rows.bias is None else rows.bias.value
 
     def put(self, used: InUse, rows: slice, part: Rows) -> None:
-        """Writes back an updated chunk that was taken into buffers."""
+        """Ends the update of a chunk: new inverse norms, or what was taken into buffers written back."""
         if used.ids is None:
+            if part.inverse_norm is not None:  # plain in every case: a resumed run computes them the same way
+                inverse_norms(part.weight.value, part.inverse_norm)
             return
         self.weight.put(used.ids[rows], part.weight)
         if self.bias is not None:

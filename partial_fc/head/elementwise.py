@@ -15,7 +15,7 @@ from torch import Tensor
 from partial_fc.head.optimizers import Learned, Optimizer, Rate
 
 LN_2 = 0.6931471805599453
-# A shorter center counts as this long: its direction would be noise. Then 2^logit / |w| fits float32 for every s <= 68.
+# A shorter center counts as this long, as target too. Then 2^logit / |w| fits float32 for every s <= 68.
 SHORTEST = 1e-8
 
 
@@ -25,62 +25,53 @@ def _power_of_two(logits: Tensor) -> Tensor:
     return logits.exp2_()
 
 
-def weigh(
-    logits: Tensor, inverse_norm: Tensor | None, bias: Tensor | None, maximum: Tensor | None
+def exponentials(
+    products: Tensor, inverse_norm: Tensor | None, bias: Tensor | None, maximum: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Products xs w (B, c) become 2^(logit - maximum) / |w|, the weights that dX gives to the rows of the chunk.
+    """Products xs w (B, c) become 2^(logit - maximum) / |w|, in place: what dX multiplies the rows of the chunk with.
 
     inverse_norm (c,), or None where centers are not normalized; bias (c,). maximum (B,) of what came before, or None
     for bounded logits. Returns the sums of 2^(logit - maximum) (B,), and the new maximum.
     """
     if inverse_norm is not None:
-        logits.mul_(inverse_norm)
+        products.mul_(inverse_norm)
     if bias is not None:
-        logits.add_(bias)
+        products.add_(bias)
     if maximum is not None:
-        maximum = torch.maximum(maximum, logits.amax(dim=1))
-        logits.sub_(maximum.unsqueeze(1))
-    _power_of_two(logits)
-    total = logits.sum(dim=1)
+        maximum = torch.maximum(maximum, products.amax(dim=1))
+        products.sub_(maximum.unsqueeze(1))
+    _power_of_two(products)
+    total = products.sum(dim=1)
     if inverse_norm is not None:
-        logits.mul_(inverse_norm)
+        products.mul_(inverse_norm)
     return total, maximum
 
 
-def weigh_again(logits: Tensor, inverse_norm: Tensor | None, bias: Tensor | None, log_z: Tensor) -> None:
-    """Products w xs (c, B) become 2^(logit - log_z) / |w|: transposed, since that is what dW multiplies. log_z (B,)."""
+def probabilities(products: Tensor, inverse_norm: Tensor | None, bias: Tensor | None, log2_z: Tensor) -> None:
+    """Products w xs (c, B) become 2^(logit - log2_z) / |w|, in place: transposed, as dW needs it. log2_z (B,)."""
     if inverse_norm is not None:
-        logits.mul_(inverse_norm.unsqueeze(1))
+        products.mul_(inverse_norm.unsqueeze(1))
     if bias is not None:
-        logits.add_(bias.unsqueeze(1))
-    logits.sub_(log_z)
-    _power_of_two(logits)
+        products.add_(bias.unsqueeze(1))
+    products.sub_(log2_z)
+    _power_of_two(products)
     if inverse_norm is not None:
-        logits.mul_(inverse_norm.unsqueeze(1))
+        products.mul_(inverse_norm.unsqueeze(1))
 
 
 def update(
-    optimizer: Optimizer,
-    rows: Learned,
-    inverse_norm: Tensor | None,
-    gradient: Tensor,
-    rates: tuple[Rate, ...],
+    optimizer: Optimizer, rows: Learned, multiple: Tensor | None, gradient: Tensor, rates: tuple[Rate, ...]
 ) -> None:
-    """The optimizer's step on rows (c, D), in place; inverse_norm (c,) becomes that of the new rows.
+    """The optimizer's step on rows (c, D) or (c,), in place, with `gradient` + multiple (c,) times the rows.
 
-    gradient (c, D): by w_hat, divided by |w|; its part along w is taken out here, (g - (g.w_hat) w_hat) / |w|, and the
-    weight decay put in, both as one multiple of w. Not normalized centers: the gradient by w.
+    `multiple` takes out of a gradient what is along w, and puts the weight decay in; None: the weight decay alone.
     """
-    weight = rows.value
-    if inverse_norm is None:
-        if optimizer.coupled_decay:
-            gradient = torch.add(gradient, weight, alpha=optimizer.coupled_decay)
-    else:
-        along = (gradient * weight).sum(dim=1) * inverse_norm * inverse_norm
-        gradient = torch.addcmul(gradient, weight, (optimizer.coupled_decay - along).unsqueeze(1))
+    value = rows.value
+    if multiple is not None:
+        gradient = torch.addcmul(gradient, value, multiple.unsqueeze(1))
+    elif optimizer.coupled_decay:
+        gradient = torch.add(gradient, value, alpha=optimizer.coupled_decay)
     optimizer.update(rows, gradient, *rates)
-    if inverse_norm is not None:
-        inverse_norms(weight, inverse_norm)
 
 
 def inverse_norms(weight: Tensor, out: Tensor) -> Tensor:
@@ -89,24 +80,24 @@ def inverse_norms(weight: Tensor, out: Tensor) -> Tensor:
 
 
 class Elementwise(NamedTuple):
-    weigh: Callable
-    weigh_again: Callable
+    exponentials: Callable
+    probabilities: Callable
     update: Callable
 
 
-PLAIN = Elementwise(weigh, weigh_again, update)
+PLAIN = Elementwise(exponentials, probabilities, update)
 
 
 @functools.cache
 def compiled() -> Elementwise:
     """The same functions through torch.compile, of any chunk length. Nothing is compiled before the first call."""
     # one a combination of dtype, margin kind and optimizer; past the default of 8 the rest would silently run plain
-    weigh, weigh_again, update = (torch.compile(part, dynamic=True, recompile_limit=64) for part in PLAIN)
+    functions = [torch.compile(part, dynamic=True, recompile_limit=64) for part in PLAIN]
 
-    def update_at(optimizer, rows, inverse_norm, gradient, rates):
-        update(optimizer, rows, inverse_norm, gradient, tuple(torch.tensor(r, dtype=torch.float64) for r in rates))
+    def update_at(optimizer, rows, multiple, gradient, rates):
+        functions[2](optimizer, rows, multiple, gradient, tuple(torch.tensor(r, dtype=torch.float64) for r in rates))
 
-    return Elementwise(weigh, weigh_again, update_at)
+    return Elementwise(functions[0], functions[1], update_at)
 
 
 @functools.cache

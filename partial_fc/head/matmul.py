@@ -4,6 +4,8 @@ On CPUs float32 products go to oneDNN, which torch brings beside MKL: on an AMD 
 2.14, one thread) it made the head's products 2.2 times as fast as `torch.mm`, which calls MKL.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -15,8 +17,9 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 def matmul_nt(a: Tensor, b: Tensor, precision: Precision = "float32") -> Tensor:
     """a (m, k) times b (n, k) transposed: (m, n).
 
-    precision: "float32" rounds nothing but the sums; "tf32" rounds float32 operands to 10 bits of mantissa, inside CUDA
-    devices that can; "bfloat16" rounds them to 7 bits. Sums are float32 in all three. float64 operands stay float64.
+    precision: "float32" rounds nothing but the sums, and "tf32" float32 operands to 10 bits of mantissa, inside CUDA
+    devices that can: both within `precision_of`, or else as torch is set. "bfloat16" rounds them to 7 bits. Sums are
+    float32 in all three. float64 operands stay float64.
     """
     if a.dtype == torch.float64:
         return torch.mm(a, b.T)
@@ -26,11 +29,24 @@ def matmul_nt(a: Tensor, b: Tensor, precision: Precision = "float32") -> Tensor:
             return torch.mm(a, b.T, out_dtype=torch.float32)
         # a CPU's bf16 product rounds its result to bf16 as well: a logit of 64 to a quarter
         a, b = a.float(), b.float()
-    if precision == "tf32":
-        return _tf32(a, b)
     if a.device.type == "cpu" and _has_onednn() and a.numel() and b.numel():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return torch.mm(a, b.T)
+
+
+@contextmanager
+def precision_of(precision: Precision) -> Iterator[None]:
+    """Products of float32 in the body are TF32 on CUDA if that is wanted, else full float32, however torch is set."""
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    wanted = ("tf32" if precision == "tf32" else "ieee", "ieee")
+    try:
+        for setting, value in zip(settings, wanted, strict=True):
+            setting.fp32_precision = value
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
 
 
 def check_precision(precision: Precision, dtype: torch.dtype, device: torch.device) -> None:
@@ -47,12 +63,3 @@ def check_precision(precision: Precision, dtype: torch.dtype, device: torch.devi
 
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-
-
-def _tf32(a: Tensor, b: Tensor) -> Tensor:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        return torch.mm(a, b.T)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before

@@ -39,7 +39,7 @@ class SGD:
     moments: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1 or self.weight_decay < 0:
+        if not (0 <= self.momentum < 1 and self.weight_decay >= 0):
             raise ValueError(
                 f"momentum and weight_decay are {self.momentum} and {self.weight_decay}; give [0, 1) and 0 or more"
             )
@@ -72,7 +72,7 @@ class AdamW:
     coupled_decay: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        if not all(0 <= beta < 1 for beta in self.betas) or self.eps <= 0 or self.weight_decay < 0:
+        if not (all(0 <= beta < 1 for beta in self.betas) and self.eps > 0 and self.weight_decay >= 0):
             raise ValueError(
                 f"betas, eps and weight_decay are {self.betas}, {self.eps} and {self.weight_decay}; give two numbers "
                 "in [0, 1), a positive one, and 0 or more"

@@ -5,66 +5,23 @@ C_r classes of this rank, U rows in use.
 """
 
 import math
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from partial_fc.head import elementwise, exchange, softmax
+from partial_fc.head.attach import Forward, attach
 from partial_fc.head.centers import Centers, InUse
 from partial_fc.head.margins import CosFace, Margin
-from partial_fc.head.matmul import Precision, check_precision
+from partial_fc.head.matmul import Precision, check_precision, precision_of
 from partial_fc.head.optimizers import build_optimizer
 from partial_fc.head.partition import class_range
 from partial_fc.head.sampling import Sampler, random_negatives
-from partial_fc.head.side_stream import SideStream
+from partial_fc.head.side_stream import SideStream, upload
 from partial_fc.head.softmax import LOG2_E, Buffers
 from partial_fc.head.targets import Target, find_targets, target_gradient, unit
 from partial_fc.parallel import distributed
-
-
-@dataclass
-class _Forward:
-    """What one training forward leaves for `step`: small, (B, D) at most."""
-
-    x: Tensor  # (B, D) gathered embeddings
-    column: Tensor  # (B,) row of the target among the rows in use, -1 if another rank's
-    places: softmax.Places  # the same by chunk
-    real: Tensor  # (B,) bool: not padding
-    log_z: Tensor  # (B,) float64
-    psi: Tensor  # (B,) float64
-    psi_prime: Tensor  # (B,) float64
-    p_minus_one: Tensor  # (B,) float64: target probability - 1
-    weights: list[softmax.Kept] = field(default_factory=list)  # cached chunks
-    grad: Tensor | None = None  # () the gradient that reached the loss
-    ready: torch.cuda.Event | None = None  # when it is there
-
-
-class _AttachGradient(torch.autograd.Function):
-    """Makes a loss whose backward hands the embeddings a gradient that exists already, and notes what reached it.
-
-    In: embeddings (b, D), their gradient (b, D). Out: loss (). Backward sends gradient * (what reached the loss).
-    """
-
-    @staticmethod
-    def forward(ctx, embeddings, anchor, loss, gradient, kept):
-        ctx.save_for_backward(gradient)
-        ctx.kept, ctx.dtype = kept, embeddings.dtype
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        if ctx.kept.grad is not None:
-            raise RuntimeError(
-                "second backward of the same PartialFC forward: the centers' gradient would count it once; "
-                "call head(...) again for another backward"
-            )
-        ctx.kept.grad = grad.detach().clone()
-        if grad.is_cuda:
-            ctx.kept.ready = torch.cuda.current_stream(grad.device).record_event()
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad).to(ctx.dtype), None, None, None, None
 
 
 class PartialFC:
@@ -90,7 +47,8 @@ class PartialFC:
     numbers (B, U) that spare the update a product, in cache_dtype, float32 or bfloat16; what does not fit is computed
     again. matmul_precision: see `matmul`. compile: the elementwise parts by torch.compile; None: where a compiler
     works and a rank has 2^24 numbers in use or more, since compiling takes 20 seconds.
-    check_labels: one host read a forward; without it a label out of range gives a wrong loss.
+    check_labels: one host read a forward; without it a label that is out of range, or that begin_step was not given,
+    gives a wrong loss.
     dtype: of centers, logits and gradients, float32 or float64; embeddings of any float type are converted.
 
     Raises ValueError for sizes, rates and options out of range.
@@ -132,12 +90,21 @@ class PartialFC:
             raise ValueError(f"margin is {margin!r}; give an object such as CosFace(scale=64, margin=0.35)")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}; give a positive number of rows")
+        if init_std is not None and not 0 < init_std < math.inf:
+            raise ValueError(f"init_std is {init_std}; give a positive number")
         if cache_bytes < 0 or cache_dtype not in (torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(
-                f"cache_bytes and cache_dtype are {cache_bytes} and {cache_dtype}; give 0 or more, and torch.float32 "
-                "or torch.bfloat16"
+                f"cache_bytes and cache_dtype are {cache_bytes} and {cache_dtype}; give 0 or more, and torch.float32, "
+                "torch.bfloat16, or for a float64 head torch.float64"
             )
         device = torch.device(device)
+        if compile not in (None, True, False):
+            raise ValueError(f"compile is {compile!r}; give True, False, or None for True where it pays")
+        if compile and not elementwise.compiler_works(device.type):
+            raise ValueError(
+                f"compile is True, but torch.compile finds no compiler for {device.type} here: install one (g++), or "
+                "give False"
+            )
         check_precision(matmul_precision, dtype, device)
         self.num_classes, self.embedding_dim = num_classes, embedding_dim
         self.margin = CosFace() if margin is None else margin
@@ -179,16 +146,18 @@ class PartialFC:
         self.step_count = 0  # the next step's number; keys its negatives
         self.target_cosine: Tensor | None = None  # () mean over the last forward's batch
         self._buffers = Buffers(dtype, device)
-        self._cache = softmax.Cache(cache_bytes, cache_dtype, device)
+        self._cache = softmax.Cache(cache_bytes, self.sampled, cache_dtype, device)
         self._side_stream = SideStream(device)
         self._used: InUse | None = None
         self._step_labels: Tensor | None = None  # what begin_step was given: several forwards may follow
-        self._forwards: list[_Forward] = []
+        self._forwards: list[Forward] = []
+        self._read = False  # the centers, by someone whom an update beside the backward would not wait for
 
     @property
     def centers(self) -> Centers:
-        """This rank's rows, once the last update of them is done."""
+        """This rank's rows, once the last update of them is done; the next update waits for who reads them."""
         self._side_stream.join()
+        self._read = True
         return self._centers
 
     # ---- a step: begin_step (optional), forwards, backwards, step
@@ -204,7 +173,7 @@ class PartialFC:
             raise RuntimeError("begin_step while a forward waits for its update: call step(lr) or skip_step() first")
         self.step_count = step
         self._used = self._rows_in_use(labels, training=True)
-        self._step_labels = labels.to(self.device)
+        self._step_labels = labels.to(self.device) if self.check_labels and self.sampled else labels
 
     def __call__(self, embeddings: Tensor, labels: Tensor, padded_size: int | None = None) -> Tensor:
         """The mean loss () over the global batch, equal on all ranks.
@@ -225,24 +194,21 @@ class PartialFC:
                 "second training forward before step(lr): update first, or call begin_step(step, labels of the "
                 "whole global batch) before the forwards of a step, or evaluate under torch.no_grad()"
             )
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), precision_of(self._way.precision):
             padded_size = exchange.agree_on_size(
                 self._wrong_input(embeddings, labels), len(labels), padded_size, self.device
             )
             x, gathered = exchange.gather_batch(embeddings.detach(), labels, padded_size, self.dtype, self.device)
             planned = self._step_labels if training else None
-            buffers = self._buffers if training else Buffers(self.dtype, self.device)
             if self.check_labels:
                 exchange.check_labels(gathered, self.num_classes, planned if self.sampled else None, padded_size)
             used = self._rows_in_use(gathered, training) if planned is None else self._used
-            loss, gradient, kept = self._forward(x, gathered, used, buffers, training)
+            loss, gradient, kept = self._forward(x, gathered, used, training)
             if not training:
                 return loss
-            self._used = used
+            self._used, self._read = used, False  # what was read until here comes before this forward's backward
             self._forwards.append(kept)
-        # without an input that requires a gradient (a frozen backbone) backward would never reach the head
-        anchor = torch.zeros((), requires_grad=True)
-        return _AttachGradient.apply(embeddings, anchor, loss, gradient[: len(labels)], kept)
+        return attach(embeddings, loss, gradient[: len(labels)], kept)
 
     def step(self, lr: float, grad_scale: float | Tensor = 1.0) -> None:
         """Updates the rows in use by all forwards since the last step, in place, chunk by chunk.
@@ -259,9 +225,10 @@ class PartialFC:
                 f"step, but {waiting} of {len(self._forwards)} forwards had no backward: call loss.backward() first, "
                 "or skip_step() to drop them"
             )
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), precision_of(self._way.precision):
             # a scale on the device may come of the whole backward
-            after = None if isinstance(grad_scale, Tensor) else [kept.ready for kept in self._forwards]
+            wait = self._read or isinstance(grad_scale, Tensor)
+            after = None if wait else [kept.ready for kept in self._forwards]
             with self._side_stream.run(after, keep=(self._forwards, self._used, grad_scale)):
                 self._update(lr, grad_scale)
         self._close()
@@ -306,28 +273,32 @@ class PartialFC:
         drawn = self.sampler(self, self.step_count, labels)
         here = labels[(labels >= self.classes.start) & (labels < self.classes.stop)]
         ids = torch.cat([drawn, here]).unique() - self.classes.start
-        return self.centers.select(ids.to(self.device))
+        return self.centers.select(upload(ids, self.device))
 
     def _columns(self, labels: Tensor, used: InUse) -> Tensor:
-        """The row of each label (B,) among the rows in use; -1 where another rank owns it, or for padding."""
+        """The row of each label (B,) among the rows in use; -1 where it is not: another rank's, or padding."""
         local = labels - self.classes.start
         owned = (labels >= self.classes.start) & (labels < self.classes.stop)
         if used.ids is not None:
-            local = torch.searchsorted(used.ids, local)
+            if used.count == 0:
+                return torch.full_like(labels, -1)
+            row = torch.searchsorted(used.ids, local).clamp_max(used.count - 1)
+            owned &= used.ids[row] == local  # begin_step may not have been given this label
+            local = row
         return torch.where(owned, local, -1)
 
     def _forward(
-        self, x: Tensor, labels: Tensor, used: InUse, buffers: Buffers, training: bool
-    ) -> tuple[Tensor, Tensor | None, _Forward | None]:
+        self, x: Tensor, labels: Tensor, used: InUse, training: bool
+    ) -> tuple[Tensor, Tensor | None, Forward | None]:
         """Loss (), this rank's embedding gradient (padded_size, D) and what `step` needs."""
         real = labels != exchange.PADDING
         count = real.sum().clamp_min(1)
         column = self._columns(labels, used)
         target = self._targets(x, used, column)
-        places = softmax.Places.of(column, used.count, self._way, self.dtype)
-        maximum, total, mean, weights = softmax.sum_negatives(
+        places = softmax.Places.of(column, self._way.chunk)
+        maximum, total, mean, cached = softmax.sum_negatives(
             self._scaled(x) * LOG2_E,
-            lambda rows: self._centers.take(used, rows, buffers, moments=False),
+            lambda rows: self._centers.take(used, rows, self._buffers, moments=False),
             used.count,
             places,
             way=self._way,
@@ -350,7 +321,7 @@ class PartialFC:
         if not training:
             return loss, None, None
         psi_prime = self.margin.derivative(cosine)
-        kept = _Forward(x, column, places, real, log_z, psi, psi_prime, p_minus_one, weights)
+        kept = Forward(x, column, places, real, log_z, psi, psi_prime, p_minus_one, cached)
         gradient = mean * torch.exp(maximum - log_z).to(self.dtype).unsqueeze(1)
         if self.margin.scale is not None:  # the backward of s x / |x|
             x_hat, x_length = unit(x)
@@ -369,7 +340,7 @@ class PartialFC:
             return find_targets(x, torch.zeros_like(x), None, owned)
         return find_targets(x, *self._centers.rows_at(used, column.clamp_min(0)), owned)
 
-    def _target_part(self, kept: _Forward, target: Target, by_embedding: bool) -> Tensor:
+    def _target_part(self, kept: Forward, target: Target, by_embedding: bool) -> Tensor:
         """(p_t - 1) times the target logit's derivative by x or by w, (B, D); zeros for targets of other ranks."""
         scale = None if self.margin.scale is None else torch.full_like(target.x_length, self.margin.scale)
         ones = torch.ones_like(target.w_length)
@@ -392,13 +363,11 @@ class PartialFC:
         for number, selected in enumerate(self._way.chunks(used.count)):
             rows = centers.take(used, selected, self._buffers, moments=True)
             gradient, bias_gradient = softmax.row_gradients(rows, number, passes, self._way, self._buffers)
-            self._way.elementwise.update(optimizer, rows.weight, rows.inverse_norm, gradient, rates)
-            if rows.bias is not None:
-                elementwise.update(optimizer, rows.bias, None, bias_gradient, rates)
+            softmax.update_rows(optimizer, rows, gradient, bias_gradient, rates, self._way)
             centers.put(used, selected, rows)
         centers.end_update(used, lr)
 
-    def _pass(self, kept: _Forward, used: InUse, grad_scale: float | Tensor) -> softmax.Pass:
+    def _pass(self, kept: Forward, used: InUse, grad_scale: float | Tensor) -> softmax.Pass:
         """What one forward contributes to the update: the mean over its real samples, times what reached its loss."""
         each = kept.grad / grad_scale / kept.real.sum().clamp_min(1)
         coefficient = torch.where(kept.real, each, 0).to(self.dtype)
@@ -406,5 +375,5 @@ class PartialFC:
         by_center = self._target_part(kept, target, by_embedding=False) * coefficient.unsqueeze(1)
         by_bias = torch.where(target.owned, kept.p_minus_one, 0).to(self.dtype) * coefficient
         return softmax.Pass(
-            self._scaled(kept.x), coefficient, kept.log_z * LOG2_E, kept.places, by_center, by_bias, kept.weights
+            self._scaled(kept.x), coefficient, kept.log_z * LOG2_E, kept.places, by_center, by_bias, kept.cached
         )

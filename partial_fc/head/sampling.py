@@ -86,7 +86,11 @@ def nearest_classes(centers: Centers, classes: range, num_classes: int, count: i
     the rounding of a cosine to float32.
 
     All centers pass every rank in blocks; a rank searches a block for its own classes and keeps their nearest so far:
-    12 bytes a class of its own and neighbour, never a (C_r, C) tensor nor a copy of the centers.
+    8 bytes for each of its classes and neighbours, never a (C_r, C) tensor nor a copy of the centers.
+
+    2 C_r C D floating-point operations and C_r C cosines searched. One CPU thread: 0.4 s at C = 7846 and D = 128, 126 s
+    at C = 1e5 and D = 512, where a step at rate 0.1 and B = 256 takes 0.1 s. Done every n steps it adds about
+    C / (3 B rate n) of a step to each: 1.3 steps there at n = 1000.
     """
     world_size = distributed.world_size()
     device = centers.weight.value.device

@@ -1,9 +1,17 @@
-"""Work on a CUDA stream of its own beside the main one; on other devices it is simply done."""
+"""Work on a CUDA stream of its own beside the main one, and copies that do not wait; elsewhere simply done."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`; the host does not wait for what a CUDA device has queued."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class SideStream:

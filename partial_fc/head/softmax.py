@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from partial_fc.head.elementwise import Elementwise
+from partial_fc.head.elementwise import Elementwise, update
 from partial_fc.head.matmul import Precision, matmul_nt
-from partial_fc.head.optimizers import Learned
+from partial_fc.head.optimizers import Learned, Optimizer
 
 LOG2_E = 1.4426950408889634
 # Below every logit that occurs, finite so that differences of maxima stay numbers.
@@ -62,10 +62,13 @@ class Buffers:
 
 
 class Cache:
-    """Room for weights 2^logit / |w| that a step keeps from its forwards to its update, within a budget of bytes."""
+    """Room for exponentials 2^logit / |w| that a step keeps from its forwards to its update, within a budget of bytes.
 
-    def __init__(self, budget: int, dtype: torch.dtype, device: torch.device):
-        self._room = budget // dtype.itemsize
+    varying: the rows in use vary by a few percent from step to step, and so does what a forward asks for.
+    """
+
+    def __init__(self, budget: int, varying: bool, dtype: torch.dtype, device: torch.device):
+        self._room, self._varying = budget // dtype.itemsize, varying
         self._none = torch.empty(0, dtype=dtype, device=device)
         self._blocks: list[Tensor] = []  # one a forward, kept between steps
         self.clear()
@@ -81,8 +84,7 @@ class Cache:
         size = samples * (fit if fit == rows else fit - fit % chunk)
         if self._forwards == len(self._blocks) or self._blocks[self._forwards].numel() < size:
             del self._blocks[self._forwards :]  # free the old ones before asking for the new
-            # rows in use vary by a few percent from step to step
-            self._blocks.append(self._none.new_empty(min(size + size // 16, left)))
+            self._blocks.append(self._none.new_empty(min(size + (size // 16 if self._varying else 0), left)))
         block = self._blocks[self._forwards]
         self._forwards += 1
         self._used += block.numel()
@@ -92,7 +94,7 @@ class Cache:
 class Kept(NamedTuple):
     """A chunk in the cache."""
 
-    weights: Tensor  # (c, B) 2^(logit - maximum) / |w|, transposed: that is what dW multiplies
+    exponentials: Tensor  # (c, B) 2^(logit - maximum) / |w|, transposed: that is what dW multiplies
     maximum: Tensor | None  # (B,) what was subtracted
 
 
@@ -120,29 +122,27 @@ class Places(NamedTuple):
 
     chunk: Tensor  # (B,) number of the chunk, -1 where another rank owns the target
     row: Tensor  # (B,) row in that chunk
-    mask: Tensor  # (chunks, B) -inf where a chunk holds the sample's target, else 0
 
     @classmethod
-    def of(cls, column: Tensor, count: int, way: Way, dtype: torch.dtype) -> "Places":
-        """In: the row of each sample's target (B,) among `count`; -1 where another rank owns it."""
-        chunk = torch.div(column, way.chunk, rounding_mode="floor")
-        numbers = torch.arange(-(-count // way.chunk), device=column.device).unsqueeze(1)
-        zero = torch.zeros((), dtype=dtype, device=column.device)
-        return cls(chunk, column % way.chunk, torch.where(chunk == numbers, -torch.inf, zero))
+    def of(cls, column: Tensor, chunk: int) -> "Places":
+        """In: the row of each sample's target (B,) among the rows in use; -1 where another rank owns it."""
+        return cls(torch.div(column, chunk, rounding_mode="floor"), column % chunk)
 
-    def exclude(self, logits: Tensor, number: int, dim: int) -> None:
+    def exclude(self, products: Tensor, number: int, dim: int) -> None:
         """Sets the targets' entries to -inf in chunk `number`, in place; its rows lie along `dim`."""
         # other samples add 0 to some row: one below the length, which the last chunk may have less of
-        row = self.row.clamp_max(logits.shape[dim] - 1)
-        logits.scatter_add_(dim, row.unsqueeze(dim), self.mask[number].unsqueeze(dim))
+        row = self.row.clamp_max(products.shape[dim] - 1)
+        zero = products.new_zeros(())
+        mask = torch.where(self.chunk == number, -torch.inf, zero)
+        products.scatter_add_(dim, row.unsqueeze(dim), mask.unsqueeze(dim))
 
     def add(self, gradient: Tensor, number: int, values: Tensor) -> None:
         """Adds the samples' values (B, ...) to their targets' rows in chunk `number` (c, ...), in place."""
         here = self.chunk == number
-        if gradient.is_cuda:  # which samples are here would have to be read by the host
-            zero = torch.zeros((), dtype=values.dtype, device=values.device)
-            values = torch.where(here.view(-1, *[1] * (values.ndim - 1)), values, zero)
-            gradient.index_add_(0, torch.where(here, self.row, 0), values)
+        if gradient.is_cuda:  # which samples are here the host would have to read: the others add 0, each elsewhere
+            other = torch.arange(len(here), device=here.device) % len(gradient)
+            values = torch.where(here.view(-1, *[1] * (values.ndim - 1)), values, values.new_zeros(()))
+            gradient.index_add_(0, torch.where(here, self.row, other), values)
         else:
             some = here.nonzero().squeeze(1)
             gradient.index_add_(0, self.row[some], values[some])
@@ -177,9 +177,9 @@ def sum_negatives(
     for number, selected in enumerate(way.chunks(count)):
         rows = take(selected)
         weight, bias = rows.weight.value, rows.scaled_bias
-        logits = matmul_nt(xs, weight, way.precision)
-        places.exclude(logits, number, dim=1)
-        part, larger = way.elementwise.weigh(logits, rows.inverse_norm, bias, maximum)
+        entries = matmul_nt(xs, weight, way.precision)
+        places.exclude(entries, number, dim=1)
+        part, larger = way.elementwise.exponentials(entries, rows.inverse_norm, bias, maximum)
         if maximum is not None:
             shrink = torch.exp2(maximum - larger)
             total *= shrink
@@ -188,11 +188,11 @@ def sum_negatives(
             maximum = larger
         total += part
         if mean is not None:
-            mean += matmul_nt(logits, weight.T, way.precision)
+            mean += matmul_nt(entries, weight.T, way.precision)
         if cache is not None and selected.stop * len(xs) <= len(cache):
-            room = cache[selected.start * len(xs) : selected.stop * len(xs)].view(logits.T.shape)
+            room = cache[selected.start * len(xs) : selected.stop * len(xs)].view(entries.T.shape)
             # transposed and rounded at once is four times as slow
-            kept.append(Kept(room.copy_(logits.T if room.dtype == logits.dtype else logits.T.contiguous()), maximum))
+            kept.append(Kept(room.copy_(entries.T if room.dtype == entries.dtype else entries.T.contiguous()), maximum))
     return torch.zeros_like(total) if maximum is None else maximum.double(), total, mean, kept
 
 
@@ -221,22 +221,26 @@ class Pass:
         self._pull_of_bounded = self._pulled(None) if kept and kept[0].maximum is None else None
 
     def _pulled(self, maximum: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What multiplies weights 2^(logit - maximum): for rows (D, B), and for the bias (B,)."""
+        """What multiplies 2^(logit - maximum): for rows (D, B), and for the bias (B,).
+
+        Without a maximum 2^-log2_z may be as small as e^-87, and is still a normal number after the coefficient as long
+        as log Z < 80, which takes cosines near 1 all over.
+        """
         exponent = -self.log2_z if maximum is None else maximum.double() - self.log2_z
         factor = self.coefficient * torch.exp2(exponent).to(self.xs.dtype)
         return (self.xs * factor.unsqueeze(1)).T, factor
 
-    def weights(self, rows: Rows, number: int, way: Way, buffers: Buffers) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Chunk `number`'s weights (c, B), from the cache or computed again, and what multiplies them."""
+    def entries(self, rows: Rows, number: int, way: Way, buffers: Buffers) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Chunk `number`'s exponentials (c, B), from the cache or computed again, and what multiplies them."""
         if number < len(self.kept):
-            weights, maximum = self.kept[number]
-            if weights.dtype != self.xs.dtype:
-                weights = buffers.get("weights", *weights.shape).copy_(weights)
-            return weights, self._pull_of_bounded if maximum is None else self._pulled(maximum)
-        weights = matmul_nt(rows.weight.value, self.xs_2, way.precision)
-        self.places.exclude(weights, number, dim=0)
-        way.elementwise.weigh_again(weights, rows.inverse_norm, rows.scaled_bias, self.log2_z_rounded)
-        return weights, self._pull
+            entries, maximum = self.kept[number]
+            if entries.dtype != self.xs.dtype:
+                entries = buffers.get("cached", *entries.shape).copy_(entries)
+            return entries, self._pull_of_bounded if maximum is None else self._pulled(maximum)
+        entries = matmul_nt(rows.weight.value, self.xs_2, way.precision)
+        self.places.exclude(entries, number, dim=0)
+        way.elementwise.probabilities(entries, rows.inverse_norm, rows.scaled_bias, self.log2_z_rounded)
+        return entries, self._pull
 
 
 def row_gradients(
@@ -249,14 +253,31 @@ def row_gradients(
     """
     gradient = bias_gradient = None
     for one in passes:
-        weights, (by_rows, by_bias) = one.weights(rows, number, way, buffers)
-        part = matmul_nt(weights, by_rows, way.precision)
+        entries, (by_rows, by_bias) = one.entries(rows, number, way, buffers)
+        part = matmul_nt(entries, by_rows, way.precision)
         one.places.add(part, number, one.by_center)
         gradient = part if gradient is None else gradient.add_(part)
         if rows.bias is not None:
-            part = torch.mv(weights, by_bias)
+            part = torch.mv(entries, by_bias)
             if rows.inverse_norm is not None:
                 part /= rows.inverse_norm
             one.places.add(part, number, one.by_bias)
             bias_gradient = part if bias_gradient is None else bias_gradient.add_(part)
     return gradient, bias_gradient
+
+
+def update_rows(
+    optimizer: Optimizer, rows: Rows, gradient: Tensor, bias_gradient: Tensor | None, rates: tuple, way: Way
+) -> None:
+    """The optimizer's step on a chunk, in place, but for its inverse norms.
+
+    gradient (c, D): where centers are normalized by w_hat, divided by |w|; the rest of the normalization's backward,
+    (g - (g.w_hat) w_hat) / |w|, and the weight decay are one multiple of w.
+    """
+    multiple = None
+    if rows.inverse_norm is not None:
+        along = torch.linalg.vecdot(gradient, rows.weight.value)
+        multiple = optimizer.coupled_decay - along * rows.inverse_norm * rows.inverse_norm
+    way.elementwise.update(optimizer, rows.weight, multiple, gradient, rates)
+    if rows.bias is not None:
+        update(optimizer, rows.bias, None, bias_gradient, rates)

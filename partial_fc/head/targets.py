@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from partial_fc.head.elementwise import SHORTEST
 
-def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, D) to unit vectors (B, D) and lengths (B, 1); a zero vector stays zero."""
-    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_min(1e-12)
+
+def unit(vectors: Tensor, shortest: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """(B, D) to unit vectors (B, D) and lengths (B, 1), of at least `shortest`; a zero vector stays zero."""
+    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_min(shortest)
     return vectors / length, length
 
 
@@ -31,7 +33,7 @@ class Target(NamedTuple):
 def find_targets(x: Tensor, w: Tensor, bias: Tensor | None, owned: Tensor) -> Target:
     """In: samples (B, D), their class centers (B, D) and biases (B,), which of them this rank owns (B,)."""
     x_hat, x_length = unit(x.double())
-    w_hat, w_length = unit(w.double())
+    w_hat, w_length = unit(w.double(), SHORTEST)
     cosine = (x_hat * w_hat).sum(dim=1).clamp(-1, 1)
     zero = torch.zeros_like(cosine)
     return Target(

@@ -16,10 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.14 renamed these two and deprecates the old names
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 
 class RunError(RuntimeError):
     """An error whose message says what to change: it needs no traceback.
@@ -96,7 +92,7 @@ def all_gather(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     # gloo and NCCL concatenate along the first dimension, hence the leading 1
     out = tensor.new_empty((world_size(), *tensor.shape))
-    _all_gather(out, tensor.unsqueeze(0))
+    dist.all_gather_single(out, tensor.unsqueeze(0))
     return out
 
 
@@ -120,7 +116,7 @@ def reduce_scatter_sum(tensor: Tensor) -> Tensor:
         return tensor
     tensor = tensor.contiguous()
     out = tensor.new_empty((tensor.shape[0] // world_size(), *tensor.shape[1:]))
-    _reduce_scatter(out, tensor, op=dist.ReduceOp.SUM)
+    dist.reduce_scatter_single(out, tensor, op=dist.ReduceOp.SUM)
     return out
 
 
