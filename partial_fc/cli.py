@@ -7,6 +7,7 @@ from pathlib import Path
 
 from partial_fc.benchmark.head import README, ROWS, TARGETS, benchmark_head, sweep
 from partial_fc.benchmark.measure import LABELS
+from partial_fc.benchmark.sampler import benchmark_sampler
 from partial_fc.config import EvaluationSet
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.parallel import distributed
@@ -84,6 +85,21 @@ def _parser() -> argparse.ArgumentParser:
     head.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     head.add_argument("--table", choices=("plain", "markdown"), default="plain")
     head.set_defaults(run=_benchmark_head)
+
+    sampler = parts.add_parser("sampler", help="how much of the full softmax's negatives samplers hold, in a run")
+    sampler.add_argument("path", type=Path, help="run folder, or the folder of one checkpoint; it stays as it is")
+    sampler.add_argument(
+        "--random", type=_numbers(float), default=[0.05, 0.1, 0.2], metavar="R,...", help="rates, 0.05,0.1,0.2"
+    )
+    sampler.add_argument(
+        "--hard",
+        type=_hard,
+        default=[(3, 0.02), (3, 0.01), (16, 0.01)],
+        metavar="K:R,...",
+        help="neighbours:rate, 3:0.02,3:0.01,16:0.01",
+    )
+    sampler.add_argument("--batches", type=int, default=10, help="of the run's training data")
+    sampler.set_defaults(run=_benchmark_sampler)
     return parser
 
 
@@ -107,6 +123,13 @@ def _numbers(kind: type) -> Callable[[str], list]:
             raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers; give one, or more as 1,2") from None
 
     return numbers
+
+
+def _hard(text: str) -> list[tuple[int, float]]:
+    try:
+        return [(int(neighbours), float(rate)) for neighbours, rate in (part.split(":") for part in text.split(","))]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of neighbours:rate; give 3:0.02,16:0.01") from None
 
 
 def _ranges(text: str) -> list[tuple[int, int]]:
@@ -177,6 +200,13 @@ def _benchmark_head(arguments: argparse.Namespace) -> None:
             targets=TARGETS if arguments.preset == "readme" else (),
             growth=arguments.preset == "rows",
             profile=arguments.profile,
+        )
+
+
+def _benchmark_sampler(arguments: argparse.Namespace) -> None:
+    with distributed.job() as device:
+        benchmark_sampler(
+            arguments.path, device, random=arguments.random, hard=arguments.hard, batches=arguments.batches
         )
 
 
