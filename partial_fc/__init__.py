@@ -1,8 +1,39 @@
 """Margin-softmax training with more classes than one device can hold."""
 
-from partial_fc.head.margins import ArcFace, CosFace, Margin, NormSoftmax, Softmax
+from partial_fc.head.margins import (
+    AdaFace,
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    ElasticArcFace,
+    ElasticCosFace,
+    L2Softmax,
+    LSoftmax,
+    MagFace,
+    Margin,
+    NormSoftmax,
+    SoftMarginSoftmax,
+    Softmax,
+    SphereFace,
+)
 from partial_fc.head.partial_fc import PartialFC
 
 __version__ = "0.1.0"
 
-__all__ = ["ArcFace", "CosFace", "Margin", "NormSoftmax", "PartialFC", "Softmax"]
+__all__ = [
+    "AdaFace",
+    "ArcFace",
+    "CombinedMargin",
+    "CosFace",
+    "ElasticArcFace",
+    "ElasticCosFace",
+    "L2Softmax",
+    "LSoftmax",
+    "MagFace",
+    "Margin",
+    "NormSoftmax",
+    "PartialFC",
+    "SoftMarginSoftmax",
+    "Softmax",
+    "SphereFace",
+]
