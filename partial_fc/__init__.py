@@ -1,9 +1,41 @@
 """Margin-softmax training with more classes than one device can hold."""
 
-from partial_fc.head.margins import ArcFace, CosFace, Margin, NormSoftmax, Softmax
+from partial_fc.head.margins import (
+    AdaFace,
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    ElasticArcFace,
+    ElasticCosFace,
+    L2Softmax,
+    LSoftmax,
+    MagFace,
+    Margin,
+    NormSoftmax,
+    SoftMarginSoftmax,
+    Softmax,
+    SphereFace,
+)
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.sampling import HardNegatives
 
 __version__ = "0.1.0"
 
-__all__ = ["ArcFace", "CosFace", "HardNegatives", "Margin", "NormSoftmax", "PartialFC", "Softmax"]
+__all__ = [
+    "AdaFace",
+    "ArcFace",
+    "CombinedMargin",
+    "CosFace",
+    "ElasticArcFace",
+    "ElasticCosFace",
+    "HardNegatives",
+    "L2Softmax",
+    "LSoftmax",
+    "MagFace",
+    "Margin",
+    "NormSoftmax",
+    "PartialFC",
+    "SoftMarginSoftmax",
+    "Softmax",
+    "SphereFace",
+]

@@ -2,7 +2,7 @@
 
 checkpoints/step_00001200/
     centers_000000000000_000000050000.safetensors   rows [0, 50000) of the centers' state and the sampler's tables
-    history.safetensors                             what catching up rows needs; how many updates there were
+    history.safetensors                             for catching up rows; the count of updates; margin statistics
     backbone.safetensors  optimizer.safetensors  classes.txt
     manifest.json                                   written last; without it there is no checkpoint
 checkpoints/latest                                  the newest one's name
@@ -26,6 +26,7 @@ from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
 
 FORMAT, VERSION = "partial_fc-checkpoint", 1
+STATISTICS = "statistics."  # before a name in history.safetensors: the margin's
 PART_BYTES = 1 << 30  # a part of the centers; a reader at another world size opens those that overlap its range
 
 
@@ -142,7 +143,12 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
             _verify(path, entry)
     with distributed.together(f"loading {path}"):
         history = load_file(path / "history.safetensors")
+        known = head.margin.first_statistics()
+        statistics = {
+            name.removeprefix(STATISTICS): history.pop(name) for name in [*history] if name.startswith(STATISTICS)
+        }
         head.centers.load(lambda name, out: _read_rows(checkpoint, name, head.classes, out), **history)
+        head.set_statistics(known | {name: value for name, value in statistics.items() if name in known})
         for name, table in tables(head).items():  # every rank reads all of it
             if not _read_rows(checkpoint, name, range(head.num_classes), table):
                 table.fill_(-1)  # written with another sampler: nothing until the next refresh
@@ -152,7 +158,8 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
 
 def _history(head: PartialFC) -> dict[str, Tensor]:
     centers = head.centers
-    return {"history": centers.missed.history, "updates": torch.tensor(centers.updates)}
+    statistics = {f"{STATISTICS}{name}": value for name, value in head.statistics.items()}
+    return {"history": centers.missed.history, "updates": torch.tensor(centers.updates), **statistics}
 
 
 def _kinds(head: PartialFC) -> list[str]:

@@ -112,7 +112,7 @@ class MarginChoice(Section):
     model_config = ConfigDict(extra="allow")
 
     name: str = "cosface"
-    """softmax, normsoftmax, cosface or arcface; beside it the margin's own parameters, as scale and margin."""
+    """A margin's name in lower case, as cosface or sphereface (see margins.BY_NAME); beside it its own parameters."""
 
     @property
     def parameters(self) -> dict[str, Any]:

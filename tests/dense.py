@@ -3,16 +3,34 @@
 And the partitioned side of the same run, for any number of ranks.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from partial_fc import ArcFace, CosFace, Margin, NormSoftmax, PartialFC, Softmax
+from partial_fc import (
+    AdaFace,
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    ElasticArcFace,
+    ElasticCosFace,
+    L2Softmax,
+    LSoftmax,
+    MagFace,
+    Margin,
+    NormSoftmax,
+    PartialFC,
+    SoftMarginSoftmax,
+    Softmax,
+    SphereFace,
+)
 from partial_fc.head.sampling import HardNegatives, draw_negatives
 from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
@@ -32,7 +50,7 @@ class Biased(ArcFace):
     has_bias: ClassVar[bool] = True
 
 
-MARGINS: dict[str, Margin] = {
+MARGINS: dict[str, Margin] = {  # one of each kind of logit: for what depends on that alone (cache, AdamW, compiler)
     "softmax": Softmax(),
     "normsoftmax": NormSoftmax(scale=16.0),
     "cosface": CosFace(scale=24.0, margin=0.35),
@@ -42,22 +60,92 @@ MARGINS: dict[str, Margin] = {
     "biased": Biased(scale=16.0, margin=0.4),
     "cosface-s200": CosFace(scale=200.0, margin=0.4),  # too large for exp in float32: the online maximum
 }
+# Parameters such that the cases' embeddings, 0.2 to 3 long, meet every branch; lambda falls in every step.
+MORE_MARGINS: dict[str, Margin] = {
+    "soft-margin": SoftMarginSoftmax(margin=0.5),
+    "l2softmax": L2Softmax(scale=8.0),
+    "lsoftmax": LSoftmax(margin=3, lambda_max=2.0, lambda_min=0.0, gamma=0.5),
+    "sphereface": SphereFace(margin=4, lambda_max=3.0, lambda_min=0.5, gamma=1.0),
+    "arcface-straight": ArcFace(scale=24.0, margin=0.5, straight_through=True),
+    "combined": CombinedMargin(scale=16.0, m1=1.2, m2=0.3, m3=0.2),
+    "combined-0.9": CombinedMargin(scale=16.0, m1=0.9, m2=0.4, m3=0.15),
+    "magface": MagFace(scale=16.0, low=0.8, high=1.8, low_margin=0.3, high_margin=0.9, regularization=2.0),
+    "adaface": AdaFace(scale=24.0, margin=0.4, h=1.2, momentum=0.95),
+    "elasticcosface": ElasticCosFace(scale=24.0, margin=0.35, deviation=0.1),
+    "elasticarcface": ElasticArcFace(scale=24.0, margin=0.5, deviation=0.2),
+}
+ALL_MARGINS = MARGINS | MORE_MARGINS
 
 
-def naive_target_logit(margin: Margin, x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+@dataclass
+class Seen:
+    """What a paper's formula looks at beside x and w, and is the same for all samples but for the drawn numbers."""
+
+    step: int = 0
+    length_mean: Tensor | float = 20.0  # AdaFace's before the first batch
+    length_deviation: Tensor | float = 100.0
+    normal: Tensor | None = None  # (B,) ElasticFace's draws
+
+
+def seen_by(margin: Margin, x: Tensor, before: Seen, step: int, forward: int, seed: int) -> Seen:
+    """What the formulas see of a batch (B, D): running statistics with this batch in them, drawn numbers."""
+    key = int.from_bytes(hashlib.blake2b(f"margin/{seed}/{step}/{forward}".encode(), digest_size=16).digest(), "little")
+    normal = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).standard_normal(len(x)))
+    seen = Seen(step, before.length_mean, before.length_deviation, normal)
+    if isinstance(margin, AdaFace) and len(x) > 1:
+        lengths = x.detach().norm(dim=1).clamp(0.001, 100)
+        seen.length_mean = margin.momentum * lengths.mean() + (1 - margin.momentum) * before.length_mean
+        seen.length_deviation = margin.momentum * lengths.std() + (1 - margin.momentum) * before.length_deviation
+    return seen
+
+
+def continued_cosine(phi: Tensor) -> Tensor:
+    """(-1)^k cos(phi) - 2k with phi in [k pi, (k + 1) pi], of a single angle ()."""
+    k = math.floor(phi.item() / math.pi)
+    return (-1) ** k * torch.cos(phi) - 2 * k
+
+
+def naive_target_logit(margin: Margin, x: Tensor, w: Tensor, bias: Tensor, seen: Seen, normal: float) -> Tensor:
     """The target logit () of one sample (D,) and its center (D,), as the paper's formula reads."""
+    if isinstance(margin, SoftMarginSoftmax):
+        return x @ w + bias - margin.margin
     if isinstance(margin, Softmax):
         return x @ w + bias
-    cosine = (x @ w) / (x.norm() * w.norm())
-    scale = x.norm() if margin.scale is None else margin.scale
+    if isinstance(margin, L2Softmax):
+        return margin.scale * x / x.norm() @ w + bias
+    length = x.norm()
+    cosine = (x @ w) / (length * w.norm())
+    theta = torch.acos(cosine.clamp(-1, 1))
+    if isinstance(margin, LSoftmax):
+        annealing = max(margin.lambda_min, margin.lambda_max / (1 + margin.gamma * seen.step))
+        psi = continued_cosine(margin.margin * theta)
+        factor = length if isinstance(margin, SphereFace) else length * w.norm()
+        return (annealing * factor * cosine + factor * psi) / (1 + annealing)
+    scale = length if margin.scale is None else margin.scale
     if isinstance(margin, CenterNorm):
         return scale * w.norm() * (cosine - margin.margin)
+    if isinstance(margin, ElasticCosFace):
+        return scale * (cosine - (margin.margin + margin.deviation * normal))
+    if isinstance(margin, ElasticArcFace):
+        return scale * continued_cosine(theta + (margin.margin + margin.deviation * normal))
     if isinstance(margin, CosFace):
         return scale * (cosine - margin.margin)
     if isinstance(margin, ArcFace):
-        phi = torch.acos(cosine) + margin.margin
-        k = math.floor(phi.item() / math.pi)
-        return scale * ((-1) ** k * torch.cos(phi) - 2 * k) + (bias if isinstance(margin, Biased) else 0)
+        psi = continued_cosine(theta + margin.margin)
+        if margin.straight_through:  # the value of psi, the derivative of the cosine
+            psi = psi.detach() + (cosine - cosine.detach())
+        return scale * psi + (bias if isinstance(margin, Biased) else 0)
+    if isinstance(margin, CombinedMargin):
+        return scale * (continued_cosine(margin.m1 * theta + margin.m2) - margin.m3)
+    if isinstance(margin, MagFace):
+        a = length.clamp(margin.low, margin.high)
+        slope = (margin.high_margin - margin.low_margin) / (margin.high - margin.low)
+        return scale * continued_cosine(theta + slope * (a - margin.low) + margin.low_margin)
+    if isinstance(margin, AdaFace):
+        quality = (length.detach().clamp(0.001, 100) - seen.length_mean) / (seen.length_deviation + 0.001)
+        quality = min(max(float(margin.h * quality), -1), 1)
+        g_angle, g_add = -margin.margin * quality, margin.margin * quality + margin.margin
+        return scale * (torch.cos((theta + g_angle).clamp(0.001, math.pi - 0.001)) - g_add)
     return scale * cosine
 
 
@@ -66,15 +154,31 @@ def negative_logits(margin: Margin, x: Tensor, weight: Tensor, bias: Tensor) -> 
     if isinstance(margin, Softmax):
         return x @ weight.T + bias
     scale = x.norm(dim=1, keepdim=True) if margin.scale is None else margin.scale
-    centers = weight if isinstance(margin, CenterNorm) else weight / weight.norm(dim=1, keepdim=True)
+    centers = weight / weight.norm(dim=1, keepdim=True)
+    if type(margin) in (CenterNorm, L2Softmax, LSoftmax):
+        centers = weight
     logits = scale * (x / x.norm(dim=1, keepdim=True)) @ centers.T
-    return logits + bias if isinstance(margin, Biased) else logits
+    return logits + bias if type(margin) in (Biased, L2Softmax) else logits
 
 
-def dense_logits(margin: Margin, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-    """(B, C) logits with the margin at the targets."""
-    targets = [naive_target_logit(margin, x[i], weight[y], bias[y]) for i, y in enumerate(labels.tolist())]
+def dense_logits(
+    margin: Margin, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, seen: Seen | None = None
+) -> Tensor:
+    """(B, C) logits with the margin at the targets; `seen` unset: as in the first step of a head of seed 0."""
+    seen = seen or seen_by(margin, x, Seen(), step=0, forward=0, seed=0)
+    targets = [
+        naive_target_logit(margin, x[i], weight[y], bias[y], seen, seen.normal[i].item())
+        for i, y in enumerate(labels.tolist())
+    ]
     return negative_logits(margin, x, weight, bias).scatter(1, labels[:, None], torch.stack(targets)[:, None])
+
+
+def regularization(margin: Margin, x: Tensor) -> Tensor | float:
+    """What MagFace adds to the loss of a batch (B, D): the mean of lambda_g g(a), g(a) = 1 / a + a / u_a^2."""
+    if not isinstance(margin, MagFace):
+        return 0.0
+    a = x.norm(dim=1).clamp(margin.low, margin.high)
+    return margin.regularization * (1 / a + a / margin.high**2).mean()
 
 
 @dataclass
@@ -155,7 +259,7 @@ def sample(case: Case, step: int, labels: Tensor, neighbours: Tensor) -> Tensor:
 
 def run_dense(case: Case, weight: Tensor) -> dict:
     """Losses, embedding gradients, backbone gradients and the centers after every step."""
-    margin = MARGINS[case.margin]
+    margin, seen = ALL_MARGINS[case.margin], Seen()
     backbone = case.backbone()
     weight = weight.clone().requires_grad_()
     bias = torch.zeros(case.num_classes, dtype=case.dtype, requires_grad=True)
@@ -177,11 +281,12 @@ def run_dense(case: Case, weight: Tensor) -> dict:
         centers.zero_grad()
         optimizer.zero_grad()
         weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
-        for inputs, labels in batches:
+        for forward, (inputs, labels) in enumerate(batches):
             embeddings = backbone(inputs)
             embeddings.retain_grad()
-            logits = dense_logits(margin, embeddings, weight, bias, labels).masked_fill(~used, -torch.inf)
-            loss = nn.functional.cross_entropy(logits, labels)
+            seen = seen_by(margin, embeddings, seen, step, forward, case.seed)
+            logits = dense_logits(margin, embeddings, weight, bias, labels, seen).masked_fill(~used, -torch.inf)
+            loss = nn.functional.cross_entropy(logits, labels) + regularization(margin, embeddings)
             objective = case.loss_factor * loss
             if case.auxiliary:  # each rank's own mean, averaged over ranks
                 parts = embeddings.split(list(case.sizes))
@@ -221,7 +326,7 @@ def make_head(case: Case) -> PartialFC:
     return PartialFC(
         case.num_classes,
         case.dim,
-        MARGINS[case.margin],
+        ALL_MARGINS[case.margin],
         case.sample_rate,
         sampler=case.sampler,
         chunk=case.chunk,
@@ -280,7 +385,8 @@ def assert_equals_dense(case: Case) -> None:
     wanted = run_dense(case, ranks[0]["start"])
     for result in ranks:
         assert result["loss"] == ranks[0]["loss"], "the loss differs between ranks"
-        assert error(torch.tensor(result["loss"]), torch.tensor(wanted["loss"])) < EXACT
+        losses = (torch.tensor(some["loss"], dtype=torch.float64) for some in (result, wanted))
+        assert error(*losses) < EXACT
         for name in ("backbone_grad", "weight"):
             for step in range(case.steps):
                 assert error(result[name][step], wanted[name][step]) < EXACT, (name, step)

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from partial_fc import CosFace, PartialFC, Softmax, checkpoint
+from partial_fc import AdaFace, CosFace, Margin, PartialFC, Softmax, checkpoint
 from partial_fc.head.sampling import HardNegatives, tables
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
@@ -18,8 +18,10 @@ from tests.conftest import run_ranks
 CLASSES, DIM = 23, 4
 
 
-def trained(rate: float = 0.3, num_classes: int = CLASSES, steps: int = 5, softmax: bool = False, **options) -> tuple:
-    head = PartialFC(num_classes, DIM, Softmax() if softmax else CosFace(), rate, dtype=torch.float64, **options)
+def trained(
+    rate: float = 0.3, num_classes: int = CLASSES, steps: int = 5, margin: Margin | None = None, **options
+) -> tuple:
+    head = PartialFC(num_classes, DIM, margin, rate, dtype=torch.float64, **options)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, DIM), nn.BatchNorm1d(DIM)).double()
     engine = DDPEngine(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), torch.device("cpu"))
@@ -38,9 +40,9 @@ def go_on(head: PartialFC, engine: DDPEngine, steps: range) -> None:
 
 
 def save_here(
-    run: Path, rate: float = 0.3, num_classes: int = CLASSES, softmax: bool = False, options: dict | None = None
+    run: Path, rate: float = 0.3, num_classes: int = CLASSES, margin: Margin | None = None, options: dict | None = None
 ) -> torch.Tensor:
-    head, engine = trained(rate, num_classes, softmax=softmax, **(options or {}))
+    head, engine = trained(rate, num_classes, margin=margin, **(options or {}))
     (run / "names.txt").write_text("a\nb\n")
     checkpoint.save(
         run, 5, head=head, engine=engine, classes=run / "names.txt", settings={"order": {}, "config": {}}, keep=2
@@ -82,7 +84,7 @@ def more(run: Path | None, steps: int) -> tuple[list[torch.Tensor], int]:
 
 def test_adamw_goes_on_where_it_was(tmp_path):
     """Bias corrections count the head's updates, which a checkpoint keeps."""
-    run_ranks(save_here, 2, tmp_path, 0.3, CLASSES, False, ADAMW)
+    run_ranks(save_here, 2, tmp_path, 0.3, CLASSES, None, ADAMW)
     for (resumed, updates), (whole, _) in zip(
         run_ranks(more, 2, tmp_path, 5), run_ranks(more, 2, None, 5), strict=True
     ):
@@ -176,7 +178,7 @@ def test_another_head_is_an_error_that_names_both(tmp_path):
     assert "written with num_classes 23, this run has 24" in load_here(tmp_path, num_classes=24)
     assert "written with embedding_dim 4, this run has 5" in load_here(tmp_path, dim=5)
     shutil.rmtree(tmp_path / "checkpoints")
-    save_here(tmp_path, softmax=True)
+    save_here(tmp_path, margin=Softmax())
     assert "written with center_state ['bias', 'bias_momentum', 'momentum', 'weight'], this run has" in load_here(
         tmp_path
     )
@@ -293,3 +295,40 @@ def test_another_sampler_has_no_table_until_its_next_refresh(tmp_path, saved, lo
         assert table is None if loaded is None else (table == -1).all()
     for _, table in run_ranks(hard_negatives, 2, tmp_path, range(8, 9), loaded):
         assert table is None if loaded is None else (table >= 0).all()
+
+
+ADAFACE = AdaFace(momentum=0.25)
+
+
+def statistics(run: Path | None, margin: Margin, steps: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The margin's running statistics and the centers after five steps, from the checkpoint or not, and some more."""
+    head, engine = trained(steps=0 if run else 5, margin=margin)
+    if run:
+        checkpoint.load(checkpoint.find_latest(run), head=head, engine=engine)
+    go_on(head, engine, range(5, 5 + steps))
+    return head.statistics, head.full_weight()
+
+
+@pytest.mark.parametrize("saved, loaded", [(2, 2), (2, 3), (3, 1), (1, 4)])
+def test_running_statistics_are_kept_for_any_number_of_ranks(tmp_path, saved, loaded):
+    run_ranks(save_here, saved, tmp_path, 0.3, CLASSES, ADAFACE)
+    wanted, _ = run_ranks(statistics, saved, None, ADAFACE, 0)[0]
+    assert set(wanted) == {"length_mean", "length_deviation"} and 1 < wanted["length_mean"] < 10
+    for found, _ in run_ranks(statistics, loaded, tmp_path, ADAFACE, 0):
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_running_statistics_go_on_where_they_were(tmp_path):
+    run_ranks(save_here, 2, tmp_path, 0.3, CLASSES, ADAFACE)
+    whole, weight = run_ranks(statistics, 2, None, ADAFACE, 4)[0]
+    for found, resumed in run_ranks(statistics, 2, tmp_path, ADAFACE, 4):
+        assert all(torch.equal(found[name], whole[name]) for name in whole) and torch.equal(resumed, weight)
+
+
+def test_a_checkpoint_of_another_margin_has_no_statistics(tmp_path):
+    """They begin where a new run begins; and a margin without statistics takes none from a checkpoint."""
+    save_here(tmp_path)
+    assert statistics(tmp_path, ADAFACE, 0)[0] == {"length_mean": 20.0, "length_deviation": 100.0}
+    shutil.rmtree(tmp_path / "checkpoints")
+    save_here(tmp_path, margin=ADAFACE)
+    assert statistics(tmp_path, CosFace(), 0)[0] == {}

@@ -1,4 +1,4 @@
-"""Margins: small pure functions of the target cosine.
+"""Margins: small functions of the target cosine, and of what else a paper looks at.
 
 Every logit of the head is
 
@@ -7,16 +7,28 @@ Every logit of the head is
 with r the scale s or the embedding's norm |x|, n either 1 or the center's norm |w|, and f the identity for
 negatives. A margin says which of these hold and what f is for the target: `target(cosine)`, a function of a (B,)
 vector that autograd differentiates. A new loss is a subclass with one method; partition, sampling, streaming and
-checkpoints come with the head.
+checkpoints come with the head. One that needs more than the cosine writes `target_of(sample)` instead.
 """
 
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Sample(NamedTuple):
+    """What a margin may look at: (B,) vectors in float64 over the global batch, equal on all ranks."""
+
+    cosine: Tensor  # with the own class center
+    length: Tensor  # |x|
+    real: Tensor  # bool; the others are padding
+    step: int  # number of the training step, from 0
+    statistics: dict[str, Tensor]  # running ones (), as `observe` left them
+    normal: Callable[[], Tensor]  # standard normal numbers (B,), functions of (seed, step, place in the batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +51,68 @@ class Margin:
         """f of the target: (B,) cosines in [-1, 1] to (B,), decreasing in the angle over [0, pi]."""
         return cosine
 
-    def derivative(self, cosine: Tensor) -> Tensor:
-        """d target / d cosine, (B,) to (B,), by autograd."""
+    def target_of(self, sample: Sample) -> Tensor:
+        """f of the target (B,), for a margin that looks at more than the cosine."""
+        return self.target(sample.cosine)
+
+    def derivatives(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        """Derivatives of `target_of` by the cosine and by |x|, (B,) each, by autograd."""
         with torch.enable_grad():
-            cosine = cosine.detach().requires_grad_()
-            (derivative,) = torch.autograd.grad(self.target(cosine).sum(), cosine)
-        return derivative
+            cosine, length = (vector.detach().requires_grad_() for vector in (sample.cosine, sample.length))
+            psi = self.target_of(sample._replace(cosine=cosine, length=length)).sum()
+            by_cosine, by_length = torch.autograd.grad(psi, (cosine, length), allow_unused=True, materialize_grads=True)
+        return by_cosine, by_length
+
+    def shift(self) -> float:
+        """What is taken from the target's logit itself, whatever its factors."""
+        return 0.0
+
+    def regularizer(self, length: Tensor) -> Tensor | None:
+        """A term of the loss (B,) that depends on |x| (B,) alone; None: there is none."""
+        return None
+
+    def cautions(self, num_classes: int, embedding_dim: int) -> list[str]:
+        """What speaks against these parameters in a head of this size."""
+        if self.scale is None or not self.normalize_centers or self.has_bias or num_classes < 2:
+            return []
+        others = num_classes - 1
+        least = others / num_classes * math.log(others * 0.9 / 0.1)  # CosFace (arXiv 1801.09414), eq. 6, P = 0.9
+        said = f"{type(self).__name__}: scale is {self.scale:g}; give at least {least:.2f}: with less the target's "
+        return [said + f"probability stays below 0.9 with {num_classes} classes"] if self.scale < least else []
+
+    def first_statistics(self) -> dict[str, float]:
+        """Running statistics before the first step, by name. They are equal on all ranks and in the checkpoint."""
+        return {}
+
+    def observe(self, sample: Sample) -> dict[str, Tensor]:
+        """The statistics () after a training batch; its targets already see them."""
+        return {}
+
+
+def _sine(cosine: Tensor) -> Tensor:
+    # The floor keeps derivatives finite at theta = 0 and pi. There the direction that they multiply, w_hat - cos x_hat,
+    # has length sin(theta), so the gradient itself stays bounded.
+    return (1 - cosine * cosine).clamp_min(torch.finfo(cosine.dtype).tiny).sqrt()
+
+
+def _continued(cosine: Tensor, angle: float | Tensor) -> Tensor:
+    """cos(theta + angle), continued past theta + angle = pi; angle in [0, pi], () or (B,).
+
+    There the cosine would turn back up and reward the worst samples; it is continued as (-1)^k cos(phi) - 2k with phi =
+    theta + angle and k = floor(phi / pi) (SphereFace's construction, arXiv 1704.08063, eq. 7), which decreases over all
+    of [0, pi] with a continuous derivative.
+    """
+    angle = angle if isinstance(angle, Tensor) else cosine.new_full((), angle)  # no copy, no wait
+    shifted = cosine * torch.cos(angle) - _sine(cosine) * torch.sin(angle)
+    past_pi = cosine < -torch.cos(angle)  # theta > pi - angle
+    return torch.where(past_pi, -2 - shifted, shifted)
+
+
+def _multiplied(cosine: Tensor, factor: float, angle: float = 0.0) -> Tensor:
+    """cos(factor theta + angle), continued likewise: any positive factor, any number of turns."""
+    phi = factor * torch.atan2(_sine(cosine), cosine) + angle
+    k = torch.floor(phi.detach() / math.pi)
+    return (1 - 2 * (k % 2)) * torch.cos(phi) - 2 * k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +126,73 @@ class Softmax(Margin):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SoftMarginSoftmax(Softmax):
+    """Soft-margin softmax: x.w + bias - m at the target. Liang et al., ICONIP 2017."""
+
+    margin: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "margin", self.margin >= 0, "0 or more")
+
+    def shift(self) -> float:
+        return self.margin
+
+
+@dataclass(frozen=True, kw_only=True)
+class L2Softmax(Margin):
+    """L2-constrained softmax: s x_hat.w + bias. Ranjan et al. 2017 (arXiv 1703.09507)."""
+
+    scale: float | None = 24.0
+
+    normalize_centers: ClassVar[bool] = False
+    has_bias: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class NormSoftmax(Margin):
     """Normalized softmax: s cos(theta). NormFace (Wang et al. 2017, arXiv 1704.06369), eq. 6."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LSoftmax(Margin):
+    """Large-margin softmax: |x| |w| psi(theta), psi = (-1)^k cos(m theta) - 2k. Liu et al. (arXiv 1612.02295).
+
+    Training starts near plain softmax: psi is (psi + lambda cos) / (1 + lambda), lambda = max(lambda_min, lambda_max /
+    (1 + gamma step)), as its authors' code anneals it; lambda_min 5 and gamma .12 are SphereFace's.
+    """
+
+    scale: None = field(default=None, init=False)
+    margin: int = 4
+    lambda_max: float = 1000.0
+    lambda_min: float = 5.0
+    gamma: float = 0.12
+
+    normalize_centers: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "margin", self.margin in (1, 2, 3, 4), "1, 2, 3 or 4")
+        _check(self, "lambda_min", 0 <= self.lambda_min <= self.lambda_max, "0 to lambda_max")
+        _check(self, "gamma", self.gamma >= 0, "0 or more")
+
+    def annealing(self, step: int) -> float:
+        """lambda."""
+        return max(self.lambda_min, self.lambda_max / (1 + self.gamma * step))
+
+    def target_of(self, sample: Sample) -> Tensor:
+        weight = self.annealing(sample.step)
+        return (_multiplied(sample.cosine, self.margin) + weight * sample.cosine) / (1 + weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SphereFace(LSoftmax):
+    """A-Softmax: |x| psi(theta), L-Softmax with normalized centers. SphereFace (arXiv 1704.08063), eqs. 6-7.
+
+    lambda falls from 1000 to 5, so that even at the end cos weighs five times what psi does.
+    """
+
+    normalize_centers: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,51 +200,188 @@ class CosFace(Margin):
     """Additive cosine margin: s (cos(theta) - m3).
 
     CosFace (arXiv 1801.09414), eq. 4; AM-Softmax (arXiv 1801.05599), eqs. 5-7. With `scale=None` it is AM-Softmax
-    without feature normalization: |x| (cos(theta) - m3).
+    without feature normalization: |x| (cos(theta) - m3). The bounds of m3 are eq. 8.
     """
 
     margin: float = 0.35
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.margin < 2:
-            raise ValueError(f"CosFace: margin is {self.margin}; give one in [0, 2), the paper's is 0.35")
+        _check(self, "margin", 0 <= self.margin < 2, "one in [0, 2), the paper's is 0.35")
 
     def target(self, cosine: Tensor) -> Tensor:
         return cosine - self.margin
+
+    def cautions(self, num_classes: int, embedding_dim: int) -> list[str]:
+        said, classes = super().cautions(num_classes, embedding_dim), max(num_classes, 2)
+        most = 1 - math.cos(2 * math.pi / classes) if embedding_dim == 2 else classes / (classes - 1)
+        if self.margin > most:
+            name, room = type(self).__name__, f"{num_classes} centers in {embedding_dim} dimensions"
+            said.append(f"{name}: margin is {self.margin:g}; give at most {most:.4g}: {room} have no room for more")
+        return said
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArcFace(Margin):
     """Additive angular margin: s cos(theta + m2), continued past pi. ArcFace (arXiv 1801.07698), eq. 3.
 
-    Past theta + m2 = pi the cosine would turn back up and reward the worst samples; it is continued as (-1)^k
-    cos(phi) - 2k with phi = theta + m2 and k = floor(phi / pi) (the construction of SphereFace, arXiv 1704.08063,
-    eq. 7), which decreases over all of [0, pi] with a continuous derivative. The gradient is the true one: d psi /
-    d cos = sin(theta + m2) / sin(theta), 1.15 at cos 0.5 and m2 0.5, where a straight-through margin has 1.
+    The gradient is the true one: d psi / d cos = sin(theta + m2) / sin(theta), 1.15 at cos 0.5 and m2 0.5. With
+    straight_through it is 1, as InsightFace's code has it, which computes psi without gradient.
     """
 
     margin: float = 0.5
+    straight_through: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.margin < math.pi:
-            raise ValueError(f"ArcFace: margin is {self.margin} rad; give one in [0, pi), the paper's is 0.5")
+        _check(self, "margin", 0 <= self.margin < math.pi, "one in [0, pi), in rad; the paper's is 0.5")
 
     def target(self, cosine: Tensor) -> Tensor:
-        # The floor keeps the derivative finite at theta = 0 and pi. There the direction that it multiplies,
-        # w_hat - cos x_hat, has length sin(theta), so the gradient itself stays bounded by s.
-        sine = (1 - cosine * cosine).clamp_min(torch.finfo(cosine.dtype).tiny).sqrt()
-        shifted = cosine * math.cos(self.margin) - sine * math.sin(self.margin)
-        past_pi = cosine < -math.cos(self.margin)  # theta > pi - m2
-        return torch.where(past_pi, -2 - shifted, shifted)
+        psi = _continued(cosine, self.margin)
+        return cosine + (psi - cosine).detach() if self.straight_through else psi
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombinedMargin(Margin):
+    """s (cos(m1 theta + m2) - m3), as one formula, continued past pi. ArcFace (arXiv 1801.07698), eq. 4."""
+
+    m1: float = 1.0
+    m2: float = 0.3
+    m3: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "m1", self.m1 > 0, "a positive number")
+        _check(self, "m2", 0 <= self.m2 < math.pi, "one in [0, pi), in rad")
+        _check(self, "m3", 0 <= self.m3 < 2, "one in [0, 2)")
+
+    def target(self, cosine: Tensor) -> Tensor:
+        return _multiplied(cosine, self.m1, self.m2) - self.m3
+
+
+@dataclass(frozen=True, kw_only=True)
+class MagFace(Margin):
+    """Additive angular margin that grows with |x|, and a regularizer. MagFace (arXiv 2103.06627).
+
+    m(a) is linear from `low_margin` at a = `low` to `high_margin` at `high`, a = |x| clipped to them; the loss has
+    `regularization` * (a / high^2 + 1 / a) beside it. Both let gradient flow through |x|.
+    """
+
+    low: float = 10.0
+    high: float = 110.0
+    low_margin: float = 0.45
+    high_margin: float = 0.8
+    regularization: float = 35.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "low", 0 < self.low < self.high, "a positive number below high")
+        _check(self, "low_margin", 0 <= self.low_margin <= self.high_margin < math.pi, "0 to high_margin < pi, in rad")
+        _check(self, "regularization", self.regularization >= 0, "0 or more")
+
+    def target_of(self, sample: Sample) -> Tensor:
+        slope = (self.high_margin - self.low_margin) / (self.high - self.low)
+        length = sample.length.clamp(self.low, self.high)
+        return _continued(sample.cosine, self.low_margin + slope * (length - self.low))
+
+    def regularizer(self, length: Tensor) -> Tensor:
+        length = length.clamp(self.low, self.high)
+        return self.regularization * (length / self.high**2 + 1 / length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaFace(Margin):
+    """Angular and cosine margin by image quality, for which |x| stands. AdaFace (arXiv 2204.00964).
+
+    z = h (|x| - mean) / deviation clipped to [-1, 1]; psi = cos(theta - m z) - (m z + m), the angle clipped to [0, pi].
+    Mean and deviation of |x| are running ones, of weight `momentum` for each batch; no gradient flows through |x|.
+    """
+
+    margin: float = 0.4
+    h: float = 0.333
+    momentum: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "margin", 0 <= self.margin < 1, "one in [0, 1), the paper's is 0.4")
+        _check(self, "h", self.h > 0, "a positive number, the paper's is 0.333")
+        _check(self, "momentum", 0 < self.momentum <= 1, "one in (0, 1], the paper's is 0.01")
+
+    def first_statistics(self) -> dict[str, float]:
+        return {"length_mean": 20.0, "length_deviation": 100.0}  # the authors' code
+
+    def observe(self, sample: Sample) -> dict[str, Tensor]:
+        lengths = torch.where(sample.real, sample.length.clamp(1e-3, 100), 0)
+        count = sample.real.sum()
+        mean = lengths.sum() / count.clamp_min(1)
+        squares = torch.where(sample.real, (lengths - mean) ** 2, 0).sum()
+        batch = {"length_mean": mean, "length_deviation": (squares / (count - 1).clamp_min(1)).sqrt()}
+        return {
+            name: torch.where(count > 1, before + self.momentum * (batch[name] - before), before)
+            for name, before in sample.statistics.items()
+        }
+
+    def target_of(self, sample: Sample) -> Tensor:
+        deviation = sample.statistics["length_deviation"] + 1e-3
+        quality = (sample.length.detach().clamp(1e-3, 100) - sample.statistics["length_mean"]) / deviation
+        quality = (self.h * quality).clamp(-1, 1)
+        theta = torch.atan2(_sine(sample.cosine), sample.cosine) - self.margin * quality
+        return torch.cos(theta.clamp(1e-3, math.pi - 1e-3)) - self.margin * (1 + quality)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticCosFace(CosFace):
+    """CosFace whose margin is drawn anew for every sample, N(m, deviation^2). ElasticFace (arXiv 2109.09416), eq. 7."""
+
+    deviation: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "deviation", self.deviation >= 0, "0 or more, the paper's is 0.05")
+
+    def target_of(self, sample: Sample) -> Tensor:
+        return sample.cosine - (self.margin + self.deviation * sample.normal())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticArcFace(Margin):
+    """ArcFace whose margin is drawn anew for every sample, N(m, deviation^2), and clipped to [0, pi].
+
+    ElasticFace (arXiv 2109.09416), eq. 6, which has no clip.
+    """
+
+    margin: float = 0.5
+    deviation: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "margin", 0 <= self.margin < math.pi, "one in [0, pi), in rad; the paper's is 0.5")
+        _check(self, "deviation", self.deviation >= 0, "0 or more, the paper's is 0.05")
+
+    def target_of(self, sample: Sample) -> Tensor:
+        drawn = self.margin + self.deviation * sample.normal()
+        return _continued(sample.cosine, drawn.clamp(0, math.pi))
+
+
+def _check(margin: Margin, name: str, good: bool, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"{type(margin).__name__}: {name} is {getattr(margin, name)}; give {wanted}")
 
 
 BY_NAME: dict[str, type[Margin]] = {
     "softmax": Softmax,
+    "softmarginsoftmax": SoftMarginSoftmax,
+    "l2softmax": L2Softmax,
     "normsoftmax": NormSoftmax,
+    "lsoftmax": LSoftmax,
+    "sphereface": SphereFace,
     "cosface": CosFace,
     "arcface": ArcFace,
+    "combined": CombinedMargin,
+    "magface": MagFace,
+    "adaface": AdaFace,
+    "elasticcosface": ElasticCosFace,
+    "elasticarcface": ElasticArcFace,
 }
 
 
@@ -122,18 +392,22 @@ def build_margin(name: str, parameters: dict) -> Margin:
         hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(BY_NAME)}"
         raise ValueError(f"head.margin.name: no margin is called {name!r}; {hint}")
     margin = BY_NAME[name]
-    known = [f.name for f in fields(margin) if f.init]
+    known = {f.name: f.type for f in fields(margin) if f.init}
     for parameter in parameters:
         if parameter not in known:
             raise ValueError(
                 f"head.margin.{parameter}: {name} has no such parameter; it has {', '.join(known) or 'none'}"
             )
-    return margin(**{parameter: _number(parameter, value) for parameter, value in parameters.items()})
+    return margin(**{parameter: _value(parameter, value, known[parameter]) for parameter, value in parameters.items()})
 
 
-def _number(parameter: str, value: object) -> float | None:
+def _value(parameter: str, value: object, kind: type) -> float | bool | None:
     if parameter == "scale" and value is None:
         return None
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"head.margin.{parameter}: got {value!r}; wanted true or false")
+        return value
     try:
         if isinstance(value, bool):
             raise ValueError

@@ -5,23 +5,26 @@ C_r classes of this rank, U rows in use.
 """
 
 import math
+import warnings
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from partial_fc.head import elementwise, exchange, softmax
 from partial_fc.head.attach import Forward, attach
 from partial_fc.head.centers import Centers, InUse
-from partial_fc.head.margins import CosFace, Margin
+from partial_fc.head.margins import CosFace, Margin, Sample
 from partial_fc.head.matmul import Precision, check_precision, precision_of
 from partial_fc.head.optimizers import build_optimizer
 from partial_fc.head.partition import class_range
 from partial_fc.head.sampling import Sampler, random_negatives
 from partial_fc.head.side_stream import SideStream, upload
 from partial_fc.head.softmax import LOG2_E, Buffers
-from partial_fc.head.targets import Target, find_targets, target_gradient, unit
+from partial_fc.head.targets import Target, find_targets, regularized, target_gradient, unit
 from partial_fc.parallel import distributed
+from partial_fc.seeds import keyed_bytes
 
 
 class PartialFC:
@@ -108,6 +111,8 @@ class PartialFC:
         check_precision(matmul_precision, dtype, device)
         self.num_classes, self.embedding_dim = num_classes, embedding_dim
         self.margin = CosFace() if margin is None else margin
+        for caution in self.margin.cautions(num_classes, embedding_dim) if distributed.rank() == 0 else ():
+            warnings.warn(caution, stacklevel=2)
         self.sample_rate, self.seed = sample_rate, seed
         self.sampler = random_negatives if sampler is None else sampler
         self.sampled = sample_rate < 1 or sampler is not None
@@ -145,6 +150,7 @@ class PartialFC:
         )
         self.step_count = 0  # the next step's number; keys its negatives
         self.target_cosine: Tensor | None = None  # () mean over the last forward's batch
+        self.set_statistics(self.margin.first_statistics())
         self._buffers = Buffers(dtype, device)
         self._cache = softmax.Cache(cache_bytes, self.sampled, cache_dtype, device)
         self._side_stream = SideStream(device)
@@ -234,13 +240,22 @@ class PartialFC:
         self._close()
 
     def skip_step(self) -> None:
-        """Drops the forwards since the last step without an update; for every row this step did not happen."""
+        """Drops the forwards since the last step without an update; for rows and statistics it did not happen."""
+        self.statistics = self._statistics_before
         self._close()
 
     def _close(self) -> None:
         self._forwards, self._used, self._step_labels = [], None, None
+        self._statistics_before = self.statistics
         self._cache.clear()
         self.step_count += 1
+
+    def set_statistics(self, values: dict[str, float | Tensor]) -> None:
+        """The margin's running statistics (), float64: where a run starts, or what a checkpoint has."""
+        self.statistics = {
+            name: torch.as_tensor(value, dtype=torch.float64).to(self.device) for name, value in values.items()
+        }
+        self._statistics_before = self.statistics  # what skip_step puts back
 
     # ---- for tests, exports, small C
 
@@ -307,20 +322,24 @@ class PartialFC:
         )
         maximum = maximum / LOG2_E
         log_negatives, cosine, w_length, bias = exchange.sum_over_ranks(maximum, total, target, self._way.bounded)
-        psi = self.margin.target(cosine)
-        factor_x = target.x_length.squeeze(1) if self.margin.scale is None else self.margin.scale
-        factor_w = 1.0 if self.margin.normalize_centers else w_length
-        logit = factor_x * factor_w * psi + bias
+        length = target.x_length.squeeze(1)
+        sample = self._sample(cosine, length, real, training)
+        psi = self.margin.target_of(sample)
+        factor = length if self.margin.scale is None else self.margin.scale
+        if not self.margin.normalize_centers:
+            factor = factor * w_length
+        logit = factor * psi + bias - self.margin.shift()
         # log(1 + Z_neg / e^t) in this form keeps small losses: log Z - t has lost 8 % of a loss of 1e-5
         losses = torch.logaddexp(torch.zeros_like(logit), log_negatives - logit)
         log_z = torch.logaddexp(log_negatives, logit)
         p_minus_one = -torch.exp(log_negatives - log_z)
         zero = torch.zeros_like(losses)
-        loss = (torch.where(real, losses, zero).sum() / count).to(self.dtype)
+        regularizer, by_length = regularized(self.margin, length)
+        loss = (torch.where(real, losses + regularizer, zero).sum() / count).to(self.dtype)
         self.target_cosine = torch.where(real, cosine, zero).sum() / count
         if not training:
             return loss, None, None
-        psi_prime = self.margin.derivative(cosine)
+        psi_prime, psi_by_length = self.margin.derivatives(sample)
         kept = Forward(x, column, places, real, log_z, psi, psi_prime, p_minus_one, cached)
         gradient = mean * torch.exp(maximum - log_z).to(self.dtype).unsqueeze(1)
         if self.margin.scale is not None:  # the backward of s x / |x|
@@ -328,8 +347,25 @@ class PartialFC:
             gradient -= (gradient * x_hat).sum(dim=1, keepdim=True) * x_hat
             gradient *= self.margin.scale / x_length
         gradient += self._target_part(kept, target, by_embedding=True)
+        along = torch.where(target.owned, p_minus_one * factor * psi_by_length + by_length, zero)
+        gradient += (along.unsqueeze(1) * target.x_hat).to(self.dtype)
         gradient = torch.where(real.unsqueeze(1), gradient / count * distributed.world_size(), 0)
         return loss, distributed.reduce_scatter_sum(gradient), kept
+
+    def _sample(self, cosine: Tensor, length: Tensor, real: Tensor, training: bool) -> Sample:
+        """What the margin sees of the batch; a training batch goes into the running statistics first."""
+
+        def normal() -> Tensor:
+            key = int.from_bytes(keyed_bytes(16, "margin", self.seed, self.step_count, len(self._forwards)), "little")
+            drawn = np.random.Generator(np.random.Philox(key=key)).standard_normal(len(real))
+            # by place among the real samples, so that padding and the number of ranks do not matter
+            return upload(torch.from_numpy(drawn), self.device)[(real.cumsum(0) - 1).clamp_min(0)]
+
+        sample = Sample(cosine, length, real, self.step_count, self.statistics, normal)
+        if not training:
+            return sample
+        self.statistics = self.margin.observe(sample)
+        return sample._replace(statistics=self.statistics)
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.margin.scale is None else unit(x)[0] * self.margin.scale

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.head.elementwise import SHORTEST
+from partial_fc.head.margins import Margin
 
 
 def unit(vectors: Tensor, shortest: float = 1e-12) -> tuple[Tensor, Tensor]:
@@ -68,3 +69,14 @@ def target_gradient(
     if scale is None:
         return other_factor * (psi_prime.unsqueeze(1) * tangent + psi.unsqueeze(1) * own)
     return other_factor * (scale / own_length) * psi_prime.unsqueeze(1) * tangent
+
+
+def regularized(margin: Margin, length: Tensor) -> tuple[Tensor, Tensor]:
+    """The margin's regularizer of |x| (B,) and its derivative (B,); zeros where it has none."""
+    with torch.enable_grad():
+        length = length.detach().requires_grad_()
+        term = margin.regularizer(length)
+        if term is None:
+            return torch.zeros_like(length), torch.zeros_like(length)
+        (derivative,) = torch.autograd.grad(term.sum(), length)
+    return term.detach(), derivative
