@@ -11,7 +11,7 @@ from partial_fc import ArcFace, CosFace, Margin, PartialFC
 from partial_fc.head.exchange import gather_batch
 from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
-from tests.dense import EXACT, MARGINS, Case, assert_equals_dense, dense_logits, error
+from tests.dense import ALL_MARGINS, EXACT, MARGINS, Case, assert_equals_dense, dense_logits, error
 
 SIZES = {1: (6,), 2: (2, 5), 3: (3, 1, 2), 4: (1, 2, 2, 3)}
 
@@ -370,11 +370,11 @@ ON_CUDA = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", ON_CUDA)
 @pytest.mark.parametrize("rate", [1.0, 0.3])
-@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("margin", ALL_MARGINS)
 def test_cuda_equals_cpu(margin, rate, options):
     same = dict(dtype=torch.float64, chunk=16, init_std=0.5, **ON_CUDA[options])
-    cpu = PartialFC(101, 8, MARGINS[margin], rate, device="cpu", **{**same, "compile": False})
-    cuda = PartialFC(101, 8, MARGINS[margin], rate, device="cuda", **same)
+    cpu = PartialFC(101, 8, ALL_MARGINS[margin], rate, device="cpu", **{**same, "compile": False})
+    cuda = PartialFC(101, 8, ALL_MARGINS[margin], rate, device="cuda", **same)
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(12, 8, generator=generator, dtype=torch.float64)
