@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("config", help="a YAML of what differs from the defaults")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--print-config", action="store_true", help="print the merged config, documented, and stop")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # overrides may stand behind --print-config
     try:
         config = load_config(arguments.config, arguments.overrides)
     except ValueError as error:

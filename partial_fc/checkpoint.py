@@ -129,6 +129,12 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
             "dtype": dtype,
             "center_state": _kinds(head),
         }
+        if manifest["center_state"] != ours["center_state"]:
+            raise ValueError(
+                f"its class centers were written with {', '.join(manifest['center_state'])}, this run keeps "
+                f"{', '.join(ours['center_state'])}: put head.optim.name and head.margin.name back, or give another "
+                "run.dir"
+            )
         for name, value in ours.items():
             if manifest[name] != value:
                 raise ValueError(

@@ -25,7 +25,9 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="partial-fc", description="Data, evaluation and reports of partial_fc.")
+    parser = argparse.ArgumentParser(
+        prog="partial-fc", description="Data, evaluation, reports and benchmarks of partial_fc."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     prepare = commands.add_parser("prepare", help="turn images or fonts into shards")
@@ -69,16 +71,22 @@ def _parser() -> argparse.ArgumentParser:
     benchmark = commands.add_parser("benchmark", help="what a part costs, beside what it replaces")
     parts = benchmark.add_subparsers(required=True, metavar="PART")
     head = parts.add_parser("head", help="time, memory and traffic of a training step; comma lists are swept")
-    head.add_argument("--classes", type=_numbers(int), default=[100_000], metavar="C,...", help="100000")
-    head.add_argument("--dim", type=_numbers(int), default=[512], metavar="D,...", help="of embeddings, 512")
-    head.add_argument("--batch", type=_numbers(int), default=[256], metavar="B,...", help="of all ranks, 256")
-    head.add_argument("--rate", type=_numbers(float), default=[1.0], metavar="R,...", help="sample rates, 1")
-    head.add_argument("--ranks", type=_numbers(int), metavar="W,...", help="processes, started here: 1; torchrun's")
+    head.add_argument(
+        "--classes", type=_numbers(int), default=[100_000], metavar="C,...", help="numbers of classes; unset: 100000"
+    )
+    head.add_argument("--dim", type=_numbers(int), default=[512], metavar="D,...", help="embedding sizes; unset: 512")
+    head.add_argument(
+        "--batch", type=_numbers(int), default=[256], metavar="B,...", help="global batch sizes; unset: 256"
+    )
+    head.add_argument("--rate", type=_numbers(float), default=[1.0], metavar="R,...", help="sample rates; unset: 1")
+    head.add_argument(
+        "--ranks", type=_numbers(int), metavar="W,...", help="processes, started here; unset: 1, or torchrun's"
+    )
     head.add_argument(
         "--preset", choices=("readme", "rows"), help="the README's sizes; 10^5 rows of 10^6, 10^7 classes"
     )
-    head.add_argument("--rounds", type=int, default=7, help="measured steps of each variant")
-    head.add_argument("--threads", type=int, default=1, help="of each rank")
+    head.add_argument("--rounds", type=int, default=7, help="measured steps of each variant; unset: 7")
+    head.add_argument("--threads", type=int, default=1, help="of each rank; unset: 1")
     head.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     head.add_argument("--variants", type=_names, metavar="NAME,...", help=f"some of {','.join(LABELS)}")
     head.add_argument("--profile", action="store_true", help="also where the time of a step goes, by torch's profiler")

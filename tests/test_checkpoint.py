@@ -98,7 +98,8 @@ def test_adamw_goes_on_where_it_was(tmp_path):
 
 def test_another_optimizer_is_an_error(tmp_path):
     save_here(tmp_path, options=ADAMW)
-    assert "it was written with center_state ['exp_avg', 'exp_avg_sq', 'weight'], this run has" in load_here(tmp_path)
+    message = "written with exp_avg, exp_avg_sq, weight, this run keeps momentum, weight: put head.optim.name"
+    assert message in load_here(tmp_path)
 
 
 def test_small_parts_are_cut_and_joined(tmp_path, monkeypatch):
@@ -179,9 +180,7 @@ def test_another_head_is_an_error_that_names_both(tmp_path):
     assert "written with embedding_dim 4, this run has 5" in load_here(tmp_path, dim=5)
     shutil.rmtree(tmp_path / "checkpoints")
     save_here(tmp_path, margin=Softmax())
-    assert "written with center_state ['bias', 'bias_momentum', 'momentum', 'weight'], this run has" in load_here(
-        tmp_path
-    )
+    assert "written with bias, bias_momentum, momentum, weight, this run keeps" in load_here(tmp_path)
 
 
 def test_parts_that_do_not_tile_the_classes_are_an_error(tmp_path):

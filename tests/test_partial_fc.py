@@ -323,6 +323,7 @@ def test_errors_name_what_to_do():
         (dict(num_classes=4, embedding_dim=4, dtype=torch.float16), "dtype is torch.float16"),
         (dict(num_classes=4, embedding_dim=4, chunk=0), "chunk is 0"),
         (dict(num_classes=4, embedding_dim=4, init_std=float("nan")), "init_std is nan"),
+        (dict(num_classes=4, embedding_dim=4, sampler="random"), "sampler is 'random'; give f"),
         (dict(num_classes=4, embedding_dim=4, compile="no"), "compile is 'no'; give True, False, or None"),
         (dict(num_classes=4, embedding_dim=4, weight_decay=float("nan")), "momentum and weight_decay are 0.9 and nan"),
         (dict(num_classes=4, embedding_dim=4, margin="cosface"), "margin is 'cosface'; give an object"),

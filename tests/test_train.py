@@ -185,7 +185,10 @@ def train_and_catch(run: Path, data: Path, *overrides: str) -> str:
         ("backbone.embedding_dim=32", "embedding_dim 64, .* this run has smallnet, embedding_dim 32"),
         ("backbone.name=spherenet20", "was written with smallnet, .* this run has spherenet20"),
         ("evaluate.sets.P1.data=data/nope", "data/nope"),
-        ("head.margin={name: softmax}", "written with center_state .*this run has .*'bias'"),
+        (
+            "head.margin={name: softmax}",
+            "written with momentum, weight, this run keeps bias, .*: put head.optim.name and head.margin.name back",
+        ),
         ("head.margin={name: cosfase}", "did you mean cosface"),
         ("head.margin.m=0.3", "head.margin.m: cosface has no such parameter; it has scale, margin"),
         ("backbone.name=smallnett", "did you mean 'smallnet'"),

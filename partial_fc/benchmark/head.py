@@ -111,9 +111,9 @@ def benchmark_head(
     for cell in [] if growth else cells:
         # plain PyTorch knows one process
         groups.append([(cell, variant) for variant in variants if variant != "dense" or cell.ranks == 1])
+    if not all(groups) or not groups:
+        raise ValueError("--variants: a cell has none left to run; dense is for one rank alone")
     for group in groups:
-        if not group:
-            continue
         measured = _measure(group, header["clock"], rounds, threads, device)
         results = {}
         for (cell, variant), result in zip(group, measured, strict=True):

@@ -16,7 +16,8 @@ def print_header(header: dict, markdown: bool) -> None:
         f"threads a rank: {header['threads']}; compiled parts {'ran' if header['compiled'] else 'did not run'}",
         f"ms: {CLOCKS[header['clock']]} of a step, median of {header['rounds']} interleaved rounds, median over ranks",
         "/x: over x's, median of the rounds' ratios. MiB: peak beyond the process, the largest rank's, and bytes a "
-        "class; /state: over weight + momentum. KiB: of what a step's collectives gather or reduce",
+        "class; /state: over weight + momentum. KiB: of what a step's collectives gather or reduce. loss: of the last "
+        "round; published counts a sample at most 69, and below rate 1 each draws negatives of its own",
     ]
     print(*lines, sep="  \n" if markdown else "\n")
 

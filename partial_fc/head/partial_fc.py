@@ -101,6 +101,8 @@ class PartialFC:
                 "torch.bfloat16, or for a float64 head torch.float64"
             )
         device = torch.device(device)
+        if not (sampler is None or callable(sampler)) or isinstance(sampler, type):
+            raise ValueError(f"sampler is {sampler!r}; give f(head, step, labels), or an object as HardNegatives(16)")
         if compile not in (None, True, False):
             raise ValueError(f"compile is {compile!r}; give True, False, or None for True where it pays")
         if compile and not elementwise.compiler_works(device.type):
