@@ -1,5 +1,6 @@
 """Margin-softmax training with more classes than one device can hold."""
 
+from partial_fc.head.margin import Margin
 from partial_fc.head.margins import (
     AdaFace,
     ArcFace,
@@ -10,7 +11,6 @@ from partial_fc.head.margins import (
     L2Softmax,
     LSoftmax,
     MagFace,
-    Margin,
     NormSoftmax,
     SoftMarginSoftmax,
     Softmax,

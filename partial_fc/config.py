@@ -135,7 +135,7 @@ class Head(Section):
     chunk: int | None = Field(None, ge=1)
     """Rows of logits that exist at once; unset: 1024 to 2048 on a CPU, 16384 elsewhere."""
     cache_bytes: int = Field(0, ge=0)
-    """Room on each rank for (batch, rows in use) numbers that spare the update a matrix product."""
+    """Room on each rank, reserved whole, for (batch, rows in use) numbers that spare the update a matrix product."""
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of those numbers; bfloat16 takes half the room and rounds the centers' gradient to about 1e-3."""
     matmul_precision: Literal["float32", "tf32", "bfloat16"] = "float32"

@@ -392,3 +392,22 @@ def assert_equals_dense(case: Case) -> None:
                 assert error(result[name][step], wanted[name][step]) < EXACT, (name, step)
     for i, reference in enumerate(wanted["embedding_grad"]):
         assert error(torch.cat([result["embedding_grad"][i] for result in ranks]), reference) < EXACT, i
+
+
+class HeadLoss(torch.autograd.Function):
+    """loss(x, head, labels) through forward and backward as a user runs them, for numerical derivatives by x (B, D)."""
+
+    @staticmethod
+    def forward(ctx, x, head, labels):
+        head.begin_step(3, labels)  # what depends on the step is there
+        with torch.enable_grad():
+            inner = x.detach().requires_grad_()
+            loss = head(inner, labels)
+            loss.backward()
+        head.skip_step()
+        ctx.save_for_backward(inner.grad)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0] * grad, None, None

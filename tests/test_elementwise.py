@@ -8,9 +8,14 @@ from partial_fc.head import elementwise
 from tests.dense import MARGINS, Case, assert_equals_dense
 from tests.test_partial_fc import assert_as_good_as_naive
 
-needs_compiler = pytest.mark.skipif(
-    not elementwise.compiler_works("cpu"), reason="not run: torch.compile works not here (it needs a C++ compiler)"
-)
+
+@pytest.fixture(scope="module")
+def compiler() -> None:
+    if not elementwise.compiler_works("cpu"):
+        pytest.skip("not run: torch.compile does not work here (it needs a C++ compiler)")
+
+
+needs_compiler = pytest.mark.usefixtures("compiler")
 COMPILED = dict(compile=True)
 
 

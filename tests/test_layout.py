@@ -38,7 +38,17 @@ DOORS = {
 }
 NO_RANKS = {"data/order.py", "data/augment.py", "optim.py"} | {
     f"head/{name}.py"
-    for name in ("margins", "softmax", "targets", "elementwise", "matmul", "optimizers", "centers", "partition")
+    for name in (
+        "margin",
+        "margins",
+        "softmax",
+        "targets",
+        "elementwise",
+        "matmul",
+        "optimizers",
+        "centers",
+        "partition",
+    )
 }
 
 

@@ -26,7 +26,7 @@ from partial_fc import (
     Softmax,
     SphereFace,
 )
-from partial_fc.head.margins import Sample
+from partial_fc.head.margin import Sample
 from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
 from tests.dense import (
@@ -34,6 +34,7 @@ from tests.dense import (
     EXACT,
     MORE_MARGINS,
     Case,
+    HeadLoss,
     Seen,
     assert_equals_dense,
     error,
@@ -329,25 +330,6 @@ def test_gradcheck_through_the_head():
     """As in test_partial_fc. Not AdaFace and the straight-through ArcFace: they leave a part of the derivative out, on
     purpose; test_equals_dense compares both with autograd that leaves out the same."""
 
-    def loss_of(x: Tensor, head: PartialFC) -> Tensor:
-        head.begin_step(3, labels)  # lambda and draws depend on the step
-        return head(x, labels)
-
-    class HeadLoss(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, head):
-            with torch.enable_grad():
-                inner = x.detach().requires_grad_()
-                loss = loss_of(inner, head)
-                loss.backward()
-            head.skip_step()
-            ctx.save_for_backward(inner.grad)
-            return loss.detach()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return ctx.saved_tensors[0] * grad, None
-
     labels = torch.tensor([0, 5, 5, 11])
     torch.manual_seed(0)
     for name, margin in MORE_MARGINS.items():
@@ -355,7 +337,7 @@ def test_gradcheck_through_the_head():
             continue
         head = PartialFC(12, 3, margin, dtype=torch.float64, init_std=1.0, chunk=5)
         x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda x, head=head: HeadLoss.apply(x, head), (x,)), name
+        assert torch.autograd.gradcheck(lambda x, head=head: HeadLoss.apply(x, head, labels), (x,)), name
 
 
 @pytest.mark.parametrize("inputs", ["random", "trained"])

@@ -11,7 +11,7 @@ from partial_fc import ArcFace, CosFace, Margin, PartialFC
 from partial_fc.head.exchange import gather_batch
 from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
-from tests.dense import ALL_MARGINS, EXACT, MARGINS, Case, assert_equals_dense, dense_logits, error
+from tests.dense import ALL_MARGINS, EXACT, MARGINS, Case, HeadLoss, assert_equals_dense, dense_logits, error
 
 SIZES = {1: (6,), 2: (2, 5), 3: (3, 1, 2), 4: (1, 2, 2, 3)}
 
@@ -513,21 +513,6 @@ def test_large_labels_travel_exactly():
 def test_gradcheck_through_the_head():
     """Numerical derivatives of the loss by the embeddings, through forward and backward as a user runs them."""
 
-    class HeadLoss(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, head, labels):
-            with torch.enable_grad():
-                inner = x.detach().requires_grad_()
-                loss = head(inner, labels)
-                loss.backward()
-            head.skip_step()
-            ctx.save_for_backward(inner.grad)
-            return loss.detach()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return ctx.saved_tensors[0] * grad, None, None
-
     labels = torch.tensor([0, 5, 5, 11])
     for margin in MARGINS.values():
         head = PartialFC(12, 3, margin, dtype=torch.float64, init_std=1.0, chunk=5)
@@ -549,7 +534,7 @@ def peak_case(margin: Margin, rate: float, forwards: int, **options) -> tuple[in
 
     for number in range(3):
         step(number)
-    kept = sum(flat.nbytes for flat in (*head._buffers._flat.values(), *head._cache._blocks))
+    kept = sum(flat.nbytes for flat in (*head._buffers._flat.values(), head._cache._flat))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step(3)
     live = peak = 0
@@ -568,6 +553,13 @@ def test_memory_of_a_step_does_not_grow_with_the_classes(margin, forwards):
     assert 0 < peak < 0.25 * state
     peak, state = peak_case(MARGINS[margin], 0.1, forwards)
     assert 0 < peak < 0.3 * state  # rows in use are caught up chunk by chunk, twice
+
+
+@pytest.mark.parametrize("options", [dict(optimizer="adamw"), dict(matmul_precision="bfloat16")], ids=str)
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_memory_with_options_does_not_grow_with_the_classes(options, rate):
+    peak, state = peak_case(MARGINS["arcface"], rate, 1, **options)
+    assert 0 < peak < 0.3 * state
 
 
 def test_memory_with_a_cache_stays_within_its_budget():

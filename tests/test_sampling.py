@@ -209,3 +209,35 @@ def test_equals_dense(sampler, rate, num_classes, forwards, world_size):
             steps=8,
         )
     )
+
+
+def wrong_sampler(kind: str) -> str:
+    """On the last rank alone the sampler is wrong."""
+    last = distributed.rank() == distributed.world_size() - 1
+
+    def sampler(head: PartialFC, step: int, labels: Tensor):
+        if kind == "raises" and last:
+            raise KeyError("no such table")
+        if kind == "is a list" and last:
+            return [1, 2]
+        return torch.tensor([0]) if kind == "gives another rank's" else torch.tensor([head.classes.start])
+
+    head = PartialFC(100, DIM, sampler=sampler)
+    try:
+        head(torch.randn(2, DIM), torch.tensor([1, 2]))
+    except distributed.RunError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("raises", "the sampler failed on rank 1: KeyError: 'no such table'"),
+        ("is a list", "the sampler failed on rank 1: it gave list; wanted class ids of head.classes, here 50 to 99"),
+        ("gives another rank's", "the sampler failed on rank 1: it gave class 0; wanted class ids of head.classes"),
+    ],
+)
+def test_a_wrong_sampler_on_one_rank_stops_all_ranks(kind, message):
+    messages = run_ranks(wrong_sampler, 2, kind)
+    assert messages[0] == messages[1] and message in messages[0]

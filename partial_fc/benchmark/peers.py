@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from partial_fc.head.centers import initial_centers
-from partial_fc.head.margins import Margin
+from partial_fc.head.margin import Margin
 from partial_fc.head.matmul import matmul_nt
 from partial_fc.head.partition import class_range
 from partial_fc.parallel import distributed

@@ -1,118 +1,14 @@
-"""Margins: small functions of the target cosine, and of what else a paper looks at.
-
-Every logit of the head is
-
-    logit_ij = r_i n_j f(cos_ij) + bias_j
-
-with r the scale s or the embedding's norm |x|, n either 1 or the center's norm |w|, and f the identity for
-negatives. A margin says which of these hold and what f is for the target: `target(cosine)`, a function of a (B,)
-vector that autograd differentiates. A new loss is a subclass with one method; partition, sampling, streaming and
-checkpoints come with the head. One that needs more than the cosine writes `target_of(sample)` instead.
-"""
+"""The margins of the literature, each with its paper's defaults, and by the name that a config gives them."""
 
 import difflib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-
-class Sample(NamedTuple):
-    """What a margin may look at: (B,) vectors in float64 over the global batch, equal on all ranks."""
-
-    cosine: Tensor  # with the own class center
-    length: Tensor  # |x|
-    real: Tensor  # bool; the others are padding
-    step: int  # number of the training step, from 0
-    statistics: dict[str, Tensor]  # running ones (), as `observe` left them
-    normal: Callable[[], Tensor]  # standard normal numbers (B,), functions of (seed, step, place in the batch)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Margin:
-    """What all margins share. `scale`: s, or None for r = |x|, that is, no feature normalization."""
-
-    scale: float | None = 64.0
-
-    normalize_centers: ClassVar[bool] = True  # n = 1; False: n = |w|
-    has_bias: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(
-                f"{type(self).__name__}: scale is {self.scale}; give a positive number, "
-                "or None for the embedding's own norm (no feature normalization)"
-            )
-
-    def target(self, cosine: Tensor) -> Tensor:
-        """f of the target: (B,) cosines in [-1, 1] to (B,), decreasing in the angle over [0, pi]."""
-        return cosine
-
-    def target_of(self, sample: Sample) -> Tensor:
-        """f of the target (B,), for a margin that looks at more than the cosine."""
-        return self.target(sample.cosine)
-
-    def derivatives(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """Derivatives of `target_of` by the cosine and by |x|, (B,) each, by autograd."""
-        with torch.enable_grad():
-            cosine, length = (vector.detach().requires_grad_() for vector in (sample.cosine, sample.length))
-            psi = self.target_of(sample._replace(cosine=cosine, length=length)).sum()
-            by_cosine, by_length = torch.autograd.grad(psi, (cosine, length), allow_unused=True, materialize_grads=True)
-        return by_cosine, by_length
-
-    def shift(self) -> float:
-        """What is taken from the target's logit itself, whatever its factors."""
-        return 0.0
-
-    def regularizer(self, length: Tensor) -> Tensor | None:
-        """A term of the loss (B,) that depends on |x| (B,) alone; None: there is none."""
-        return None
-
-    def cautions(self, num_classes: int, embedding_dim: int) -> list[str]:
-        """What speaks against these parameters in a head of this size."""
-        if self.scale is None or not self.normalize_centers or self.has_bias or num_classes < 2:
-            return []
-        others = num_classes - 1
-        least = others / num_classes * math.log(others * 0.9 / 0.1)  # CosFace (arXiv 1801.09414), eq. 6, P = 0.9
-        said = f"{type(self).__name__}: scale is {self.scale:g}; give at least {least:.2f}: with less the target's "
-        return [said + f"probability stays below 0.9 with {num_classes} classes"] if self.scale < least else []
-
-    def first_statistics(self) -> dict[str, float]:
-        """Running statistics before the first step, by name. They are equal on all ranks and in the checkpoint."""
-        return {}
-
-    def observe(self, sample: Sample) -> dict[str, Tensor]:
-        """The statistics () after a training batch; its targets already see them."""
-        return {}
-
-
-def _sine(cosine: Tensor) -> Tensor:
-    # The floor keeps derivatives finite at theta = 0 and pi. There the direction that they multiply, w_hat - cos x_hat,
-    # has length sin(theta), so the gradient itself stays bounded.
-    return (1 - cosine * cosine).clamp_min(torch.finfo(cosine.dtype).tiny).sqrt()
-
-
-def _continued(cosine: Tensor, angle: float | Tensor) -> Tensor:
-    """cos(theta + angle), continued past theta + angle = pi; angle in [0, pi], () or (B,).
-
-    There the cosine would turn back up and reward the worst samples; it is continued as (-1)^k cos(phi) - 2k with phi =
-    theta + angle and k = floor(phi / pi) (SphereFace's construction, arXiv 1704.08063, eq. 7), which decreases over all
-    of [0, pi] with a continuous derivative.
-    """
-    angle = angle if isinstance(angle, Tensor) else cosine.new_full((), angle)  # no copy, no wait
-    shifted = cosine * torch.cos(angle) - _sine(cosine) * torch.sin(angle)
-    past_pi = cosine < -torch.cos(angle)  # theta > pi - angle
-    return torch.where(past_pi, -2 - shifted, shifted)
-
-
-def _multiplied(cosine: Tensor, factor: float, angle: float = 0.0) -> Tensor:
-    """cos(factor theta + angle), continued likewise: any positive factor, any number of turns."""
-    phi = factor * torch.atan2(_sine(cosine), cosine) + angle
-    k = torch.floor(phi.detach() / math.pi)
-    return (1 - 2 * (k % 2)) * torch.cos(phi) - 2 * k
+from partial_fc.head.margin import Margin, Sample, check, continued, multiplied, sine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +29,7 @@ class SoftMarginSoftmax(Softmax):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "margin", self.margin >= 0, "0 or more")
+        check(self, "margin", self.margin >= 0, "0 or more")
 
     def shift(self) -> float:
         return self.margin
@@ -172,9 +68,9 @@ class LSoftmax(Margin):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "margin", self.margin in (1, 2, 3, 4), "1, 2, 3 or 4")
-        _check(self, "lambda_min", 0 <= self.lambda_min <= self.lambda_max, "0 to lambda_max")
-        _check(self, "gamma", self.gamma >= 0, "0 or more")
+        check(self, "margin", self.margin in (1, 2, 3, 4), "1, 2, 3 or 4")
+        check(self, "lambda_min", 0 <= self.lambda_min <= self.lambda_max, "0 to lambda_max")
+        check(self, "gamma", self.gamma >= 0, "0 or more")
 
     def annealing(self, step: int) -> float:
         """lambda."""
@@ -182,7 +78,7 @@ class LSoftmax(Margin):
 
     def target_of(self, sample: Sample) -> Tensor:
         weight = self.annealing(sample.step)
-        return (_multiplied(sample.cosine, self.margin) + weight * sample.cosine) / (1 + weight)
+        return (multiplied(sample.cosine, self.margin) + weight * sample.cosine) / (1 + weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +103,7 @@ class CosFace(Margin):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "margin", 0 <= self.margin < 2, "one in [0, 2), the paper's is 0.35")
+        check(self, "margin", 0 <= self.margin < 2, "one in [0, 2), the paper's is 0.35")
 
     def target(self, cosine: Tensor) -> Tensor:
         return cosine - self.margin
@@ -234,10 +130,10 @@ class ArcFace(Margin):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "margin", 0 <= self.margin < math.pi, "one in [0, pi), in rad; the paper's is 0.5")
+        check(self, "margin", 0 <= self.margin < math.pi, "one in [0, pi), in rad; the paper's is 0.5")
 
     def target(self, cosine: Tensor) -> Tensor:
-        psi = _continued(cosine, self.margin)
+        psi = continued(cosine, self.margin)
         return cosine + (psi - cosine).detach() if self.straight_through else psi
 
 
@@ -251,12 +147,12 @@ class CombinedMargin(Margin):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "m1", self.m1 > 0, "a positive number")
-        _check(self, "m2", 0 <= self.m2 < math.pi, "one in [0, pi), in rad")
-        _check(self, "m3", 0 <= self.m3 < 2, "one in [0, 2)")
+        check(self, "m1", self.m1 > 0, "a positive number")
+        check(self, "m2", 0 <= self.m2 < math.pi, "one in [0, pi), in rad")
+        check(self, "m3", 0 <= self.m3 < 2, "one in [0, 2)")
 
     def target(self, cosine: Tensor) -> Tensor:
-        return _multiplied(cosine, self.m1, self.m2) - self.m3
+        return multiplied(cosine, self.m1, self.m2) - self.m3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,14 +171,14 @@ class MagFace(Margin):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "low", 0 < self.low < self.high, "a positive number below high")
-        _check(self, "low_margin", 0 <= self.low_margin <= self.high_margin < math.pi, "0 to high_margin < pi, in rad")
-        _check(self, "regularization", self.regularization >= 0, "0 or more")
+        check(self, "low", 0 < self.low < self.high, "a positive number below high")
+        check(self, "low_margin", 0 <= self.low_margin <= self.high_margin < math.pi, "0 to high_margin < pi, in rad")
+        check(self, "regularization", self.regularization >= 0, "0 or more")
 
     def target_of(self, sample: Sample) -> Tensor:
         slope = (self.high_margin - self.low_margin) / (self.high - self.low)
         length = sample.length.clamp(self.low, self.high)
-        return _continued(sample.cosine, self.low_margin + slope * (length - self.low))
+        return continued(sample.cosine, self.low_margin + slope * (length - self.low))
 
     def regularizer(self, length: Tensor) -> Tensor:
         length = length.clamp(self.low, self.high)
@@ -303,9 +199,9 @@ class AdaFace(Margin):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "margin", 0 <= self.margin < 1, "one in [0, 1), the paper's is 0.4")
-        _check(self, "h", self.h > 0, "a positive number, the paper's is 0.333")
-        _check(self, "momentum", 0 < self.momentum <= 1, "one in (0, 1], the paper's is 0.01")
+        check(self, "margin", 0 <= self.margin < 1, "one in [0, 1), the paper's is 0.4")
+        check(self, "h", self.h > 0, "a positive number, the paper's is 0.333")
+        check(self, "momentum", 0 < self.momentum <= 1, "one in (0, 1], the paper's is 0.01")
 
     def first_statistics(self) -> dict[str, float]:
         return {"length_mean": 20.0, "length_deviation": 100.0}  # the authors' code
@@ -325,7 +221,7 @@ class AdaFace(Margin):
         deviation = sample.statistics["length_deviation"] + 1e-3
         quality = (sample.length.detach().clamp(1e-3, 100) - sample.statistics["length_mean"]) / deviation
         quality = (self.h * quality).clamp(-1, 1)
-        theta = torch.atan2(_sine(sample.cosine), sample.cosine) - self.margin * quality
+        theta = torch.atan2(sine(sample.cosine), sample.cosine) - self.margin * quality
         return torch.cos(theta.clamp(1e-3, math.pi - 1e-3)) - self.margin * (1 + quality)
 
 
@@ -337,7 +233,7 @@ class ElasticCosFace(CosFace):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "deviation", self.deviation >= 0, "0 or more, the paper's is 0.05")
+        check(self, "deviation", self.deviation >= 0, "0 or more, the paper's is 0.05")
 
     def target_of(self, sample: Sample) -> Tensor:
         return sample.cosine - (self.margin + self.deviation * sample.normal())
@@ -355,17 +251,12 @@ class ElasticArcFace(Margin):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "margin", 0 <= self.margin < math.pi, "one in [0, pi), in rad; the paper's is 0.5")
-        _check(self, "deviation", self.deviation >= 0, "0 or more, the paper's is 0.05")
+        check(self, "margin", 0 <= self.margin < math.pi, "one in [0, pi), in rad; the paper's is 0.5")
+        check(self, "deviation", self.deviation >= 0, "0 or more, the paper's is 0.05")
 
     def target_of(self, sample: Sample) -> Tensor:
         drawn = self.margin + self.deviation * sample.normal()
-        return _continued(sample.cosine, drawn.clamp(0, math.pi))
-
-
-def _check(margin: Margin, name: str, good: bool, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{type(margin).__name__}: {name} is {getattr(margin, name)}; give {wanted}")
+        return continued(sample.cosine, drawn.clamp(0, math.pi))
 
 
 BY_NAME: dict[str, type[Margin]] = {

@@ -15,14 +15,15 @@ from torch import Tensor
 from partial_fc.head import elementwise, exchange, softmax
 from partial_fc.head.attach import Forward, attach
 from partial_fc.head.centers import Centers, InUse
-from partial_fc.head.margins import CosFace, Margin, Sample
+from partial_fc.head.margin import Margin, Sample
+from partial_fc.head.margins import CosFace
 from partial_fc.head.matmul import Precision, check_precision, precision_of
 from partial_fc.head.optimizers import build_optimizer
 from partial_fc.head.partition import class_range
-from partial_fc.head.sampling import Sampler, random_negatives
+from partial_fc.head.sampling import Sampler, negatives, random_negatives
 from partial_fc.head.side_stream import SideStream, upload
 from partial_fc.head.softmax import LOG2_E, Buffers
-from partial_fc.head.targets import Target, find_targets, regularized, target_gradient, unit
+from partial_fc.head.targets import Target, find_targets, regularized, target_part, unit
 from partial_fc.parallel import distributed
 from partial_fc.seeds import keyed_bytes
 
@@ -47,9 +48,9 @@ class PartialFC:
     sampler: which negatives a step uses; None: each with probability sample_rate (see `sampling`).
 
     chunk: rows of logits that exist at once; None: see `softmax.default_chunk`. cache_bytes: room on this rank for
-    numbers (B, U) that spare the update a product, in cache_dtype, float32 or bfloat16; what does not fit is computed
-    again. matmul_precision: see `matmul`. compile: the elementwise parts by torch.compile; None: where a compiler
-    works and a rank has 2^24 numbers in use or more, since compiling takes 20 seconds.
+    numbers (B, U) that spare the update a product, in cache_dtype, float32 or bfloat16, reserved whole; what does not
+    fit is computed again. matmul_precision: see `matmul`. compile: the elementwise parts by torch.compile;
+    None: where a compiler works and a rank has 2^24 numbers in use or more, since compiling takes 20 seconds.
     check_labels: one host read a forward; without it a label that is out of range, or that begin_step was not given,
     gives a wrong loss.
     dtype: of centers, logits and gradients, float32 or float64; embeddings of any float type are converted.
@@ -154,7 +155,7 @@ class PartialFC:
         self.target_cosine: Tensor | None = None  # () mean over the last forward's batch
         self.set_statistics(self.margin.first_statistics())
         self._buffers = Buffers(dtype, device)
-        self._cache = softmax.Cache(cache_bytes, self.sampled, cache_dtype, device)
+        self._cache = softmax.Cache(cache_bytes, cache_dtype, device)
         self._side_stream = SideStream(device)
         self._used: InUse | None = None
         self._step_labels: Tensor | None = None  # what begin_step was given: several forwards may follow
@@ -174,7 +175,7 @@ class PartialFC:
         """Fixes the rows in use of step number `step` from the labels of the whole global batch, equal on all ranks.
 
         After it forward may run once per micro-batch; `step` then updates for all of them. No collective, but where the
-        sampler refreshes a table: all ranks begin the same steps.
+        sampler refreshes a table or is the caller's own: all ranks begin the same steps.
         Raises RuntimeError where a forward still waits for its `step` or `skip_step`.
         """
         if self._forwards:
@@ -287,7 +288,7 @@ class PartialFC:
         if training and hasattr(self.sampler, "refresh"):  # an evaluation leaves no trace
             self.sampler.refresh(self, self.step_count)
         labels = labels.cpu()  # the number of rows in use is needed on the host
-        drawn = self.sampler(self, self.step_count, labels)
+        drawn = negatives(self, self.step_count, labels)
         here = labels[(labels >= self.classes.start) & (labels < self.classes.stop)]
         ids = torch.cat([drawn, here]).unique() - self.classes.start
         return self.centers.select(upload(ids, self.device))
@@ -348,7 +349,7 @@ class PartialFC:
             x_hat, x_length = unit(x)
             gradient -= (gradient * x_hat).sum(dim=1, keepdim=True) * x_hat
             gradient *= self.margin.scale / x_length
-        gradient += self._target_part(kept, target, by_embedding=True)
+        gradient += target_part(self.margin, target, psi, psi_prime, p_minus_one, by_embedding=True).to(self.dtype)
         along = torch.where(target.owned, p_minus_one * factor * psi_by_length + by_length, zero)
         gradient += (along.unsqueeze(1) * target.x_hat).to(self.dtype)
         gradient = torch.where(real.unsqueeze(1), gradient / count * distributed.world_size(), 0)
@@ -378,21 +379,6 @@ class PartialFC:
             return find_targets(x, torch.zeros_like(x), None, owned)
         return find_targets(x, *self._centers.rows_at(used, column.clamp_min(0)), owned)
 
-    def _target_part(self, kept: Forward, target: Target, by_embedding: bool) -> Tensor:
-        """(p_t - 1) times the target logit's derivative by x or by w, (B, D); zeros for targets of other ranks."""
-        scale = None if self.margin.scale is None else torch.full_like(target.x_length, self.margin.scale)
-        ones = torch.ones_like(target.w_length)
-        x_factor = target.x_length if scale is None else scale
-        w_factor = ones if self.margin.normalize_centers else target.w_length
-        curve = (target.cosine, kept.psi, kept.psi_prime)
-        if by_embedding:
-            derivative = target_gradient(target.x_hat, target.x_length, target.w_hat, w_factor, scale, *curve)
-        else:
-            unit_scale = ones if self.margin.normalize_centers else None
-            derivative = target_gradient(target.w_hat, target.w_length, target.x_hat, x_factor, unit_scale, *curve)
-        part = kept.p_minus_one.unsqueeze(1) * derivative
-        return torch.where(target.owned.unsqueeze(1), part, 0).to(self.dtype)
-
     def _update(self, lr: float, grad_scale: float | Tensor) -> None:
         used, centers = self._used, self._centers
         optimizer = centers.optimizer
@@ -410,7 +396,8 @@ class PartialFC:
         each = kept.grad / grad_scale / kept.real.sum().clamp_min(1)
         coefficient = torch.where(kept.real, each, 0).to(self.dtype)
         target = self._targets(kept.x, used, kept.column)
-        by_center = self._target_part(kept, target, by_embedding=False) * coefficient.unsqueeze(1)
+        by_center = target_part(self.margin, target, kept.psi, kept.psi_prime, kept.p_minus_one, by_embedding=False)
+        by_center = by_center.to(self.dtype) * coefficient.unsqueeze(1)
         by_bias = torch.where(target.owned, kept.p_minus_one, 0).to(self.dtype) * coefficient
         return softmax.Pass(
             self._scaled(kept.x), coefficient, kept.log_z * LOG2_E, kept.places, by_center, by_bias, kept.cached

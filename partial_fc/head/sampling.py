@@ -32,6 +32,26 @@ def random_negatives(head, step: int, labels: Tensor) -> Tensor:
     return draw_negatives(head.seed, step, head.classes, head.num_classes, head.sample_rate)
 
 
+def negatives(head, step: int, labels: Tensor) -> Tensor:
+    """What the head's sampler gives, int64 on the host.
+
+    A sampler of the caller's is run and checked on all ranks together, one collective more: Raises RunError on all of
+    them where it fails on one, or gives what is no class of its rank.
+    """
+    if head.sampler is random_negatives or isinstance(head.sampler, HardNegatives):
+        return head.sampler(head, step, labels)
+    with distributed.together("the sampler"):
+        drawn = head.sampler(head, step, labels)
+        wanted = f"wanted class ids of head.classes, here {head.classes.start} to {head.classes.stop - 1}, int64 (n,)"
+        if not isinstance(drawn, Tensor) or drawn.dtype != torch.int64 or drawn.ndim != 1:
+            found = f"{drawn.dtype} {tuple(drawn.shape)}" if isinstance(drawn, Tensor) else type(drawn).__name__
+            raise ValueError(f"it gave {found}; {wanted}")
+        outside = drawn[(drawn < head.classes.start) | (drawn >= head.classes.stop)]
+        if len(outside):
+            raise ValueError(f"it gave class {int(outside[0])}; {wanted}: give each rank its own alone")
+    return drawn.cpu()
+
+
 class HardNegatives:
     """A sampler that prefers hard negatives: the classes nearest to the batch's own, beside the random draw.
 

@@ -62,33 +62,29 @@ class Buffers:
 
 
 class Cache:
-    """Room for exponentials 2^logit / |w| that a step keeps from its forwards to its update, within a budget of bytes.
+    """Room for exponentials 2^logit / |w| that a step keeps from its forwards to its update: a budget of bytes.
 
-    varying: the rows in use vary by a few percent from step to step, and so does what a forward asks for.
+    It is reserved whole when it is first used; on a CPU only what is written takes memory. What fits depends on this
+    step alone: a resumed run keeps the same chunks, and rounds alike.
     """
 
-    def __init__(self, budget: int, varying: bool, dtype: torch.dtype, device: torch.device):
-        self._room, self._varying = budget // dtype.itemsize, varying
-        self._none = torch.empty(0, dtype=dtype, device=device)
-        self._blocks: list[Tensor] = []  # one a forward, kept between steps
-        self.clear()
+    def __init__(self, budget: int, dtype: torch.dtype, device: torch.device):
+        self._room, self._dtype, self._device = budget // dtype.itemsize, dtype, device
+        self._flat: Tensor | None = None
+        self._used = 0
 
     def clear(self) -> None:
         """Ends a step."""
-        self._forwards = self._used = 0
+        self._used = 0
 
     def reserve(self, samples: int, rows: int, chunk: int) -> Tensor:
         """A forward's part (samples * n,): n is a multiple of `chunk`, or all its `rows` where they fit."""
-        left = self._room - self._used
-        fit = min(rows, left // max(samples, 1))
+        if self._flat is None:
+            self._flat = torch.empty(self._room, dtype=self._dtype, device=self._device)
+        fit = min(rows, (self._room - self._used) // max(samples, 1))
         size = samples * (fit if fit == rows else fit - fit % chunk)
-        if self._forwards == len(self._blocks) or self._blocks[self._forwards].numel() < size:
-            del self._blocks[self._forwards :]  # free the old ones before asking for the new
-            self._blocks.append(self._none.new_empty(min(size + (size // 16 if self._varying else 0), left)))
-        block = self._blocks[self._forwards]
-        self._forwards += 1
-        self._used += block.numel()
-        return block[:size]
+        self._used += size
+        return self._flat[self._used - size : self._used]
 
 
 class Kept(NamedTuple):
@@ -112,8 +108,7 @@ class Way:
 
 
 def default_chunk(dim: int, device: torch.device) -> int:
-    """Rows of a chunk: on a CPU as many as its cache likes, 1024 at D >= 256 and 2048 at D <= 128 (between the two, up
-    to 10 % of a step at D = 512 and 7 % at 128); elsewhere 16384."""
+    """Rows of a chunk: on a CPU as many as its cache likes, 1024 at D >= 256 and 2048 at D <= 128; elsewhere 16384."""
     return min(max(2**18 // dim, 1024), 2048) if device.type == "cpu" else 16384
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.head.elementwise import SHORTEST
-from partial_fc.head.margins import Margin
+from partial_fc.head.margin import Margin
 
 
 def unit(vectors: Tensor, shortest: float = 1e-12) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def find_targets(x: Tensor, w: Tensor, bias: Tensor | None, owned: Tensor) -> Ta
     )
 
 
-def target_gradient(
+def _target_gradient(
     own: Tensor,
     own_length: Tensor,
     other: Tensor,
@@ -69,6 +69,23 @@ def target_gradient(
     if scale is None:
         return other_factor * (psi_prime.unsqueeze(1) * tangent + psi.unsqueeze(1) * own)
     return other_factor * (scale / own_length) * psi_prime.unsqueeze(1) * tangent
+
+
+def target_part(
+    margin: Margin, target: Target, psi: Tensor, psi_prime: Tensor, p_minus_one: Tensor, by_embedding: bool
+) -> Tensor:
+    """(p_t - 1) times the target logit's derivative by x or by w, (B, D); zeros for targets of other ranks."""
+    scale = None if margin.scale is None else torch.full_like(target.x_length, margin.scale)
+    ones = torch.ones_like(target.w_length)
+    x_factor = target.x_length if scale is None else scale
+    w_factor = ones if margin.normalize_centers else target.w_length
+    curve = (target.cosine, psi, psi_prime)
+    if by_embedding:
+        derivative = _target_gradient(target.x_hat, target.x_length, target.w_hat, w_factor, scale, *curve)
+    else:
+        unit_scale = ones if margin.normalize_centers else None
+        derivative = _target_gradient(target.w_hat, target.w_length, target.x_hat, x_factor, unit_scale, *curve)
+    return torch.where(target.owned.unsqueeze(1), p_minus_one.unsqueeze(1) * derivative, 0)
 
 
 def regularized(margin: Margin, length: Tensor) -> tuple[Tensor, Tensor]:
