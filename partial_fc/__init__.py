@@ -1,11 +1,12 @@
 """Margin-softmax training with more classes than one device can hold."""
 
-from partial_fc.head.margin import Margin
+from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.margins import (
     AdaFace,
     ArcFace,
     CombinedMargin,
     CosFace,
+    CurricularFace,
     ElasticArcFace,
     ElasticCosFace,
     L2Softmax,
@@ -15,6 +16,7 @@ from partial_fc.head.margins import (
     SoftMarginSoftmax,
     Softmax,
     SphereFace,
+    SubCenterArcFace,
 )
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.sampling import HardNegatives
@@ -26,6 +28,7 @@ __all__ = [
     "ArcFace",
     "CombinedMargin",
     "CosFace",
+    "CurricularFace",
     "ElasticArcFace",
     "ElasticCosFace",
     "HardNegatives",
@@ -38,4 +41,6 @@ __all__ = [
     "SoftMarginSoftmax",
     "Softmax",
     "SphereFace",
+    "SubCenterArcFace",
+    "WarmUp",
 ]

@@ -66,6 +66,7 @@ def build(config: Config, device: torch.device) -> Parts:
             config.backbone.embedding_dim,
             margin,
             config.head.sample_rate,
+            dropout=config.head.dropout,
             optimizer=config.head.optim.name,
             momentum=_first(config.head.optim.momentum, config.optim.momentum),
             weight_decay=_first(config.head.optim.weight_decay, config.optim.weight_decay),

@@ -104,6 +104,7 @@ def save(run: Path, step: int, *, head: PartialFC, engine: DDPEngine, classes: P
                 "embedding_dim": head.embedding_dim,
                 "dtype": str(head.dtype).removeprefix("torch."),
                 "center_state": _kinds(head),
+                "sub_centers": head.sub_centers,
                 "settings": settings,
                 "files": files,
             }
@@ -128,6 +129,7 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
             "embedding_dim": head.embedding_dim,
             "dtype": dtype,
             "center_state": _kinds(head),
+            "sub_centers": head.sub_centers,
         }
         if manifest["center_state"] != ours["center_state"]:
             raise ValueError(
@@ -136,9 +138,9 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
                 "run.dir"
             )
         for name, value in ours.items():
-            if manifest[name] != value:
+            if manifest.get(name, 1) != value:  # early checkpoints do not name their one sub-center
                 raise ValueError(
-                    f"it was written with {name} {manifest[name]}, this run has {value}: continue with the data "
+                    f"it was written with {name} {manifest.get(name, 1)}, this run has {value}: continue with the data "
                     "and config that it was written with, or give another run.dir"
                 )
         owned = sorted(entry["classes"] for entry in checkpoint.files() if "classes" in entry)
@@ -149,7 +151,7 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
             _verify(path, entry)
     with distributed.together(f"loading {path}"):
         history = load_file(path / "history.safetensors")
-        known = head.margin.first_statistics()
+        known = head.first_statistics()
         statistics = {
             name.removeprefix(STATISTICS): history.pop(name) for name in [*history] if name.startswith(STATISTICS)
         }

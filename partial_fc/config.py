@@ -113,10 +113,12 @@ class MarginChoice(Section):
 
     name: str = "cosface"
     """A margin's name in lower case, as cosface or sphereface (see margins.BY_NAME); beside it its own parameters."""
+    warmup: dict[str, float] | None = None
+    """Parameters that go linearly from these values to their own, as {steps: 10000, margin: 0.0}; unset: none."""
 
     @property
     def parameters(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
+        return dict(self.model_extra or {}) | ({} if self.warmup is None else {"warmup": self.warmup})
 
 
 class HardNegatives(Section):
@@ -130,6 +132,8 @@ class Head(Section):
     margin: MarginChoice = MarginChoice()
     sample_rate: float = Field(1.0, gt=0, le=1)
     """Probability of each negative class in a step; positives come on top."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability with which the head sees 0 instead of a number of an embedding, in training."""
     hard_negatives: HardNegatives | None = None
     """Prefer hard negatives, as {neighbours: 16, every: 1000}; unset: random negatives alone."""
     chunk: int | None = Field(None, ge=1)

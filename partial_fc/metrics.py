@@ -37,8 +37,12 @@ class Metrics:
         self.steps += 1
         self.data_wait += data_wait
 
-    def row(self, step: int, *, loss: float | None, lr: float, target_cosine: float, progress: Progress) -> None:
+    def row(
+        self, step: int, *, loss: float | None, lr: float, target_cosine: float, margin: dict, progress: Progress
+    ) -> None:
         """Writes the row of the steps since the last one; `step` counts the run's finished steps, `loss` is their mean.
+
+        margin: numbers of the head's margin that change in training, by name.
 
         A disk that is full costs rows, not the run.
         """
@@ -52,6 +56,7 @@ class Metrics:
             "step_time": seconds / self.steps,
             "data_wait": self.data_wait / self.steps,
             "target_cosine": target_cosine if math.isfinite(target_cosine) else None,
+            **{f"margin.{name}": value for name, value in margin.items()},
             "memory": _memory(),
             "skipped_steps": progress.skipped_steps,
             "undecodable": progress.undecodable,

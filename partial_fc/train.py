@@ -83,7 +83,12 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
                 loss_of_row = progress.mean_loss()
                 if metrics is not None:
                     metrics.row(
-                        done, loss=loss_of_row, lr=lr, target_cosine=head.target_cosine.item(), progress=progress
+                        done,
+                        loss=loss_of_row,
+                        lr=lr,
+                        target_cosine=head.target_cosine.item(),
+                        margin=head.changing(),
+                        progress=progress,
                     )
             due = done % config.checkpoint.every == 0 or preempted
             if last or (due and progress.skipped_in_a_row == 0):  # else the state may be what makes the loss NaN

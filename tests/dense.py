@@ -6,11 +6,12 @@ And the partitioned side of the same run, for any number of ranks.
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from partial_fc import (
     ArcFace,
     CombinedMargin,
     CosFace,
+    CurricularFace,
     ElasticArcFace,
     ElasticCosFace,
     L2Softmax,
@@ -30,6 +32,8 @@ from partial_fc import (
     SoftMarginSoftmax,
     Softmax,
     SphereFace,
+    SubCenterArcFace,
+    WarmUp,
 )
 from partial_fc.head.sampling import HardNegatives, draw_negatives
 from partial_fc.parallel import distributed
@@ -74,7 +78,26 @@ MORE_MARGINS: dict[str, Margin] = {
     "elasticcosface": ElasticCosFace(scale=24.0, margin=0.35, deviation=0.1),
     "elasticarcface": ElasticArcFace(scale=24.0, margin=0.5, deviation=0.2),
 }
-ALL_MARGINS = MARGINS | MORE_MARGINS
+# What changes negatives, the scale or the step; t is a mean cosine, near 0 here, where half of the negatives are hard.
+CHANGING_MARGINS: dict[str, Margin | WarmUp] = {
+    "curricularface": CurricularFace(scale=24.0, margin=0.3, momentum=0.6),
+    "curricularface-filtered": CurricularFace(scale=8.0, margin=0.5, momentum=0.6, interclass_filtering_threshold=0.6),
+    "cosface-filtered": CosFace(scale=16.0, margin=0.2, interclass_filtering_threshold=0.3),
+    "magface-filtered": MagFace(scale=96.0, low=0.8, high=1.8, interclass_filtering_threshold=0.4),
+    "subcenterarcface": SubCenterArcFace(scale=24.0, margin=0.3, sub_centers=3),
+    "subcenterarcface-2": SubCenterArcFace(scale=90.0, sub_centers=2, interclass_filtering_threshold=0.7),
+    "learned-scale": CosFace(scale=12.0, margin=0.35, learn_scale=True),
+    "learned-scale-elastic": ElasticCosFace(scale=1.1, learn_scale=True, interclass_filtering_threshold=0.5),
+    "learned-scale-l2softmax": L2Softmax(scale=4.0, learn_scale=True),
+    "warm-up": WarmUp(ArcFace(scale=24.0, margin=0.5), 2, {"margin": 0.0, "scale": 80.0}),
+    "warm-up-adaface": WarmUp(AdaFace(scale=24.0, h=1.2), 4, {"margin": 0.1}),
+}
+ALL_MARGINS = MARGINS | MORE_MARGINS | CHANGING_MARGINS
+
+
+def full(margin: Margin | WarmUp) -> Margin:
+    """Without its warm-up."""
+    return margin.margin if isinstance(margin, WarmUp) else margin
 
 
 @dataclass
@@ -85,13 +108,18 @@ class Seen:
     length_mean: Tensor | float = 20.0  # AdaFace's before the first batch
     length_deviation: Tensor | float = 100.0
     normal: Tensor | None = None  # (B,) ElasticFace's draws
+    t: Tensor | float = 0.0  # CurricularFace's
 
 
-def seen_by(margin: Margin, x: Tensor, before: Seen, step: int, forward: int, seed: int) -> Seen:
-    """What the formulas see of a batch (B, D): running statistics with this batch in them, drawn numbers."""
+def seen_by(
+    margin: Margin, x: Tensor, before: Seen, step: int, forward: int, seed: int, cosine: Tensor | None = None
+) -> Seen:
+    """What the formulas see of a batch (B, D) with target cosines (B,): statistics with it in them, drawn numbers."""
     key = int.from_bytes(hashlib.blake2b(f"margin/{seed}/{step}/{forward}".encode(), digest_size=16).digest(), "little")
     normal = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).standard_normal(len(x)))
-    seen = Seen(step, before.length_mean, before.length_deviation, normal)
+    seen = Seen(step, before.length_mean, before.length_deviation, normal, before.t)
+    if isinstance(margin, CurricularFace):
+        seen.t = margin.momentum * cosine.detach().mean() + (1 - margin.momentum) * before.t
     if isinstance(margin, AdaFace) and len(x) > 1:
         lengths = x.detach().norm(dim=1).clamp(0.001, 100)
         seen.length_mean = margin.momentum * lengths.mean() + (1 - margin.momentum) * before.length_mean
@@ -149,15 +177,36 @@ def naive_target_logit(margin: Margin, x: Tensor, w: Tensor, bias: Tensor, seen:
     return scale * cosine
 
 
-def negative_logits(margin: Margin, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(B, C) logits without a margin."""
+def nearest_rows(margin: Margin, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """(B,) rows of the weight (k C, D): each sample's target, of k sub-centers the nearest."""
+    k = margin.sub_centers
+    rows = []
+    for sample, label in zip(x.detach(), labels.tolist(), strict=True):
+        cosines = nn.functional.cosine_similarity(sample, weight.detach()[label * k : (label + 1) * k])
+        rows.append(label * k + int(cosines.argmax()))
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def negative_logits(
+    margin: Margin, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor | None = None, t: Tensor | float = 0.0
+) -> Tensor:
+    """(B, C) logits of negatives; targets (B,) logits, for CurricularFace."""
     if isinstance(margin, Softmax):
         return x @ weight.T + bias
     scale = x.norm(dim=1, keepdim=True) if margin.scale is None else margin.scale
     centers = weight / weight.norm(dim=1, keepdim=True)
     if type(margin) in (CenterNorm, L2Softmax, LSoftmax):
         centers = weight
-    logits = scale * (x / x.norm(dim=1, keepdim=True)) @ centers.T
+    cosine = (x / x.norm(dim=1, keepdim=True)) @ centers.T
+    if margin.sub_centers > 1:
+        cosine = cosine.unflatten(1, (-1, margin.sub_centers)).amax(dim=2)
+    f = cosine
+    if isinstance(margin, CurricularFace):
+        hard = scale * cosine.detach() > targets.detach()[:, None]
+        f = torch.where(hard, cosine * (t + cosine), cosine)
+    logits = scale * f
+    if margin.interclass_filtering_threshold is not None:
+        logits = logits.masked_fill(cosine > margin.interclass_filtering_threshold, -torch.inf)
     return logits + bias if type(margin) in (Biased, L2Softmax) else logits
 
 
@@ -165,12 +214,17 @@ def dense_logits(
     margin: Margin, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, seen: Seen | None = None
 ) -> Tensor:
     """(B, C) logits with the margin at the targets; `seen` unset: as in the first step of a head of seed 0."""
-    seen = seen or seen_by(margin, x, Seen(), step=0, forward=0, seed=0)
-    targets = [
-        naive_target_logit(margin, x[i], weight[y], bias[y], seen, seen.normal[i].item())
-        for i, y in enumerate(labels.tolist())
-    ]
-    return negative_logits(margin, x, weight, bias).scatter(1, labels[:, None], torch.stack(targets)[:, None])
+    rows = nearest_rows(margin, x, weight, labels)
+    if seen is None:
+        cosine = nn.functional.cosine_similarity(x, weight[rows])
+        seen = seen_by(margin, x, Seen(), step=0, forward=0, seed=0, cosine=cosine)
+    targets = torch.stack(
+        [
+            naive_target_logit(margin, x[i], weight[row], bias[y], seen, seen.normal[i].item())
+            for i, (row, y) in enumerate(zip(rows.tolist(), labels.tolist(), strict=True))
+        ]
+    )
+    return negative_logits(margin, x, weight, bias, targets, seen.t).scatter(1, labels[:, None], targets[:, None])
 
 
 def regularization(margin: Margin, x: Tensor) -> Tensor | float:
@@ -202,6 +256,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     init_std: float = 0.5
     optimizer: str = "sgd"
+    dropout: float = 0.0
     hyper: dict = field(default_factory=lambda: dict(momentum=0.9, weight_decay=5e-3))
     head: dict = field(default_factory=dict)  # options of PartialFC that must not change the result
 
@@ -257,18 +312,33 @@ def sample(case: Case, step: int, labels: Tensor, neighbours: Tensor) -> Tensor:
     return case.sampler(head, step, labels)
 
 
+def dropped(case: Case, x: Tensor, step: int, forward: int) -> Tensor:
+    """Embeddings (B, D) after the dropout of `case`."""
+    if not case.dropout:
+        return x
+    key = hashlib.blake2b(f"dropout/{case.seed}/{step}/{forward}".encode(), digest_size=16).digest()
+    drawn = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(x.shape, dtype=np.float32)
+    return torch.where(torch.from_numpy(drawn) < case.dropout, 0, x / (1 - case.dropout))
+
+
 def run_dense(case: Case, weight: Tensor) -> dict:
     """Losses, embedding gradients, backbone gradients and the centers after every step."""
-    margin, seen = ALL_MARGINS[case.margin], Seen()
+    schedule, seen = ALL_MARGINS[case.margin], Seen()
+    learn_scale, per_class = full(schedule).learn_scale, full(schedule).sub_centers
     backbone = case.backbone()
     weight = weight.clone().requires_grad_()
-    bias = torch.zeros(case.num_classes, dtype=case.dtype, requires_grad=True)
+    bias = torch.zeros(len(weight), dtype=case.dtype, requires_grad=True)
     optimizers = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
     centers = optimizers[case.optimizer]([weight, bias], lr=0.0, **case.hyper)
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.0, momentum=0.9)
-    out: dict = {"loss": [], "embedding_grad": [], "backbone_grad": [], "weight": []}
+    scale = torch.tensor(full(schedule).scale or 0.0, dtype=torch.float64, requires_grad=True)
+    scales = optimizers[case.optimizer]([scale], lr=0.0, **case.hyper | {"weight_decay": 0.0})
+    out: dict = {"loss": [], "embedding_grad": [], "backbone_grad": [], "weight": [], "scale": []}
     neighbours = torch.empty(case.num_classes, 0, dtype=torch.int64)
     for step in range(case.steps):
+        margin = schedule.at(step)
+        if learn_scale:  # a parameter now
+            object.__setattr__(margin := replace(margin), "scale", scale)
         batches = [case.data(step, forward) for forward in range(case.forwards)]
         used = torch.ones(case.num_classes, dtype=torch.bool)
         if isinstance(case.sampler, HardNegatives) and step > 0 and step % case.sampler.every == 0:
@@ -280,13 +350,16 @@ def run_dense(case: Case, weight: Tensor) -> dict:
             used[positives] = True
         centers.zero_grad()
         optimizer.zero_grad()
+        scales.zero_grad()
         weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
         for forward, (inputs, labels) in enumerate(batches):
             embeddings = backbone(inputs)
             embeddings.retain_grad()
-            seen = seen_by(margin, embeddings, seen, step, forward, case.seed)
-            logits = dense_logits(margin, embeddings, weight, bias, labels, seen).masked_fill(~used, -torch.inf)
-            loss = nn.functional.cross_entropy(logits, labels) + regularization(margin, embeddings)
+            x = dropped(case, embeddings, step, forward)
+            cosine = nn.functional.cosine_similarity(x, weight[nearest_rows(margin, x, weight, labels)])
+            seen = seen_by(margin, x, seen, step, forward, case.seed, cosine)
+            logits = dense_logits(margin, x, weight, bias, labels, seen).masked_fill(~used, -torch.inf)
+            loss = nn.functional.cross_entropy(logits, labels) + regularization(margin, x)
             objective = case.loss_factor * loss
             if case.auxiliary:  # each rank's own mean, averaged over ranks
                 parts = embeddings.split(list(case.sizes))
@@ -295,14 +368,18 @@ def run_dense(case: Case, weight: Tensor) -> dict:
             out["loss"].append(loss.item())
             out["embedding_grad"].append(embeddings.grad.clone())
         out["backbone_grad"].append(backbone.weight.grad.clone())
-        for group in (*centers.param_groups, *optimizer.param_groups):
+        for group in (*centers.param_groups, *optimizer.param_groups, *scales.param_groups):
             group["lr"] = case.lr(step)
         if case.optimizer == "adamw":
-            step_rows(centers, used)
+            step_rows(centers, used.repeat_interleave(per_class))
         else:
             centers.step()
         optimizer.step()
+        if learn_scale:
+            scales.step()
+            scale.data.clamp_(min=1)
         out["weight"].append(weight.detach().clone())
+        out["scale"].append(scale.item())
     return out
 
 
@@ -329,6 +406,7 @@ def make_head(case: Case) -> PartialFC:
         ALL_MARGINS[case.margin],
         case.sample_rate,
         sampler=case.sampler,
+        dropout=case.dropout,
         chunk=case.chunk,
         seed=case.seed,
         dtype=case.dtype,
@@ -348,7 +426,14 @@ def run_partitioned(case: Case) -> dict:
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.0, momentum=0.9)
     start = sum(case.sizes[:rank])
     mine = slice(start, start + case.sizes[rank])
-    out: dict = {"loss": [], "embedding_grad": [], "backbone_grad": [], "weight": [], "start": head.full_weight()}
+    out: dict = {
+        "loss": [],
+        "embedding_grad": [],
+        "backbone_grad": [],
+        "weight": [],
+        "scale": [],
+        "start": head.full_weight(),
+    }
     for step in range(case.steps):
         batches = [case.data(step, forward) for forward in range(case.forwards)]
         if case.forwards > 1:
@@ -373,6 +458,8 @@ def run_partitioned(case: Case) -> dict:
             group["lr"] = case.lr(step)
         optimizer.step()
         out["weight"].append(head.full_weight())
+        if full(ALL_MARGINS[case.margin]).learn_scale:
+            out["scale"].append(head.scale.item())
     return out
 
 
@@ -385,6 +472,8 @@ def assert_equals_dense(case: Case) -> None:
     wanted = run_dense(case, ranks[0]["start"])
     for result in ranks:
         assert result["loss"] == ranks[0]["loss"], "the loss differs between ranks"
+        assert result["scale"] == ranks[0]["scale"]
+        assert result["scale"] == pytest.approx(wanted["scale"][: len(result["scale"])], rel=EXACT)
         losses = (torch.tensor(some["loss"], dtype=torch.float64) for some in (result, wanted))
         assert error(*losses) < EXACT
         for name in ("backbone_grad", "weight"):

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from partial_fc import AdaFace, CosFace, Margin, PartialFC, Softmax, checkpoint
+from partial_fc import AdaFace, CosFace, CurricularFace, Margin, PartialFC, Softmax, SubCenterArcFace, checkpoint
 from partial_fc.head.sampling import HardNegatives, tables
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
@@ -308,20 +308,40 @@ def statistics(run: Path | None, margin: Margin, steps: int) -> tuple[dict[str, 
     return head.statistics, head.full_weight()
 
 
+KEPT = {  # margin, and what it keeps
+    "adaface": (ADAFACE, {"length_mean", "length_deviation"}),
+    "curricularface": (CurricularFace(momentum=0.5), {"t"}),
+    "learned-scale": (CosFace(scale=12.0, learn_scale=True), {"scale", "scale_momentum"}),
+    "sub-centers": (SubCenterArcFace(scale=24.0, sub_centers=2), set()),
+}
+
+
 @pytest.mark.parametrize("saved, loaded", [(2, 2), (2, 3), (3, 1), (1, 4)])
-def test_running_statistics_are_kept_for_any_number_of_ranks(tmp_path, saved, loaded):
-    run_ranks(save_here, saved, tmp_path, 0.3, CLASSES, ADAFACE)
-    wanted, _ = run_ranks(statistics, saved, None, ADAFACE, 0)[0]
-    assert set(wanted) == {"length_mean", "length_deviation"} and 1 < wanted["length_mean"] < 10
-    for found, _ in run_ranks(statistics, loaded, tmp_path, ADAFACE, 0):
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+@pytest.mark.parametrize("kind", KEPT)
+def test_running_statistics_are_kept_for_any_number_of_ranks(tmp_path, kind, saved, loaded):
+    margin, names = KEPT[kind]
+    run_ranks(save_here, saved, tmp_path, 0.3, CLASSES, margin)
+    wanted, weight = run_ranks(statistics, saved, None, margin, 0)[0]
+    first = PartialFC(CLASSES, DIM, margin).statistics
+    assert set(wanted) == names and not any(torch.equal(wanted[name], first[name]) for name in names)
+    for found, read in run_ranks(statistics, loaded, tmp_path, margin, 0):
+        assert all(torch.equal(found[name], wanted[name]) for name in names) and torch.equal(read, weight)
 
 
-def test_running_statistics_go_on_where_they_were(tmp_path):
-    run_ranks(save_here, 2, tmp_path, 0.3, CLASSES, ADAFACE)
-    whole, weight = run_ranks(statistics, 2, None, ADAFACE, 4)[0]
-    for found, resumed in run_ranks(statistics, 2, tmp_path, ADAFACE, 4):
+@pytest.mark.parametrize("kind", KEPT)
+def test_running_statistics_go_on_where_they_were(tmp_path, kind):
+    margin, _ = KEPT[kind]
+    run_ranks(save_here, 2, tmp_path, 0.3, CLASSES, margin)
+    whole, weight = run_ranks(statistics, 2, None, margin, 4)[0]
+    for found, resumed in run_ranks(statistics, 2, tmp_path, margin, 4):
         assert all(torch.equal(found[name], whole[name]) for name in whole) and torch.equal(resumed, weight)
+
+
+def test_another_number_of_sub_centers_is_an_error(tmp_path):
+    save_here(tmp_path, margin=SubCenterArcFace(sub_centers=2))
+    for margin, count in ((CosFace(), 1), (SubCenterArcFace(), 3)):
+        with pytest.raises(distributed.RunError, match=f"it was written with sub_centers 2, this run has {count}"):
+            statistics(tmp_path, margin, 0)
 
 
 def test_a_checkpoint_of_another_margin_has_no_statistics(tmp_path):

@@ -190,7 +190,7 @@ def train_and_catch(run: Path, data: Path, *overrides: str) -> str:
             "written with momentum, weight, this run keeps bias, .*: put head.optim.name and head.margin.name back",
         ),
         ("head.margin={name: cosfase}", "did you mean cosface"),
-        ("head.margin.m=0.3", "head.margin.m: cosface has no such parameter; it has scale, margin"),
+        ("head.margin.m=0.3", "head.margin.m: cosface has no such parameter; it has scale, learn_scale, "),
         ("backbone.name=smallnett", "did you mean 'smallnet'"),
         ("data.global_batch_size=100000", "got a global batch of 100000 samples"),
     ],

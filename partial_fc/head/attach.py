@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from partial_fc.head.elementwise import Negatives
 from partial_fc.head.softmax import Kept, Places
 
 
@@ -12,7 +13,7 @@ from partial_fc.head.softmax import Kept, Places
 class Forward:
     """What one training forward leaves for `step`: small, (B, D) at most."""
 
-    x: Tensor  # (B, D) gathered embeddings
+    x: Tensor  # (B, D) gathered embeddings, after dropout
     column: Tensor  # (B,) row of the target among the rows in use, -1 if another rank's
     places: Places  # the same by chunk
     real: Tensor  # (B,) bool: not padding
@@ -20,7 +21,10 @@ class Forward:
     psi: Tensor  # (B,) float64
     psi_prime: Tensor  # (B,) float64
     p_minus_one: Tensor  # (B,) float64: target probability - 1
+    scale: float | Tensor | None  # s, as it was; None for r = |x|
+    negatives: Negatives | None
     cached: list[Kept] = field(default_factory=list)  # the first chunks
+    by_scale: Tensor | None = None  # () float64: the derivative of the loss by a learned scale
     grad: Tensor | None = None  # () the gradient that reached the loss
     ready: torch.cuda.Event | None = None  # when it is there
 

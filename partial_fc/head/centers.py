@@ -94,9 +94,9 @@ class InUse:
 class Centers:
     """The rows of one rank and their optimizer state.
 
-    State: weight (C_r, D) and the optimizer's moments (C_r, D); 1/|w| (C_r,) kept true by every update where centers
-    are normalized and nothing is sampled; `last_update` (C_r,), the updates that a row has seen, where rows that sit
-    out are caught up: sampled, with SGD; bias and its moments (C_r,).
+    State, where C_r counts `per_class` rows for every class: weight (C_r, D) and the optimizer's moments (C_r, D);
+    1/|w| (C_r,) kept true by every update where centers are normalized and nothing is sampled; `last_update` (C_r,),
+    the updates that a row has seen, where rows that sit out are caught up: sampled, with SGD; bias and its moments.
     """
 
     TRIM_EVERY = 1024  # updates; finding the largest lag reads last_update once
@@ -106,6 +106,7 @@ class Centers:
         classes: range,
         dim: int,
         *,
+        per_class: int = 1,
         optimizer: Optimizer,
         sampled: bool,
         normalized: bool,
@@ -117,9 +118,11 @@ class Centers:
         device: torch.device,
     ):
         self.normalized, self.chunk, self.optimizer, self.sampled = normalized, chunk, optimizer, sampled
-        count = len(classes)
+        self.per_class = per_class
+        rows = range(classes.start * per_class, classes.stop * per_class)
+        count = len(rows)
         weight = torch.empty(count, dim, dtype=dtype, device=device)
-        initial_centers(classes, dim, seed, init_std, weight)
+        initial_centers(rows, dim, seed, init_std, weight)
         self.weight = _at_rest(weight, optimizer)
         self.bias = _at_rest(weight.new_zeros(count), optimizer) if has_bias else None
         catches_up = sampled and isinstance(optimizer, SGD)
@@ -139,14 +142,17 @@ class Centers:
         return (slice(start, min(start + self.chunk, count)) for start in range(0, count, self.chunk))
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint keeps by class: live tensors whose first dimension is C_r."""
+        """Everything a checkpoint keeps by class: live tensors (C_r, ...), or (C_r, k, ...) with k rows a class."""
         state = {"weight": self.weight.value, **dict(zip(self.optimizer.moments, self.weight.moments, strict=True))}
         if self.bias is not None:
             names = (f"bias_{name}" for name in self.optimizer.moments)
             state |= {"bias": self.bias.value, **dict(zip(names, self.bias.moments, strict=True))}
         if self.last_update is not None:
             state["last_update"] = self.last_update
-        return state
+        return {name: self._by_class(tensor) for name, tensor in state.items()}
+
+    def _by_class(self, tensor: Tensor) -> Tensor:
+        return tensor if self.per_class == 1 else tensor.unflatten(0, (len(tensor) // self.per_class, self.per_class))
 
     def load(self, read: Callable[[str, Tensor], bool], history: Tensor, updates: Tensor | None = None) -> None:
         """Overwrites the state. `read(name, out)` fills `out` with this rank's rows, or says False without last_update.
@@ -160,7 +166,7 @@ class Centers:
         for name, tensor in self.state().items():
             if name != "last_update":
                 read(name, tensor)
-        if not read("last_update", last_update):
+        if not read("last_update", self._by_class(last_update)):
             last_update.fill_(len(history))
         lags = len(history) - int(last_update.min()) if len(last_update) else 0
         self.missed.replay(history, lags)

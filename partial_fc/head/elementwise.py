@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from partial_fc.head.margin import Margin
 from partial_fc.head.optimizers import Learned, Optimizer, Rate
 
 LN_2 = 0.6931471805599453
@@ -25,10 +26,47 @@ def _power_of_two(logits: Tensor) -> Tensor:
     return logits.exp2_()
 
 
+class Negatives(NamedTuple):
+    """What a margin does to the logits of negatives; there is none where it leaves them as they are."""
+
+    margin: Margin
+    scale: float | Tensor  # s log2(e)
+    psi: Tensor  # (B,) f of the targets
+    statistics: dict[str, Tensor]
+
+    @classmethod
+    def of(
+        cls, margin: Margin, scale: float | Tensor, psi: Tensor, statistics: dict[str, Tensor]
+    ) -> "Negatives | None":
+        changed = margin.reweights or margin.interclass_filtering_threshold is not None or margin.sub_centers > 1
+        return cls(margin, scale, psi, statistics) if changed else None
+
+    def change(self, logits: Tensor, dim: int) -> Tensor | None:
+        """Logits s cos (B, c), or (c, B), the rows along `dim`, become s f(cos), in place. Returns f', None where 1."""
+        if self.margin.sub_centers > 1:  # of each class the first of the largest stays
+            groups = logits.unflatten(dim, (-1, self.margin.sub_centers))
+            largest, index = groups.max(dim=dim + 1, keepdim=True)
+            groups.fill_(-torch.inf).scatter_(dim + 1, index, largest)
+        slope = None
+        threshold = self.margin.interclass_filtering_threshold
+        if self.margin.reweights or threshold is not None:
+            cosine = logits / self.scale
+            if self.margin.reweights:
+                f, slope = self.margin.negatives(cosine, self.psi.unsqueeze(dim), self.statistics)
+                torch.mul(f, self.scale, out=logits)
+            if threshold is not None:
+                logits.masked_fill_(cosine > threshold, -torch.inf)
+        return slope
+
+
 def exponentials(
-    products: Tensor, inverse_norm: Tensor | None, bias: Tensor | None, maximum: Tensor | None
+    products: Tensor,
+    inverse_norm: Tensor | None,
+    bias: Tensor | None,
+    maximum: Tensor | None,
+    negatives: Negatives | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Products xs w (B, c) become 2^(logit - maximum) / |w|, in place: what dX multiplies the rows of the chunk with.
+    """Products xs w (B, c) become f' 2^(logit - maximum) / |w|, in place: what dX multiplies the chunk's rows with.
 
     inverse_norm (c,), or None where centers are not normalized; bias (c,). maximum (B,) of what came before, or None
     for bounded logits. Returns the sums of 2^(logit - maximum) (B,), and the new maximum.
@@ -37,24 +75,36 @@ def exponentials(
         products.mul_(inverse_norm)
     if bias is not None:
         products.add_(bias)
+    slope = None if negatives is None else negatives.change(products, dim=1)
     if maximum is not None:
         maximum = torch.maximum(maximum, products.amax(dim=1))
         products.sub_(maximum.unsqueeze(1))
     _power_of_two(products)
     total = products.sum(dim=1)
+    if slope is not None:
+        products.mul_(slope)
     if inverse_norm is not None:
         products.mul_(inverse_norm)
     return total, maximum
 
 
-def probabilities(products: Tensor, inverse_norm: Tensor | None, bias: Tensor | None, log2_z: Tensor) -> None:
-    """Products w xs (c, B) become 2^(logit - log2_z) / |w|, in place: transposed, as dW needs it. log2_z (B,)."""
+def probabilities(
+    products: Tensor,
+    inverse_norm: Tensor | None,
+    bias: Tensor | None,
+    log2_z: Tensor,
+    negatives: Negatives | None = None,
+) -> None:
+    """Products w xs (c, B) become f' 2^(logit - log2_z) / |w|, in place: transposed, as dW needs it. log2_z (B,)."""
     if inverse_norm is not None:
         products.mul_(inverse_norm.unsqueeze(1))
     if bias is not None:
         products.add_(bias.unsqueeze(1))
+    slope = None if negatives is None else negatives.change(products, dim=0)
     products.sub_(log2_z)
     _power_of_two(products)
+    if slope is not None:
+        products.mul_(slope)
     if inverse_norm is not None:
         products.mul_(inverse_norm.unsqueeze(1))
 

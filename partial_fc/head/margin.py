@@ -7,12 +7,13 @@ Every logit of the head is
 with r the scale s or the embedding's norm |x|, n either 1 or the center's norm |w|, and f the identity for
 negatives. A margin says which of these hold and what f is for the target: `target(cosine)`, a function of a (B,)
 vector that autograd differentiates. A new loss is a subclass with one method; partition, sampling, streaming and
-checkpoints come with the head. One that needs more than the cosine writes `target_of(sample)` instead.
+checkpoints come with the head. One that needs more than the cosine writes `target_of(sample)` instead, and one that
+changes the negatives too `negatives(cosine, psi, statistics)`.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -32,12 +33,23 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Margin:
-    """What all margins share. `scale`: s, or None for r = |x|, that is, no feature normalization."""
+    """What all margins share.
+
+    scale: s, or None for r = |x|, that is, no feature normalization. learn_scale: s is where a scale begins that the
+    head learns with the class centers' optimizer, without weight decay (AM-Softmax, arXiv 1801.05599; NormFace, arXiv
+    1704.06369). interclass_filtering_threshold: negatives whose cosine is larger are left out for that sample, since
+    they may be the same identity under another label (as InsightFace's code, which sets their logit to 0).
+    """
 
     scale: float | None = 64.0
+    learn_scale: bool = False
+    interclass_filtering_threshold: float | None = None
 
     normalize_centers: ClassVar[bool] = True  # n = 1; False: n = |w|
     has_bias: ClassVar[bool] = False
+    reweights: ClassVar[bool] = False  # f of negatives is `negatives`; one collective more a forward
+    largest_negative: ClassVar[float] = 1.0  # that f can be
+    sub_centers: ClassVar[int] = 1  # centers of a class; the nearest of them counts
 
     def __post_init__(self) -> None:
         if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0):
@@ -45,6 +57,17 @@ class Margin:
                 f"{type(self).__name__}: scale is {self.scale}; give a positive number, "
                 "or None for the embedding's own norm (no feature normalization)"
             )
+        cosines = self.scale is not None and self.normalize_centers and not self.has_bias
+        threshold = self.interclass_filtering_threshold
+        wanted = "one in (0, 1), or None" if cosines else "None: its logits are not s cos(theta)"
+        check(self, "interclass_filtering_threshold", threshold is None or (cosines and 0 < threshold < 1), wanted)
+        wanted = "False: it has no scale" if self.scale is None else "False: its negatives are not s cos(theta)"
+        check(self, "learn_scale", not self.learn_scale or not (self.scale is None or self.reweights), wanted)
+        check(self, "scale", not self.learn_scale or self.scale >= 1, "1 or more: a learned scale stays there")
+
+    def at(self, step: int) -> "Margin":
+        """The margin of a training step: itself, see WarmUp."""
+        return self
 
     def target(self, cosine: Tensor) -> Tensor:
         """f of the target: (B,) cosines in [-1, 1] to (B,), decreasing in the angle over [0, pi]."""
@@ -61,6 +84,13 @@ class Margin:
             psi = self.target_of(sample._replace(cosine=cosine, length=length)).sum()
             by_cosine, by_length = torch.autograd.grad(psi, (cosine, length), allow_unused=True, materialize_grads=True)
         return by_cosine, by_length
+
+    def negatives(self, cosine: Tensor, psi: Tensor, statistics: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """f of negatives and its derivative (None: 1), elementwise; used where `reweights`.
+
+        cosine (B, c), -inf where there is none; psi, f of the samples' targets, and statistics broadcast with it.
+        """
+        return cosine, None
 
     def shift(self) -> float:
         """What is taken from the target's logit itself, whatever its factors."""
@@ -86,6 +116,48 @@ class Margin:
     def observe(self, sample: Sample) -> dict[str, Tensor]:
         """The statistics () after a training batch; its targets already see them."""
         return {}
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """A margin whose parameters go linearly, over `steps` training steps, from those in `start` to its own.
+
+        WarmUp(CosFace(scale=64, margin=0.4), steps=10_000, start={"margin": 0.0})
+
+    Step 0 has the start, step `steps` and all later ones the margin itself. `start` names real parameters that both
+    margins have: margin, scale, m2, ... Raises ValueError for others, and where a margin of the start is invalid.
+    """
+
+    margin: Margin
+    steps: int
+    start: dict[str, float]
+
+    def __post_init__(self) -> None:
+        name = type(self.margin).__name__
+        if self.steps < 1 or not self.start:
+            raise ValueError(
+                f"WarmUp: steps and start are {self.steps} and {self.start}; give a positive number, and a parameter "
+                "with its first value"
+            )
+        known = {f.name: getattr(self.margin, f.name) for f in fields(self.margin) if f.type in (float, float | None)}
+        for parameter, value in self.start.items():
+            if not isinstance(known.get(parameter), float | int):
+                can = ", ".join(p for p, own in known.items() if own is not None)
+                raise ValueError(f"WarmUp: {name} has no number {parameter} to warm up; it has {can or 'none'}")
+            if isinstance(value, bool) or not isinstance(value, float | int):
+                raise ValueError(f"WarmUp: {parameter} starts at {value!r}; wanted a number")
+        if self.margin.learn_scale and "scale" in self.start:
+            raise ValueError(f"WarmUp: {name} learns its scale from {self.margin.scale:g} on; leave scale out of start")
+        self.at(0)
+
+    def at(self, step: int) -> Margin:
+        if step >= self.steps:
+            return self.margin
+        part = step / self.steps
+        return replace(
+            self.margin,
+            **{p: first + part * (getattr(self.margin, p) - first) for p, first in self.start.items()},
+        )
 
 
 def sine(cosine: Tensor) -> Tensor:

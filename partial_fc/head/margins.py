@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from partial_fc.head.margin import Margin, Sample, check, continued, multiplied, sine
+from partial_fc.head.margin import Margin, Sample, WarmUp, check, continued, multiplied, sine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,8 @@ class Softmax(Margin):
     """Plain softmax: x.w + bias, nothing normalized (torch.nn.Linear and cross entropy)."""
 
     scale: None = field(default=None, init=False)
+    learn_scale: bool = field(default=False, init=False)
+    interclass_filtering_threshold: None = field(default=None, init=False)
 
     normalize_centers: ClassVar[bool] = False
     has_bias: ClassVar[bool] = True
@@ -59,6 +61,8 @@ class LSoftmax(Margin):
     """
 
     scale: None = field(default=None, init=False)
+    learn_scale: bool = field(default=False, init=False)
+    interclass_filtering_threshold: None = field(default=None, init=False)
     margin: int = 4
     lambda_max: float = 1000.0
     lambda_min: float = 5.0
@@ -259,6 +263,60 @@ class ElasticArcFace(Margin):
         return continued(sample.cosine, drawn.clamp(0, math.pi))
 
 
+@dataclass(frozen=True, kw_only=True)
+class CurricularFace(ArcFace):
+    """ArcFace whose hard negatives weigh more as training goes on. CurricularFace (arXiv 2004.00288).
+
+    A negative is hard for a sample where cos(theta_j) > cos(theta + m); its f is then (t + cos(theta_j)) cos(theta_j).
+    t is a running mean of the target cosine, of weight `momentum` for each batch, and begins at 0. The paper gives that
+    weight as 0.99, its authors' code is what is here: 0.01. No gradient flows through t nor through what is hard.
+
+    Negatives wait for the target's cosine: one collective more a forward.
+    """
+
+    momentum: float = 0.01
+
+    reweights: ClassVar[bool] = True
+    largest_negative: ClassVar[float] = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "momentum", 0 < self.momentum <= 1, "one in (0, 1], the authors' is 0.01")
+
+    def first_statistics(self) -> dict[str, float]:
+        return {"t": 0.0}
+
+    def observe(self, sample: Sample) -> dict[str, Tensor]:
+        count = sample.real.sum()
+        mean = torch.where(sample.real, sample.cosine, 0).sum() / count.clamp_min(1)
+        before = sample.statistics["t"]
+        return {"t": torch.where(count > 0, before + self.momentum * (mean - before), before)}
+
+    def negatives(self, cosine: Tensor, psi: Tensor, statistics: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        hard = cosine > psi
+        weighted = cosine + statistics["t"]
+        slope = torch.where(hard, weighted + cosine, 1)
+        return torch.where(hard, weighted * cosine, cosine), slope
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubCenterArcFace(ArcFace):
+    """ArcFace with several centers a class: each sample meets the nearest of every class, so that noisy samples gather
+    at centers of their own. Sub-center ArcFace (Deng et al., ECCV 2020), k = 3.
+
+    Row class * k + j of the centers is sub-center j; a class with its k rows is on one rank. Of equally near centers
+    the first counts.
+    """
+
+    sub_centers: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self, "sub_centers", isinstance(self.sub_centers, int) and self.sub_centers >= 1, "a positive whole number"
+        )
+
+
 BY_NAME: dict[str, type[Margin]] = {
     "softmax": Softmax,
     "softmarginsoftmax": SoftMarginSoftmax,
@@ -273,27 +331,40 @@ BY_NAME: dict[str, type[Margin]] = {
     "adaface": AdaFace,
     "elasticcosface": ElasticCosFace,
     "elasticarcface": ElasticArcFace,
+    "curricularface": CurricularFace,
+    "subcenterarcface": SubCenterArcFace,
 }
 
 
-def build_margin(name: str, parameters: dict) -> Margin:
-    """The margin of a config: head.margin.name and its parameters. Raises ValueError naming what there is."""
+def build_margin(name: str, parameters: dict) -> Margin | WarmUp:
+    """The margin of a config: head.margin.name, its parameters, and `warmup`, {steps: n, parameter: first value, ...}.
+
+    Raises ValueError naming what there is.
+    """
     if name not in BY_NAME:
         nearest = difflib.get_close_matches(name, BY_NAME, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(BY_NAME)}"
         raise ValueError(f"head.margin.name: no margin is called {name!r}; {hint}")
-    margin = BY_NAME[name]
-    known = {f.name: f.type for f in fields(margin) if f.init}
+    kind = BY_NAME[name]
+    known = {f.name: f.type for f in fields(kind) if f.init}
+    parameters = dict(parameters)
+    warmup = parameters.pop("warmup", None)
     for parameter in parameters:
         if parameter not in known:
             raise ValueError(
                 f"head.margin.{parameter}: {name} has no such parameter; it has {', '.join(known) or 'none'}"
             )
-    return margin(**{parameter: _value(parameter, value, known[parameter]) for parameter, value in parameters.items()})
+    margin = kind(**{parameter: _value(parameter, value, known[parameter]) for parameter, value in parameters.items()})
+    if warmup is None:
+        return margin
+    if not isinstance(warmup, dict) or "steps" not in warmup:
+        raise ValueError(f"head.margin.warmup: got {warmup!r}; wanted as {{steps: 1000, margin: 0.0}}")
+    start = {parameter: _value(f"warmup.{parameter}", value, float) for parameter, value in warmup.items()}
+    return WarmUp(margin, int(start.pop("steps")), start)
 
 
-def _value(parameter: str, value: object, kind: type) -> float | bool | None:
-    if parameter == "scale" and value is None:
+def _value(parameter: str, value: object, kind: type) -> float | int | bool | None:
+    if value is None and kind == float | None:
         return None
     if kind is bool:
         if not isinstance(value, bool):
@@ -302,6 +373,7 @@ def _value(parameter: str, value: object, kind: type) -> float | bool | None:
     try:
         if isinstance(value, bool):
             raise ValueError
-        return float(value)  # YAML reads 3e-1 as text
+        number = float(value)  # YAML reads 3e-1 as text
     except (TypeError, ValueError):
         raise ValueError(f"head.margin.{parameter}: got {value!r}; wanted a number") from None
+    return int(number) if kind is int and number.is_integer() else number

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from partial_fc.head.elementwise import Elementwise, update
+from partial_fc.head.elementwise import Elementwise, Negatives, update
 from partial_fc.head.matmul import Precision, matmul_nt
 from partial_fc.head.optimizers import Learned, Optimizer
 
@@ -90,7 +90,7 @@ class Cache:
 class Kept(NamedTuple):
     """A chunk in the cache."""
 
-    exponentials: Tensor  # (c, B) 2^(logit - maximum) / |w|, transposed: that is what dW multiplies
+    exponentials: Tensor  # (c, B) f' 2^(logit - maximum) / |w|, transposed: that is what dW multiplies
     maximum: Tensor | None  # (B,) what was subtracted
 
 
@@ -99,7 +99,6 @@ class Way:
     """How a rank goes through its rows."""
 
     chunk: int
-    bounded: bool  # 2^logit and its sum stay inside the dtype without a maximum
     precision: Precision
     elementwise: Elementwise
 
@@ -117,19 +116,26 @@ class Places(NamedTuple):
 
     chunk: Tensor  # (B,) number of the chunk, -1 where another rank owns the target
     row: Tensor  # (B,) row in that chunk
+    first: Tensor  # (B,) first row of the target's class: `row` itself without sub-centers
+    sub_centers: int
 
     @classmethod
-    def of(cls, column: Tensor, chunk: int) -> "Places":
-        """In: the row of each sample's target (B,) among the rows in use; -1 where another rank owns it."""
-        return cls(torch.div(column, chunk, rounding_mode="floor"), column % chunk)
+    def of(cls, column: Tensor, chunk: int, sub_centers: int = 1) -> "Places":
+        """In: the row of each sample's target (B,) among the rows in use; -1 where another rank owns it.
+
+        `chunk` is a multiple of `sub_centers`, so that a class lies in one chunk.
+        """
+        row = column % chunk
+        return cls(torch.div(column, chunk, rounding_mode="floor"), row, row - row % sub_centers, sub_centers)
 
     def exclude(self, products: Tensor, number: int, dim: int) -> None:
-        """Sets the targets' entries to -inf in chunk `number`, in place; its rows lie along `dim`."""
-        # other samples add 0 to some row: one below the length, which the last chunk may have less of
-        row = self.row.clamp_max(products.shape[dim] - 1)
+        """Sets the entries of the targets' classes to -inf in chunk `number`, in place; its rows lie along `dim`."""
         zero = products.new_zeros(())
         mask = torch.where(self.chunk == number, -torch.inf, zero)
-        products.scatter_add_(dim, row.unsqueeze(dim), mask.unsqueeze(dim))
+        for other in range(self.sub_centers):
+            # other samples add 0 to some row: one below the length, which the last chunk may have less of
+            row = (self.first + other).clamp_max(products.shape[dim] - 1)
+            products.scatter_add_(dim, row.unsqueeze(dim), mask.unsqueeze(dim))
 
     def add(self, gradient: Tensor, number: int, values: Tensor) -> None:
         """Adds the samples' values (B, ...) to their targets' rows in chunk `number` (c, ...), in place."""
@@ -150,6 +156,8 @@ def sum_negatives(
     places: Places,
     *,
     way: Way,
+    bounded: bool,
+    negatives: Negatives | None,
     weighted: bool,
     cache: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, list[Kept]]:
@@ -160,12 +168,12 @@ def sum_negatives(
     the cache:
 
         total_i = sum_j 2^(logit_ij - maximum_i)          over this rank's negatives j
-        mean_i  = sum_j 2^(logit_ij - maximum_i) n_j w_hat_j
+        mean_i  = sum_j f'_ij 2^(logit_ij - maximum_i) n_j w_hat_j
 
-    Bounded logits have maximum 0. Otherwise the maximum is carried online per chunk and everything summed so far is
-    rescaled when it grows (Milakov and Gimelshein, arXiv 1805.02867).
+    `bounded` logits, whose 2^logit and its sum stay inside the dtype, have maximum 0. Otherwise the maximum is carried
+    online per chunk and everything summed so far is rescaled when it grows (Milakov and Gimelshein, arXiv 1805.02867).
     """
-    maximum = None if way.bounded else torch.full_like(xs[:, 0], LOWEST)
+    maximum = None if bounded else torch.full_like(xs[:, 0], LOWEST)
     total = torch.zeros(len(xs), dtype=torch.float64, device=xs.device)
     mean = torch.zeros_like(xs) if weighted else None
     kept: list[Kept] = []
@@ -174,7 +182,7 @@ def sum_negatives(
         weight, bias = rows.weight.value, rows.scaled_bias
         entries = matmul_nt(xs, weight, way.precision)
         places.exclude(entries, number, dim=1)
-        part, larger = way.elementwise.exponentials(entries, rows.inverse_norm, bias, maximum)
+        part, larger = way.elementwise.exponentials(entries, rows.inverse_norm, bias, maximum, negatives)
         if maximum is not None:
             shrink = torch.exp2(maximum - larger)
             total *= shrink
@@ -203,12 +211,14 @@ class Pass:
         by_center: Tensor,
         by_bias: Tensor,
         kept: list[Kept],
+        negatives: Negatives | None,
     ):
         """xs (B, D) without log2(e); coefficient (B,), the derivative of the objective by each sample's loss; log2_z
         (B,) float64; by_center (B, D) and by_bias (B,), gradients by the samples' own targets, zeros for other ranks'.
         """
         self.xs, self.coefficient, self.log2_z = xs, coefficient, log2_z
         self.places, self.by_center, self.by_bias, self.kept = places, by_center, by_bias, kept
+        self.negatives = negatives
         self.xs_2 = xs * LOG2_E
         # log Z in two pieces: its rounding to the dtype would shift all probabilities of a sample alike
         self.log2_z_rounded = log2_z.to(xs.dtype)
@@ -234,7 +244,7 @@ class Pass:
             return entries, self._pull_of_bounded if maximum is None else self._pulled(maximum)
         entries = matmul_nt(rows.weight.value, self.xs_2, way.precision)
         self.places.exclude(entries, number, dim=0)
-        way.elementwise.probabilities(entries, rows.inverse_norm, rows.scaled_bias, self.log2_z_rounded)
+        way.elementwise.probabilities(entries, rows.inverse_norm, rows.scaled_bias, self.log2_z_rounded, self.negatives)
         return entries, self._pull
 
 
@@ -243,8 +253,8 @@ def row_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient by the rows of chunk `number` (c, D), and by their bias (c,), None without one.
 
-    Negatives: sum_i coefficient_i p_ij xs_i, divided by |w| where centers are normalized: what is along w has still to
-    be taken out. Targets, each sample's own part, are added to their rows; they have nothing along w then.
+    Negatives: sum_i coefficient_i f'_ij p_ij xs_i, divided by |w| where centers are normalized: what is along w has
+    still to be taken out. Targets, each sample's own part, are added to their rows; they have nothing along w then.
     """
     gradient = bias_gradient = None
     for one in passes:

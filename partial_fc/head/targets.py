@@ -72,11 +72,20 @@ def _target_gradient(
 
 
 def target_part(
-    margin: Margin, target: Target, psi: Tensor, psi_prime: Tensor, p_minus_one: Tensor, by_embedding: bool
+    margin: Margin,
+    scale: float | Tensor | None,
+    target: Target,
+    psi: Tensor,
+    psi_prime: Tensor,
+    p_minus_one: Tensor,
+    by_embedding: bool,
 ) -> Tensor:
-    """(p_t - 1) times the target logit's derivative by x or by w, (B, D); zeros for targets of other ranks."""
-    scale = None if margin.scale is None else torch.full_like(target.x_length, margin.scale)
+    """(p_t - 1) times the target logit's derivative by x or by w, (B, D); zeros for targets of other ranks.
+
+    scale: s, learned or not; None for r = |x|.
+    """
     ones = torch.ones_like(target.w_length)
+    scale = None if scale is None else scale * ones
     x_factor = target.x_length if scale is None else scale
     w_factor = ones if margin.normalize_centers else target.w_length
     curve = (target.cosine, psi, psi_prime)

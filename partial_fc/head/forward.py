@@ -1,0 +1,142 @@
+"""PartialFC's forward: this rank's part of the softmax, joined with the others', and the embedding gradient.
+
+Shapes: B gathered rows with padding, D embedding size. `head` is the PartialFC whose half this is.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from partial_fc.head import draws, elementwise, exchange, softmax
+from partial_fc.head.attach import Forward
+from partial_fc.head.centers import InUse
+from partial_fc.head.elementwise import Negatives
+from partial_fc.head.margin import Sample
+from partial_fc.head.softmax import LOG2_E
+from partial_fc.head.targets import Target, find_targets, regularized, target_part, unit
+from partial_fc.parallel import distributed
+
+
+def _columns(head, x: Tensor, labels: Tensor, used: InUse) -> Tensor:
+    """The row of each target (B,) among the rows in use; -1 where it is not: another rank's, or padding.
+
+    With sub-centers the nearest of the class.
+    """
+    local = (labels - head.classes.start) * head.sub_centers
+    owned = (labels >= head.classes.start) & (labels < head.classes.stop)
+    if used.count == 0:
+        return torch.full_like(labels, -1)
+    if used.ids is not None:
+        row = torch.searchsorted(used.ids, local).clamp_max(used.count - 1)
+        owned &= used.ids[row] == local  # begin_step may not have been given this label
+        local = row
+    if head.sub_centers > 1:
+        rows = torch.where(owned, local, 0).unsqueeze(1) + torch.arange(head.sub_centers, device=head.device)
+        weight, _ = head._centers.rows_at(used, rows.flatten())
+        w_hat = unit(weight.double(), elementwise.SHORTEST)[0].view(*rows.shape, -1)
+        local = local + torch.linalg.vecdot(w_hat, unit(x.double())[0].unsqueeze(1)).argmax(dim=1)
+    return torch.where(owned, local, -1)
+
+
+def _bounded(head) -> bool:
+    """Whether 2^logit and its sum stay inside the dtype without a maximum."""
+    margin = head.margin
+    if margin.scale is None or margin.learn_scale or margin.has_bias or not margin.normalize_centers:
+        return False
+    # |logit| <= s: that holds as long as s + ln C is small enough, and for 2^logit / |w| as long as s + ln(1e8) is
+    room = max(math.log(head.num_classes), -math.log(elementwise.SHORTEST))
+    return margin.scale * margin.largest_negative + room <= (87.0 if head.dtype == torch.float32 else 700.0)
+
+
+def forward(
+    head, x: Tensor, labels: Tensor, used: InUse, training: bool
+) -> tuple[Tensor, Tensor | None, Forward | None]:
+    """Loss (), this rank's embedding gradient (padded_size, D) and what `step` needs."""
+    margin, scale, bounded = head.margin, head.scale, _bounded(head)
+    real = labels != exchange.PADDING
+    count = real.sum().clamp_min(1)
+    key = (head.seed, head.step_count, len(head._forwards))
+    dropped = None
+    if training and head.dropout:
+        dropped = draws.dropout(head.dropout, head.embedding_dim, x.dtype, *key, real)
+        x = x * dropped
+    column = _columns(head, x, labels, used)
+    target = targets_of(head, x, used, column)
+    length = target.x_length.squeeze(1)
+    places = softmax.Places.of(column, head._way.chunk, head.sub_centers)
+
+    def seen(cosine: Tensor) -> tuple[Sample, Tensor]:
+        """What the margin looks at, and its f; a training batch goes into the running statistics first."""
+        sample = Sample(cosine, length, real, key[1], head.statistics, lambda: draws.standard_normal(*key, real))
+        if training:
+            head.statistics = head.statistics | margin.observe(sample)
+        sample = sample._replace(statistics=head.statistics)
+        return sample, margin.target_of(sample)
+
+    sample = psi = None
+    if margin.reweights:  # negatives wait for the targets
+        sample, psi = seen(distributed.all_reduce_sum(target.cosine.clone()))
+    negatives = Negatives.of(
+        margin, None if scale is None else scale * LOG2_E, None if psi is None else psi.to(x.dtype), head.statistics
+    )
+    maximum, total, mean, cached = softmax.sum_negatives(
+        scaled(x, scale) * LOG2_E,
+        lambda rows: head._centers.take(used, rows, head._buffers, moments=False),
+        used.count,
+        places,
+        way=head._way,
+        bounded=bounded,
+        negatives=negatives,
+        weighted=training,
+        cache=head._cache.reserve(len(x), used.count, head._way.chunk) if training else None,
+    )
+    maximum = maximum / LOG2_E
+    log_negatives, cosine, w_length, bias = exchange.sum_over_ranks(maximum, total, target, bounded)
+    if sample is None:
+        sample, psi = seen(cosine)
+    w_factor = 1.0 if margin.normalize_centers else w_length
+    factor = (length if scale is None else scale) * w_factor
+    logit = factor * psi + bias - margin.shift()
+    # log(1 + Z_neg / e^t) in this form keeps small losses: log Z - t has lost 8 % of a loss of 1e-5
+    losses = torch.logaddexp(torch.zeros_like(logit), log_negatives - logit)
+    log_z = torch.logaddexp(log_negatives, logit)
+    p_minus_one = -torch.exp(log_negatives - log_z)
+    zero = torch.zeros_like(losses)
+    regularizer, by_length = regularized(margin, length)
+    loss = (torch.where(real, losses + regularizer, zero).sum() / count).to(head.dtype)
+    head.target_cosine = torch.where(real, cosine, zero).sum() / count
+    if not training:
+        return loss, None, None
+    psi_prime, psi_by_length = margin.derivatives(sample)
+    kept = Forward(x, column, places, real, log_z, psi, psi_prime, p_minus_one, scale, negatives, cached)
+    gradient = mean * torch.exp(maximum - log_z).to(head.dtype).unsqueeze(1)
+    if scale is not None:  # the backward of s x / |x|
+        x_hat, x_length = unit(x)
+        along = (gradient * x_hat).sum(dim=1)
+        if margin.learn_scale:  # that is sum_j p_j n_j cos_j
+            own = torch.where(target.owned, p_minus_one * w_factor * psi, zero)
+            kept.by_scale = distributed.all_reduce_sum(torch.where(real, along + own, zero).sum() / count)
+        gradient -= along.unsqueeze(1) * x_hat
+        gradient *= scale / x_length
+    by_target = target_part(margin, scale, target, psi, psi_prime, p_minus_one, by_embedding=True)
+    gradient += by_target.to(head.dtype)
+    along = torch.where(target.owned, p_minus_one * factor * psi_by_length + by_length, zero)
+    gradient += (along.unsqueeze(1) * target.x_hat).to(head.dtype)
+    if dropped is not None:
+        gradient *= dropped
+    gradient = torch.where(real.unsqueeze(1), gradient / count * distributed.world_size(), 0)
+    return loss, distributed.reduce_scatter_sum(gradient), kept
+
+
+def scaled(x: Tensor, scale: float | Tensor | None) -> Tensor:
+    """What multiplies the rows, (B, D): s x_hat, or x itself without a scale."""
+    return x if scale is None else unit(x)[0] * scale
+
+
+def targets_of(head, x: Tensor, used: InUse, column: Tensor) -> Target:
+    """In: the targets' rows (B,) among those in use, -1 for other ranks'."""
+    owned = column >= 0
+    if used.count == 0:
+        return find_targets(x, torch.zeros_like(x), None, owned)
+    return find_targets(x, *head._centers.rows_at(used, column.clamp_min(0)), owned)

@@ -1,0 +1,62 @@
+"""PartialFC's update: the class centers of this rank, chunk by chunk, from what the forwards of a step left.
+
+`head` is the PartialFC whose half this is.
+"""
+
+import torch
+from torch import Tensor
+
+from partial_fc.head import softmax
+from partial_fc.head.attach import Forward
+from partial_fc.head.centers import InUse
+from partial_fc.head.forward import scaled, targets_of
+from partial_fc.head.optimizers import Learned
+from partial_fc.head.softmax import LOG2_E
+from partial_fc.head.targets import target_part
+
+
+def update(head, lr: float, grad_scale: float | Tensor) -> None:
+    """In place, of the rows in use and of a learned scale; see PartialFC.step."""
+    used, centers = head._used, head._centers
+    optimizer = centers.optimizer
+    rates = optimizer.rates(lr, centers.updates + 1)
+    passes = [_pass(head, kept, used, grad_scale) for kept in head._forwards]  # before any row changes
+    for number, selected in enumerate(head._way.chunks(used.count)):
+        rows = centers.take(used, selected, head._buffers, moments=True)
+        gradient, bias_gradient = softmax.row_gradients(rows, number, passes, head._way, head._buffers)
+        softmax.update_rows(optimizer, rows, gradient, bias_gradient, rates, head._way)
+        centers.put(used, selected, rows)
+    if head.margin.learn_scale:
+        _update_scale(head, lr, grad_scale)
+    centers.end_update(used, lr)
+
+
+def _update_scale(head, lr: float, grad_scale: float | Tensor) -> None:
+    """The optimizer's step on the learned scale, which stays at least 1."""
+    optimizer = head._scale_optimizer
+    names = ["scale", *(f"scale_{moment}" for moment in optimizer.moments)]
+    scale, *moments = (head.statistics[name].clone() for name in names)
+    gradient = sum(kept.grad / grad_scale * kept.by_scale for kept in head._forwards)
+    optimizer.update(Learned(scale, tuple(moments)), gradient, *optimizer.rates(lr, head._centers.updates + 1))
+    head.statistics = head.statistics | dict(zip(names, (scale.clamp_min(1), *moments), strict=True))
+
+
+def _pass(head, kept: Forward, used: InUse, grad_scale: float | Tensor) -> softmax.Pass:
+    """What one forward contributes to the update: the mean over its real samples, times what reached its loss."""
+    each = kept.grad / grad_scale / kept.real.sum().clamp_min(1)
+    coefficient = torch.where(kept.real, each, 0).to(head.dtype)
+    target = targets_of(head, kept.x, used, kept.column)
+    curve = (kept.psi, kept.psi_prime, kept.p_minus_one)
+    by_center = target_part(head.margin, kept.scale, target, *curve, by_embedding=False)
+    by_center = by_center.to(head.dtype) * coefficient.unsqueeze(1)
+    by_bias = torch.where(target.owned, kept.p_minus_one, 0).to(head.dtype) * coefficient
+    return softmax.Pass(
+        scaled(kept.x, kept.scale),
+        coefficient,
+        kept.log_z * LOG2_E,
+        kept.places,
+        by_center,
+        by_bias,
+        kept.cached,
+        kept.negatives,
+    )
