@@ -1,5 +1,6 @@
 """Margin-softmax training with more classes than one device can hold."""
 
+from partial_fc.head.embedding_losses import CenterLoss, ContrastiveLoss, TripletLoss
 from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.margins import (
     AdaFace,
@@ -26,7 +27,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaFace",
     "ArcFace",
+    "CenterLoss",
     "CombinedMargin",
+    "ContrastiveLoss",
     "CosFace",
     "CurricularFace",
     "ElasticArcFace",
@@ -42,5 +45,6 @@ __all__ = [
     "Softmax",
     "SphereFace",
     "SubCenterArcFace",
+    "TripletLoss",
     "WarmUp",
 ]

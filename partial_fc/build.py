@@ -12,6 +12,7 @@ from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
 from partial_fc.evaluate.runs import open_sets
+from partial_fc.head.embedding_losses import build_embedding_loss
 from partial_fc.head.margins import build_margin
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.sampling import HardNegatives
@@ -67,6 +68,7 @@ def build(config: Config, device: torch.device) -> Parts:
             margin,
             config.head.sample_rate,
             dropout=config.head.dropout,
+            embedding_losses=[build_embedding_loss(*loss) for loss in config.head.embedding_losses.items()],
             optimizer=config.head.optim.name,
             momentum=_first(config.head.optim.momentum, config.optim.momentum),
             weight_decay=_first(config.head.optim.weight_decay, config.optim.weight_decay),

@@ -156,6 +156,8 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
             name.removeprefix(STATISTICS): history.pop(name) for name in [*history] if name.startswith(STATISTICS)
         }
         head.centers.load(lambda name, out: _read_rows(checkpoint, name, head.classes, out), **history)
+        for name, tensor in _feature_centers(head).items():  # without them they begin where a new run's do
+            _read_rows(checkpoint, name, head.classes, tensor)
         head.set_statistics(known | {name: value for name, value in statistics.items() if name in known})
         for name, table in tables(head).items():  # every rank reads all of it
             if not _read_rows(checkpoint, name, range(head.num_classes), table):
@@ -168,6 +170,11 @@ def _history(head: PartialFC) -> dict[str, Tensor]:
     centers = head.centers
     statistics = {f"{STATISTICS}{name}": value for name, value in head.statistics.items()}
     return {"history": centers.missed.history, "updates": torch.tensor(centers.updates), **statistics}
+
+
+def _feature_centers(head: PartialFC) -> dict[str, Tensor]:
+    """Of a center loss, by class."""
+    return {} if head.feature_centers is None else head.feature_centers.state()
 
 
 def _kinds(head: PartialFC) -> list[str]:
@@ -189,7 +196,7 @@ def _remove_incomplete(folder: Path) -> None:
 
 def _write_centers(folder: Path, head: PartialFC) -> list[dict]:
     mine = slice(head.classes.start, head.classes.stop)
-    state = head.centers.state() | {name: table[mine] for name, table in tables(head).items()}
+    state = head.centers.state() | _feature_centers(head) | {name: table[mine] for name, table in tables(head).items()}
     bytes_per_row = sum(tensor[:1].numel() * tensor.element_size() for tensor in state.values())
     rows_per_part = max(PART_BYTES // max(bytes_per_row, 1), 1)
     entries = []

@@ -134,6 +134,8 @@ class Head(Section):
     """Probability of each negative class in a step; positives come on top."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability with which the head sees 0 instead of a number of an embedding, in training."""
+    embedding_losses: dict[str, dict[str, Any]] = {}
+    """Losses beside it on the embeddings: center, triplet, contrastive, as {center: {weight: 0.003, alpha: 0.5}}."""
     hard_negatives: HardNegatives | None = None
     """Prefer hard negatives, as {neighbours: 16, every: 1000}; unset: random negatives alone."""
     chunk: int | None = Field(None, ge=1)

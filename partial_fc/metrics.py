@@ -38,11 +38,11 @@ class Metrics:
         self.data_wait += data_wait
 
     def row(
-        self, step: int, *, loss: float | None, lr: float, target_cosine: float, margin: dict, progress: Progress
+        self, step: int, *, loss: float | None, lr: float, target_cosine: float, head: dict, progress: Progress
     ) -> None:
         """Writes the row of the steps since the last one; `step` counts the run's finished steps, `loss` is their mean.
 
-        margin: numbers of the head's margin that change in training, by name.
+        head: numbers of the head that change in training, by name.
 
         A disk that is full costs rows, not the run.
         """
@@ -56,7 +56,7 @@ class Metrics:
             "step_time": seconds / self.steps,
             "data_wait": self.data_wait / self.steps,
             "target_cosine": target_cosine if math.isfinite(target_cosine) else None,
-            **{f"margin.{name}": value for name, value in margin.items()},
+            **{f"head.{name}": value for name, value in head.items()},
             "memory": _memory(),
             "skipped_steps": progress.skipped_steps,
             "undecodable": progress.undecodable,

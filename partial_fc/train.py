@@ -87,7 +87,7 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
                         loss=loss_of_row,
                         lr=lr,
                         target_cosine=head.target_cosine.item(),
-                        margin=head.changing(),
+                        head=head.changing(),
                         progress=progress,
                     )
             due = done % config.checkpoint.every == 0 or preempted

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from partial_fc import (
     AdaFace,
     ArcFace,
+    CenterLoss,
     CombinedMargin,
+    ContrastiveLoss,
     CosFace,
     CurricularFace,
     ElasticArcFace,
@@ -33,8 +35,10 @@ from partial_fc import (
     Softmax,
     SphereFace,
     SubCenterArcFace,
+    TripletLoss,
     WarmUp,
 )
+from partial_fc.head.embedding_losses import EmbeddingLoss
 from partial_fc.head.sampling import HardNegatives, draw_negatives
 from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
@@ -235,6 +239,58 @@ def regularization(margin: Margin, x: Tensor) -> Tensor | float:
     return margin.regularization * (1 / a + a / margin.high**2).mean()
 
 
+def naive_distance(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|, with the gradient 0 where it is 0."""
+    squares = ((a - b) ** 2).sum()
+    return squares.sqrt() if squares > 0 else squares
+
+
+def naive_loss(loss: EmbeddingLoss, x: Tensor, labels: Tensor, centers: Tensor | None = None) -> Tensor:
+    """weight * loss () of a batch without padding."""
+    n, labels = len(x), labels.tolist()
+    if getattr(loss, "normalize", False):
+        x = torch.stack([row / row.norm() for row in x]) if n else x
+    zero = x.sum() * 0
+    if isinstance(loss, CenterLoss):
+        squares = [((x[i] - centers[labels[i]]) ** 2).sum() for i in range(n)]
+        return loss.weight / 2 * sum(squares, zero) / max(n, 1)
+    if isinstance(loss, ContrastiveLoss):
+        same, other = [], []
+        for i in range(n):
+            for j in range(i):
+                d = naive_distance(x[i], x[j])
+                if labels[i] == labels[j]:
+                    same.append(d**2 / 2)
+                else:
+                    other.append(max(loss.margin - d, zero) ** 2 / 2)
+        return loss.weight * (sum(same, zero) / max(len(same), 1) + sum(other, zero) / max(len(other), 1))
+    terms = []
+    for a in range(n):
+        d = [naive_distance(x[a], x[i]) ** (2 if loss.squared else 1) for i in range(n)]
+        positives = [d[i] for i in range(n) if labels[i] == labels[a] and i != a]
+        negatives = [d[i] for i in range(n) if labels[i] != labels[a]]
+        if positives and negatives:
+            gap = max(positives) - min(negatives)  # the first of equals, as ours
+            terms.append(torch.log1p(torch.exp(gap)) if loss.margin == "soft" else max(loss.margin + gap, zero))
+    return loss.weight * sum(terms, zero) / max(len(terms), 1)
+
+
+EMBEDDING_LOSSES: dict[str, EmbeddingLoss] = {
+    "triplet": TripletLoss(weight=0.7, margin=0.3),
+    "contrastive": ContrastiveLoss(weight=0.5, margin=1.5, normalize=True),
+    "center": CenterLoss(weight=0.4, alpha=0.5),
+}
+
+
+def moved(loss: CenterLoss, centers: Tensor, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Feature centers (C, D) after a step that saw `batches` of embeddings (n, D) and labels (n,)."""
+    after = centers.clone()
+    for j in range(len(centers)):
+        own = [x[i].detach() for x, labels in batches for i in range(len(x)) if labels[i] == j]
+        after[j] += loss.alpha * sum((x - centers[j] for x in own), 0 * centers[j]) / (1 + len(own))
+    return after
+
+
 @dataclass
 class Case:
     """One training run that both sides make: `steps` updates of a linear backbone and the class centers."""
@@ -257,6 +313,7 @@ class Case:
     init_std: float = 0.5
     optimizer: str = "sgd"
     dropout: float = 0.0
+    embedding_losses: tuple[str, ...] = ()
     hyper: dict = field(default_factory=lambda: dict(momentum=0.9, weight_decay=5e-3))
     head: dict = field(default_factory=dict)  # options of PartialFC that must not change the result
 
@@ -321,7 +378,10 @@ def dropped(case: Case, x: Tensor, step: int, forward: int) -> Tensor:
     return torch.where(torch.from_numpy(drawn) < case.dropout, 0, x / (1 - case.dropout))
 
 
-def run_dense(case: Case, weight: Tensor) -> dict:
+RESULTS = ("loss", "embedding_grad", "backbone_grad", "weight", "scale", "feature_centers")
+
+
+def run_dense(case: Case, weight: Tensor, feature_centers: Tensor | None = None) -> dict:
     """Losses, embedding gradients, backbone gradients and the centers after every step."""
     schedule, seen = ALL_MARGINS[case.margin], Seen()
     learn_scale, per_class = full(schedule).learn_scale, full(schedule).sub_centers
@@ -333,7 +393,7 @@ def run_dense(case: Case, weight: Tensor) -> dict:
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.0, momentum=0.9)
     scale = torch.tensor(full(schedule).scale or 0.0, dtype=torch.float64, requires_grad=True)
     scales = optimizers[case.optimizer]([scale], lr=0.0, **case.hyper | {"weight_decay": 0.0})
-    out: dict = {"loss": [], "embedding_grad": [], "backbone_grad": [], "weight": [], "scale": []}
+    out: dict = {name: [] for name in RESULTS}
     neighbours = torch.empty(case.num_classes, 0, dtype=torch.int64)
     for step in range(case.steps):
         margin = schedule.at(step)
@@ -351,6 +411,7 @@ def run_dense(case: Case, weight: Tensor) -> dict:
         centers.zero_grad()
         optimizer.zero_grad()
         scales.zero_grad()
+        seen_embeddings = []
         weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
         for forward, (inputs, labels) in enumerate(batches):
             embeddings = backbone(inputs)
@@ -360,6 +421,9 @@ def run_dense(case: Case, weight: Tensor) -> dict:
             seen = seen_by(margin, x, seen, step, forward, case.seed, cosine)
             logits = dense_logits(margin, x, weight, bias, labels, seen).masked_fill(~used, -torch.inf)
             loss = nn.functional.cross_entropy(logits, labels) + regularization(margin, x)
+            for name in case.embedding_losses:
+                loss = loss + naive_loss(EMBEDDING_LOSSES[name], embeddings, labels, feature_centers)
+            seen_embeddings.append((embeddings, labels))
             objective = case.loss_factor * loss
             if case.auxiliary:  # each rank's own mean, averaged over ranks
                 parts = embeddings.split(list(case.sizes))
@@ -378,6 +442,9 @@ def run_dense(case: Case, weight: Tensor) -> dict:
         if learn_scale:
             scales.step()
             scale.data.clamp_(min=1)
+        if feature_centers is not None:
+            feature_centers = moved(EMBEDDING_LOSSES["center"], feature_centers, seen_embeddings)
+            out["feature_centers"].append(feature_centers)
         out["weight"].append(weight.detach().clone())
         out["scale"].append(scale.item())
     return out
@@ -407,6 +474,7 @@ def make_head(case: Case) -> PartialFC:
         case.sample_rate,
         sampler=case.sampler,
         dropout=case.dropout,
+        embedding_losses=[EMBEDDING_LOSSES[name] for name in case.embedding_losses],
         chunk=case.chunk,
         seed=case.seed,
         dtype=case.dtype,
@@ -426,14 +494,8 @@ def run_partitioned(case: Case) -> dict:
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.0, momentum=0.9)
     start = sum(case.sizes[:rank])
     mine = slice(start, start + case.sizes[rank])
-    out: dict = {
-        "loss": [],
-        "embedding_grad": [],
-        "backbone_grad": [],
-        "weight": [],
-        "scale": [],
-        "start": head.full_weight(),
-    }
+    out: dict = {name: [] for name in RESULTS}
+    out |= {"start": head.full_weight(), "feature_start": feature_centers_of(head)}
     for step in range(case.steps):
         batches = [case.data(step, forward) for forward in range(case.forwards)]
         if case.forwards > 1:
@@ -458,9 +520,18 @@ def run_partitioned(case: Case) -> dict:
             group["lr"] = case.lr(step)
         optimizer.step()
         out["weight"].append(head.full_weight())
+        out["feature_centers"].append(feature_centers_of(head))
         if full(ALL_MARGINS[case.margin]).learn_scale:
             out["scale"].append(head.scale.item())
     return out
+
+
+def feature_centers_of(head: PartialFC) -> Tensor | None:
+    """(C, D), of all ranks; None without a center loss. A collective."""
+    if head.feature_centers is None:
+        return None
+    parts = distributed.gather_objects(head.feature_centers.value.clone())
+    return torch.cat(parts)
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
@@ -469,14 +540,14 @@ def error(got: Tensor, wanted: Tensor) -> float:
 
 def assert_equals_dense(case: Case) -> None:
     ranks = run_ranks(run_partitioned, len(case.sizes), case)
-    wanted = run_dense(case, ranks[0]["start"])
+    wanted = run_dense(case, ranks[0]["start"], ranks[0]["feature_start"])
     for result in ranks:
         assert result["loss"] == ranks[0]["loss"], "the loss differs between ranks"
         assert result["scale"] == ranks[0]["scale"]
         assert result["scale"] == pytest.approx(wanted["scale"][: len(result["scale"])], rel=EXACT)
         losses = (torch.tensor(some["loss"], dtype=torch.float64) for some in (result, wanted))
         assert error(*losses) < EXACT
-        for name in ("backbone_grad", "weight"):
+        for name in ("backbone_grad", "weight", *(["feature_centers"] if wanted["feature_centers"] else [])):
             for step in range(case.steps):
                 assert error(result[name][step], wanted[name][step]) < EXACT, (name, step)
     for i, reference in enumerate(wanted["embedding_grad"]):

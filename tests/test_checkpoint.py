@@ -9,7 +9,17 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from partial_fc import AdaFace, CosFace, CurricularFace, Margin, PartialFC, Softmax, SubCenterArcFace, checkpoint
+from partial_fc import (
+    AdaFace,
+    CenterLoss,
+    CosFace,
+    CurricularFace,
+    Margin,
+    PartialFC,
+    Softmax,
+    SubCenterArcFace,
+    checkpoint,
+)
 from partial_fc.head.sampling import HardNegatives, tables
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
@@ -335,6 +345,35 @@ def test_running_statistics_go_on_where_they_were(tmp_path, kind):
     whole, weight = run_ranks(statistics, 2, None, margin, 4)[0]
     for found, resumed in run_ranks(statistics, 2, tmp_path, margin, 4):
         assert all(torch.equal(found[name], whole[name]) for name in whole) and torch.equal(resumed, weight)
+
+
+def feature_centers(run: Path | None, steps: int) -> torch.Tensor:
+    """As `statistics`, the feature centers of a center loss, of all ranks."""
+    head, engine = trained(steps=0 if run else 5, **CENTER_LOSS)
+    if run:
+        checkpoint.load(checkpoint.find_latest(run), head=head, engine=engine)
+    go_on(head, engine, range(5, 5 + steps))
+    return torch.cat(distributed.gather_objects(head.feature_centers.value.clone()))
+
+
+CENTER_LOSS = dict(embedding_losses=[CenterLoss(weight=1.0)])
+
+
+@pytest.mark.parametrize("saved, loaded", [(2, 2), (2, 3), (3, 1), (1, 4)])
+def test_feature_centers_are_kept_for_any_number_of_ranks(tmp_path, saved, loaded):
+    run_ranks(save_here, saved, tmp_path, 0.3, CLASSES, None, CENTER_LOSS)
+    wanted = run_ranks(feature_centers, saved, None, 0)[0]
+    assert not torch.equal(wanted, PartialFC(CLASSES, DIM, dtype=torch.float64, **CENTER_LOSS).feature_centers.value)
+    for found in run_ranks(feature_centers, loaded, tmp_path, 0):
+        assert torch.equal(found, wanted)
+    if saved == loaded:
+        whole = run_ranks(feature_centers, saved, None, 3)[0]
+        assert torch.equal(run_ranks(feature_centers, saved, tmp_path, 3)[0], whole)
+
+
+def test_a_checkpoint_without_feature_centers_leaves_those_of_a_new_run(tmp_path):
+    save_here(tmp_path)
+    assert torch.equal(feature_centers(tmp_path, 0), trained(steps=0, **CENTER_LOSS)[0].feature_centers.value)
 
 
 def test_another_number_of_sub_centers_is_an_error(tmp_path):

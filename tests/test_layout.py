@@ -41,6 +41,9 @@ NO_RANKS = {"data/order.py", "data/augment.py", "optim.py"} | {
     for name in (
         "margin",
         "margins",
+        "named",
+        "draws",
+        "embedding_losses",
         "softmax",
         "targets",
         "elementwise",

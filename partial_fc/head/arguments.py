@@ -1,10 +1,12 @@
 """What PartialFC accepts."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from partial_fc.head import elementwise
+from partial_fc.head.embedding_losses import CenterLoss, EmbeddingLoss
 from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.matmul import Precision, check_precision
 from partial_fc.head.sampling import HardNegatives, Sampler
@@ -18,6 +20,7 @@ def check_arguments(
     *,
     sampler: Sampler | None,
     dropout: float,
+    embedding_losses: Sequence[EmbeddingLoss],
     init_std: float | None,
     chunk: int | None,
     cache_bytes: int,
@@ -34,6 +37,10 @@ def check_arguments(
         raise ValueError(f"sample_rate is {sample_rate}; give a probability in (0, 1]")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; give a probability in [0, 1)")
+    if not all(isinstance(loss, EmbeddingLoss) for loss in embedding_losses):
+        raise ValueError(f"embedding_losses are {embedding_losses!r}; give a list of objects such as CenterLoss()")
+    if sum(isinstance(loss, CenterLoss) for loss in embedding_losses) > 1:
+        raise ValueError(f"embedding_losses are {embedding_losses!r}; give one CenterLoss at most")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype is {dtype}; give torch.float32 or torch.float64")
     if not (margin is None or isinstance(margin, Margin | WarmUp)):

@@ -23,6 +23,7 @@ class Forward:
     p_minus_one: Tensor  # (B,) float64: target probability - 1
     scale: float | Tensor | None  # s, as it was; None for r = |x|
     negatives: Negatives | None
+    batch: tuple[Tensor, Tensor, Tensor] | None  # what feature centers move by: embeddings (B, D), labels, real (B,)
     cached: list[Kept] = field(default_factory=list)  # the first chunks
     by_scale: Tensor | None = None  # () float64: the derivative of the loss by a learned scale
     grad: Tensor | None = None  # () the gradient that reached the loss

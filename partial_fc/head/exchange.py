@@ -76,21 +76,23 @@ def check_labels(gathered: Tensor, num_classes: int, planned: Tensor | None, pad
 
 
 def sum_over_ranks(
-    maximum: Tensor, total: Tensor, target: Target, bounded: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log of the negatives' sum over all ranks, target cosine, |w| and bias of the target's center, each (B,) float64.
+    maximum: Tensor, total: Tensor, target: Target, shares: Tensor | None, bounded: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Log of the negatives' sum over all ranks, target cosine, |w| and bias of the target's center, and the sums of the
+    ranks' `shares` of embedding losses, each (B,) float64.
 
     In: this rank's `maximum` and `total` as `sum_negatives` gives them, and its targets. One collective. Bounded logits
     need a sum; others pairs of (maximum, sum), combined in rank order, so that all ranks round alike.
     """
     w_length = torch.where(target.owned, target.w_length.squeeze(1), 0)
+    rows = [total, target.cosine, w_length, target.bias, *([] if shares is None else [shares])]
     if bounded:
-        total, cosine, w_length, bias = distributed.all_reduce_sum(
-            torch.stack([total, target.cosine, w_length, target.bias])
-        )
-        return torch.log(total), cosine, w_length, bias
-    parts = distributed.all_gather(torch.stack([maximum, total, target.cosine, w_length, target.bias]))
-    largest = parts[:, 0].amax(dim=0)
-    total = (parts[:, 1] * torch.exp(parts[:, 0] - largest)).sum(dim=0)
-    cosine, w_length, bias = parts[:, 2:].sum(dim=0)
-    return torch.log(total) + largest, cosine, w_length, bias
+        total, *rest = distributed.all_reduce_sum(torch.stack(rows))
+        log_total = torch.log(total)
+    else:
+        parts = distributed.all_gather(torch.stack([maximum, *rows]))
+        largest = parts[:, 0].amax(dim=0)
+        total = (parts[:, 1] * torch.exp(parts[:, 0] - largest)).sum(dim=0)
+        log_total, rest = torch.log(total) + largest, parts[:, 2:].sum(dim=0)
+    cosine, w_length, bias, *shares = rest
+    return log_total, cosine, w_length, bias, shares[0] if shares else None

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from partial_fc.head import draws, elementwise, exchange, softmax
+from partial_fc.head import draws, elementwise, embedding_losses, exchange, softmax
 from partial_fc.head.attach import Forward
 from partial_fc.head.centers import InUse
 from partial_fc.head.elementwise import Negatives
@@ -57,7 +57,11 @@ def forward(
     real = labels != exchange.PADDING
     count = real.sum().clamp_min(1)
     key = (head.seed, head.step_count, len(head._forwards))
-    dropped = None
+    raw, shares, by_shares, dropped = x, None, None, None
+    if head._terms:
+        size = len(x) // distributed.world_size()
+        own = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
+        shares, by_shares = embedding_losses.evaluate(head._terms, x, labels, real, own, training)
     if training and head.dropout:
         dropped = draws.dropout(head.dropout, head.embedding_dim, x.dtype, *key, real)
         x = x * dropped
@@ -92,7 +96,7 @@ def forward(
         cache=head._cache.reserve(len(x), used.count, head._way.chunk) if training else None,
     )
     maximum = maximum / LOG2_E
-    log_negatives, cosine, w_length, bias = exchange.sum_over_ranks(maximum, total, target, bounded)
+    log_negatives, cosine, w_length, bias, shares = exchange.sum_over_ranks(maximum, total, target, shares, bounded)
     if sample is None:
         sample, psi = seen(cosine)
     w_factor = 1.0 if margin.normalize_centers else w_length
@@ -104,12 +108,17 @@ def forward(
     p_minus_one = -torch.exp(log_negatives - log_z)
     zero = torch.zeros_like(losses)
     regularizer, by_length = regularized(margin, length)
-    loss = (torch.where(real, losses + regularizer, zero).sum() / count).to(head.dtype)
+    loss = torch.where(real, losses + regularizer, zero).sum() / count
+    if shares is not None:
+        head.embedding_loss = shares.sum()
+        loss = loss + head.embedding_loss
+    loss = loss.to(head.dtype)
     head.target_cosine = torch.where(real, cosine, zero).sum() / count
     if not training:
         return loss, None, None
     psi_prime, psi_by_length = margin.derivatives(sample)
-    kept = Forward(x, column, places, real, log_z, psi, psi_prime, p_minus_one, scale, negatives, cached)
+    batch = None if head.feature_centers is None else (raw, labels, real)
+    kept = Forward(x, column, places, real, log_z, psi, psi_prime, p_minus_one, scale, negatives, batch, cached)
     gradient = mean * torch.exp(maximum - log_z).to(head.dtype).unsqueeze(1)
     if scale is not None:  # the backward of s x / |x|
         x_hat, x_length = unit(x)
@@ -125,8 +134,10 @@ def forward(
     gradient += (along.unsqueeze(1) * target.x_hat).to(head.dtype)
     if dropped is not None:
         gradient *= dropped
-    gradient = torch.where(real.unsqueeze(1), gradient / count * distributed.world_size(), 0)
-    return loss, distributed.reduce_scatter_sum(gradient), kept
+    gradient = torch.where(real.unsqueeze(1), gradient / count, 0)
+    if by_shares is not None:
+        gradient += by_shares
+    return loss, distributed.reduce_scatter_sum(gradient * distributed.world_size()), kept
 
 
 def scaled(x: Tensor, scale: float | Tensor | None) -> Tensor:

@@ -1,14 +1,14 @@
 """The margins of the literature, each with its paper's defaults, and by the name that a config gives them."""
 
-import difflib
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from partial_fc.head.margin import Margin, Sample, WarmUp, check, continued, multiplied, sine
+from partial_fc.head.named import choose, fill, read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,39 +341,13 @@ def build_margin(name: str, parameters: dict) -> Margin | WarmUp:
 
     Raises ValueError naming what there is.
     """
-    if name not in BY_NAME:
-        nearest = difflib.get_close_matches(name, BY_NAME, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(BY_NAME)}"
-        raise ValueError(f"head.margin.name: no margin is called {name!r}; {hint}")
-    kind = BY_NAME[name]
-    known = {f.name: f.type for f in fields(kind) if f.init}
+    kind = choose(BY_NAME, name, "margin", "head.margin.name")
     parameters = dict(parameters)
     warmup = parameters.pop("warmup", None)
-    for parameter in parameters:
-        if parameter not in known:
-            raise ValueError(
-                f"head.margin.{parameter}: {name} has no such parameter; it has {', '.join(known) or 'none'}"
-            )
-    margin = kind(**{parameter: _value(parameter, value, known[parameter]) for parameter, value in parameters.items()})
+    margin = fill(kind, name, parameters, "head.margin")
     if warmup is None:
         return margin
     if not isinstance(warmup, dict) or "steps" not in warmup:
         raise ValueError(f"head.margin.warmup: got {warmup!r}; wanted as {{steps: 1000, margin: 0.0}}")
-    start = {parameter: _value(f"warmup.{parameter}", value, float) for parameter, value in warmup.items()}
+    start = {parameter: read(f"head.margin.warmup.{parameter}", value, float) for parameter, value in warmup.items()}
     return WarmUp(margin, int(start.pop("steps")), start)
-
-
-def _value(parameter: str, value: object, kind: type) -> float | int | bool | None:
-    if value is None and kind == float | None:
-        return None
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"head.margin.{parameter}: got {value!r}; wanted true or false")
-        return value
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        number = float(value)  # YAML reads 3e-1 as text
-    except (TypeError, ValueError):
-        raise ValueError(f"head.margin.{parameter}: got {value!r}; wanted a number") from None
-    return int(number) if kind is int and number.is_integer() else number

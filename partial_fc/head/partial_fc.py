@@ -5,6 +5,7 @@ C_r classes of this rank, U rows in use.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from partial_fc.head import elementwise, exchange, softmax
 from partial_fc.head.arguments import check_arguments
 from partial_fc.head.attach import Forward, attach
 from partial_fc.head.centers import Centers, InUse
+from partial_fc.head.embedding_losses import CenterLoss, EmbeddingLoss, FeatureCenters
 from partial_fc.head.forward import forward
 from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.margins import CosFace
@@ -41,7 +43,8 @@ class PartialFC:
     num_classes, embedding_dim: C and D. margin: see `margins`; a WarmUp changes it with the step. sample_rate: the
     probability of each negative in a step; positives come on top, and the softmax runs over what was drawn, without a
     correction (as published). dropout: the probability with which the head sees 0 instead of a number of an embedding,
-    in training; what it sees of the others is 1 / (1 - dropout) as large.
+    in training; what it sees of the others is 1 / (1 - dropout) as large. embedding_losses: center, triplet and
+    contrastive loss on the gathered embeddings, without that dropout, added to the loss (see `embedding_losses`).
     optimizer: "sgd" is torch.optim.SGD on all C rows: those that a step leaves out are caught up exactly when they are
     next used. "adamw" is torch.optim.AdamW on the rows in use, with `betas` and `eps`; the others stay as they are.
     seed: of initial centers and negatives. init_std: standard deviation of initial centers; None: 1 / sqrt(D), which
@@ -67,6 +70,7 @@ class PartialFC:
         sample_rate: float = 1.0,
         *,
         dropout: float = 0.0,
+        embedding_losses: Sequence[EmbeddingLoss] = (),
         optimizer: Literal["sgd", "adamw"] = "sgd",
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
@@ -92,6 +96,7 @@ class PartialFC:
             sample_rate,
             sampler=sampler,
             dropout=dropout,
+            embedding_losses=embedding_losses,
             init_std=init_std,
             chunk=chunk,
             cache_bytes=cache_bytes,
@@ -139,6 +144,14 @@ class PartialFC:
             dtype=dtype,
             device=device,
         )
+        self.feature_centers: FeatureCenters | None = None  # of a center loss
+        self._terms = list(embedding_losses)
+        for place, loss in enumerate(embedding_losses):
+            if isinstance(loss, CenterLoss):
+                self.feature_centers = self._terms[place] = FeatureCenters(
+                    loss, self.classes, embedding_dim, seed=seed, dtype=dtype, device=device
+                )
+        self.embedding_loss: Tensor | None = None  # () of the last forward's batch, as it is in the loss
         self._scale_optimizer = build_optimizer(optimizer, momentum, 0.0, betas, eps)
         self.target_cosine: Tensor | None = None  # () mean over the last forward's batch
         self.set_statistics(self.first_statistics())
@@ -255,12 +268,12 @@ class PartialFC:
         self.step_count += 1
 
     def changing(self) -> dict[str, float]:
-        """Numbers of the margin that change in training, by name: `statistics`, and what warms up. Waits for them."""
+        """Numbers that change in training, by name: `statistics`, what warms up, embedding losses. Waits for them."""
         warm = self._schedule.start if isinstance(self._schedule, WarmUp) else {}
         self._side_stream.join()
-        return {name: value.item() for name, value in self.statistics.items()} | {
-            name: getattr(self.margin, name) for name in warm
-        }
+        numbers = {name: value.item() for name, value in self.statistics.items()}
+        numbers |= {name: getattr(self.margin, name) for name in warm}
+        return numbers if self.embedding_loss is None else numbers | {"embedding_loss": self.embedding_loss.item()}
 
     def first_statistics(self) -> dict[str, float]:
         """What `statistics` is before the first step, by name: the margin's, and the learned scale with its moments."""

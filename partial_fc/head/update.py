@@ -16,7 +16,7 @@ from partial_fc.head.targets import target_part
 
 
 def update(head, lr: float, grad_scale: float | Tensor) -> None:
-    """In place, of the rows in use and of a learned scale; see PartialFC.step."""
+    """In place, of the rows in use, feature centers and a learned scale; see PartialFC.step."""
     used, centers = head._used, head._centers
     optimizer = centers.optimizer
     rates = optimizer.rates(lr, centers.updates + 1)
@@ -26,6 +26,9 @@ def update(head, lr: float, grad_scale: float | Tensor) -> None:
         gradient, bias_gradient = softmax.row_gradients(rows, number, passes, head._way, head._buffers)
         softmax.update_rows(optimizer, rows, gradient, bias_gradient, rates, head._way)
         centers.put(used, selected, rows)
+    if head.feature_centers is not None:
+        batches = [kept.batch for kept in head._forwards]
+        head.feature_centers.update(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
     if head.margin.learn_scale:
         _update_scale(head, lr, grad_scale)
     centers.end_update(used, lr)
