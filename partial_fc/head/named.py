@@ -1,0 +1,53 @@
+"""What a config names: a class by its name, its fields by theirs, with errors that give the key."""
+
+import difflib
+import types
+import typing
+from dataclasses import fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def choose(by_name: dict[str, type[T]], name: str, kind: str, key: str) -> type[T]:
+    """The class called `name`. Raises ValueError, for the config's `key`, naming what there is of this `kind`."""
+    if name in by_name:
+        return by_name[name]
+    nearest = difflib.get_close_matches(name, by_name, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(by_name)}"
+    raise ValueError(f"{key}: no {kind} is called {name!r}; {hint}")
+
+
+def fill(chosen: type[T], name: str, parameters: dict[str, Any], key: str) -> T:
+    """The dataclass called `name` with `parameters`, which stand below the config's `key`.
+
+    Raises ValueError for a parameter that it does not have, or that is not of its type.
+    """
+    known = {field.name: field.type for field in fields(chosen) if field.init}
+    for parameter in parameters:
+        if parameter not in known:
+            has = ", ".join(known) or "none"
+            raise ValueError(f"{key}.{parameter}: {name} has no such parameter; it has {has}")
+    return chosen(**{one: read(f"{key}.{one}", value, known[one]) for one, value in parameters.items()})
+
+
+def read(key: str, value: Any, kind: Any) -> Any:
+    """The value of a field of type `kind`: float, int, bool, one of them or None, or a number or a word of a Literal.
+
+    Raises ValueError, for the config's `key`, where it is something else.
+    """
+    choices = typing.get_args(kind) or (kind,)
+    words = [word for choice in choices for word in typing.get_args(choice)]  # of a Literal
+    if value is None and types.NoneType in choices or isinstance(value, str) and value in words:
+        return value
+    if bool in choices:
+        if not isinstance(value, bool):
+            raise ValueError(f"{key}: got {value!r}; wanted true or false")
+        return value
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value)  # YAML reads 3e-1 as text
+    except (TypeError, ValueError):
+        raise ValueError(f"{key}: got {value!r}; wanted {' or '.join(['a number', *words])}") from None
+    return int(number) if int in choices and number.is_integer() else number
