@@ -88,7 +88,7 @@ class Data(Section):
 
 class Backbone(Section):
     name: str
-    """smallnet, spherenet20, iresnet18, iresnet34, iresnet50, iresnet100 or iresnet200."""
+    """smallnet, spherenet20, resnet28, iresnet18, iresnet34, iresnet50, iresnet100 or iresnet200."""
     embedding_dim: int = Field(512, ge=1)
     """Size of an embedding."""
 
@@ -130,12 +130,12 @@ class HardNegatives(Section):
 
 class Head(Section):
     margin: MarginChoice = MarginChoice()
+    embedding_losses: dict[str, dict[str, Any]] = {}
+    """Losses beside the classifier, as {center: {weight: 0.003}}: center, triplet, contrastive and their parameters."""
     sample_rate: float = Field(1.0, gt=0, le=1)
     """Probability of each negative class in a step; positives come on top."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability with which the head sees 0 instead of a number of an embedding, in training."""
-    embedding_losses: dict[str, dict[str, Any]] = {}
-    """Losses beside it on the embeddings: center, triplet, contrastive, as {center: {weight: 0.003, alpha: 0.5}}."""
     hard_negatives: HardNegatives | None = None
     """Prefer hard negatives, as {neighbours: 16, every: 1000}; unset: random negatives alone."""
     chunk: int | None = Field(None, ge=1)
@@ -169,10 +169,29 @@ class Optim(Section):
     weight_decay: float = Field(5e-4, ge=0)
     warmup_steps: int = Field(0, ge=0)
     """Steps in which the rate rises linearly from lr / warmup_steps to lr."""
-    schedule: Literal["polynomial", "constant"] = "polynomial"
-    """After the warm-up: lr (1 - progress)^power, or lr."""
+    schedule: Literal["polynomial", "constant", "step"] = "polynomial"
+    """After the warm-up: lr (1 - progress)^power, lr, or lr times factor at each milestone."""
     power: float = Field(2.0, ge=0)
     """Exponent of the polynomial schedule."""
+    milestones: tuple[int, ...] = ()
+    """Steps, counted from 0, from which the step schedule's rate is multiplied by factor, once more at each."""
+    factor: float = Field(0.1, gt=0, le=1)
+    """Of the step schedule."""
+
+    @model_validator(mode="after")
+    def _milestones_of_steps(self):
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError(
+                f"optim.schedule is {self.schedule} and optim.milestones are {list(self.milestones)}: give both "
+                "optim.schedule=step and optim.milestones=[16000, 24000], or neither"
+            )
+        rising = (self.warmup_steps, *self.milestones)
+        if any(first >= second for first, second in zip(rising, rising[1:], strict=False)):
+            raise ValueError(
+                f"optim.milestones are {list(self.milestones)} after {self.warmup_steps} optim.warmup_steps: give "
+                "steps that rise, all past the warm-up"
+            )
+        return self
 
 
 class Checkpoint(Section):

@@ -9,12 +9,15 @@ from partial_fc.config import Optim
 def learning_rate(step: int, total_steps: int, peak: float, optim: Optim) -> float:
     """The rate of step number `step` (from 0) of `total_steps`.
 
-    Linear warm-up to `peak`, reached in step warmup_steps - 1, then peak (1 - progress)^power, or constant.
+    Linear warm-up to `peak`, reached in step warmup_steps - 1, then peak (1 - progress)^power, or constant, or peak
+    times `factor` for every milestone that the step has reached.
     """
     if step < optim.warmup_steps:
         return peak * (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":
         return peak
+    if optim.schedule == "step":
+        return peak * optim.factor ** sum(step >= milestone for milestone in optim.milestones)
     progress = (step - optim.warmup_steps) / max(total_steps - optim.warmup_steps, 1)
     return peak * (1 - min(progress, 1.0)) ** optim.power
 

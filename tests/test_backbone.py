@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from partial_fc.backbone import BACKBONES, build
 from partial_fc.backbone.iresnet import BLOCKS
 
-NO_BATCH_STATISTICS = ("spherenet20", "smallnet")
+NO_BATCH_STATISTICS = ("spherenet20", "resnet28", "smallnet")
 
 
 def iresnet_count(blocks: tuple[int, ...], dim: int, height: int, width: int) -> int:
@@ -33,6 +33,19 @@ def spherenet20_count(dim: int, height: int, width: int) -> int:
     return count + 512 * (height // 16) * (width // 16) * dim + dim
 
 
+def resnet28_count(dim: int, height: int, width: int) -> int:
+    count, before = 0, 3
+    for channels, units in ((32, 0), (64, 1), (128, 2), (256, 5), (512, 3)):
+        count += 9 * before * channels + channels + channels  # conv, its bias, PReLU
+        count += units * 2 * (9 * channels * channels + channels)  # residual units: twice conv and PReLU
+        before = channels
+    for _ in range(2):  # two convolutions of 3 and a pooling of 2, then one and one a stage
+        height, width = height - 2, width - 2
+    for more in (0, 2, 2, 2):
+        height, width = (height - more) // 2, (width - more) // 2
+    return count + 512 * height * width * dim + dim
+
+
 def smallnet_count(dim: int, height: int, width: int) -> int:
     pairs = ((3, 32), (32, 64), (64, 128), (128, 128), (128, 256))
     count = sum(9 * i * o + 2 * o + o for i, o in pairs)  # conv, group norm, PReLU
@@ -47,6 +60,7 @@ TOTALS = {
     "iresnet100": ((112, 112), 65_156_160),
     "iresnet200": ((112, 112), 118_833_920),
     "spherenet20": ((112, 96), 22_666_944),
+    "resnet28": ((112, 96), 27_536_800),
     "smallnet": ((64, 64), 2_634_880),
 }
 
@@ -54,7 +68,8 @@ TOTALS = {
 @pytest.mark.parametrize("name", TOTALS)
 def test_parameter_count_is_the_hand_count_and_the_published_one(name):
     size, total = TOTALS[name]
-    formula = {"spherenet20": spherenet20_count, "smallnet": smallnet_count}.get(name)
+    by_name = {"spherenet20": spherenet20_count, "resnet28": resnet28_count, "smallnet": smallnet_count}
+    formula = by_name.get(name)
     by_hand = formula(512, *size) if formula else iresnet_count(BLOCKS[name], 512, *size)
     with torch.device("meta"):
         net = build(name, 512, size)
@@ -72,8 +87,8 @@ def images(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "iresnet200"])
 def test_every_parameter_receives_a_gradient(name):
     torch.manual_seed(0)
-    net = build(name, 8, (48, 32))
-    embeddings = net(images(4, 48, 32))
+    net = build(name, 8, (64, 48))
+    embeddings = net(images(4, 64, 48))
     assert embeddings.shape == (4, 8) and embeddings.dtype == torch.float32
     (embeddings * torch.randn(4, 8)).sum().backward()
     fixed = [key for key, p in net.named_parameters() if not p.requires_grad]
@@ -98,7 +113,7 @@ def test_iresnet200_embeds():
 def test_the_seed_of_the_default_generator_fixes_the_parameters(name):
     def state(seed):
         torch.manual_seed(seed)
-        return build(name, 8, (32, 32)).state_dict()
+        return build(name, 8, (48, 48)).state_dict()
 
     first, again, other = state(1), state(1), state(2)
     assert all(torch.equal(first[key], again[key]) for key in first)
@@ -125,11 +140,32 @@ def test_spherenet_starts_as_published():
         assert not layer.bias.any()
 
 
+def test_resnet28_starts_as_published():
+    torch.manual_seed(0)
+    net = build("resnet28", 512, (112, 96))
+    shapes = []
+    for module in net.features:
+        module.register_forward_hook(
+            lambda module, _, out: shapes.append((type(module).__name__, tuple(out.shape[1:])))
+        )
+    with torch.no_grad():
+        net(images(1, 112, 96))
+    pools = [shape for name, shape in shapes if name == "MaxPool2d"]
+    assert pools == [(64, 54, 46), (128, 26, 22), (256, 12, 10), (512, 5, 4)]  # as Caffe rounds them too
+    assert [name for name, _ in shapes].count("Residual") == 11
+    residual, conv = net.features[-1].conv2, net.features[-6]  # 512 filters over 256 channels
+    assert residual.bias is None and abs(residual.weight.std().item() - 0.01) < 1e-4
+    for layer, fan_in in ((conv, 9 * 256), (net.linear, 512 * 5 * 4)):
+        bound = (3 / fan_in) ** 0.5
+        assert 0.999 * bound < layer.weight.abs().max().item() <= bound * (1 + 1e-6)
+        assert not layer.bias.any()
+
+
 @pytest.mark.parametrize("name", NO_BATCH_STATISTICS)
 def test_an_embedding_does_not_depend_on_the_rest_of_the_batch(name):
     torch.manual_seed(0)
-    net = build(name, 8, (32, 32)).double()
-    batch = images(5).double()
+    net = build(name, 8, (48, 48)).double()
+    batch = images(5, 48, 48).double()
     together = net(batch)
     torch.testing.assert_close(together[3:4], net(batch[3:4]), rtol=1e-12, atol=1e-12)
     batch[0] += 100
@@ -139,8 +175,8 @@ def test_an_embedding_does_not_depend_on_the_rest_of_the_batch(name):
 
 @pytest.mark.parametrize("name", NO_BATCH_STATISTICS)
 def test_an_empty_batch_gives_no_rows_and_zero_gradients(name):
-    net = build(name, 8, (32, 32))
-    embeddings = net(torch.zeros(0, 3, 32, 32))
+    net = build(name, 8, (48, 48))
+    embeddings = net(torch.zeros(0, 3, 48, 48))
     assert embeddings.shape == (0, 8)
     embeddings.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
@@ -148,9 +184,9 @@ def test_an_empty_batch_gives_no_rows_and_zero_gradients(name):
 
 @pytest.mark.parametrize("name", ["iresnet18", *NO_BATCH_STATISTICS])
 def test_embeddings_are_not_rounded_under_autocast(name):
-    net = build(name, 8, (32, 32))
+    net = build(name, 8, (48, 48))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        embeddings = net(images(4))
+        embeddings = net(images(4, 48, 48))
     assert embeddings.dtype == torch.float32
     assert not torch.equal(embeddings, embeddings.bfloat16().float())
 
@@ -187,6 +223,8 @@ def test_errors_name_the_setting_and_what_is_wanted():
         build("smallnet", 8, (100, 112))
     with pytest.raises(ValueError, match="0 x 32 pixels.* example 16 x 32"):
         build("smallnet", 8, (0, 32))
+    with pytest.raises(ValueError, match="32 x 64 pixels, wanted at least 48 a side for resnet28"):
+        build("resnet28", 8, (32, 64))
     # 30 pixels leave a 2 x 2 map as 32 do, so nothing else would notice
     with pytest.raises(ValueError, match=r"got images of shape \(2, 3, 30, 32\), wanted \(b, 3, 32, 32\)"):
         build("smallnet", 8, (32, 32))(images(2, 30, 32))

@@ -1,14 +1,18 @@
 """Settings: defaults once, deltas, overrides, and errors that name the nearest key and what was wanted."""
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import partial_fc
-from partial_fc import Margin
+from partial_fc import Margin, backbone
 from partial_fc.config import Config, describe, environment, load_config, save_config
+from partial_fc.head.embedding_losses import CenterLoss, TripletLoss, build_embedding_loss
 from partial_fc.head.margins import BY_NAME, build_margin
+from partial_fc.optim import learning_rate
 from tests.conftest import REPOSITORY
 
 MINIMAL = """
@@ -45,7 +49,9 @@ def test_defaults_deltas_and_overrides(yaml_file):
         ("optim.lr=fast", "optim.lr: got 'fast'; Input should be a valid number"),
         ("data.std=[1, 0, 1]", "data.std.1: got 0; Input should be greater than 0"),
         ("optim.lr=.nan", "optim.lr: got nan; Input should be a finite number"),
-        ("optim.schedule=cosine", "optim.schedule: got 'cosine'; Input should be 'polynomial' or 'constant'"),
+        ("optim.schedule=cosine", "optim.schedule: got 'cosine'; Input should be 'polynomial', 'constant' or 'step'"),
+        ("optim.schedule=step", "optim.schedule is step and optim.milestones are []: give both"),
+        ("optim.milestones=[5]", "optim.schedule is polynomial and optim.milestones are [5]: give both"),
         ("run.epochs=3", "give either run.steps or run.epochs, and make the other null"),
         ("optim.zzz=3", "optim.zzz: unknown key; there are lr, momentum, weight_decay, warmup_steps, schedule, power"),
         ("data.streams=5", "data.global_batch_size 64 is no multiple of data.streams 5"),
@@ -66,6 +72,15 @@ def test_all_errors_come_at_once(yaml_file):
     with pytest.raises(ValueError) as caught:
         load_config(yaml_file, ["optim.lrr=1", "head.sample_rate=2", "data.streams=5"])
     assert all(text in str(caught.value) for text in ("optim.lrr", "head.sample_rate", "data.streams"))
+
+
+@pytest.mark.parametrize("milestones, warmup", [("[5, 5]", 0), ("[7, 5]", 0), ("[0, 5]", 0), ("[3, 5]", 3)])
+def test_milestones_rise_past_the_warm_up(yaml_file, milestones, warmup):
+    step = ["optim.schedule=step", f"optim.warmup_steps={warmup}"]
+    with pytest.raises(ValueError, match="optim.milestones are .* give steps that rise, all past the warm-up"):
+        load_config(yaml_file, [*step, f"optim.milestones={milestones}"])
+    optim = load_config(yaml_file, [*step, "optim.milestones=[4, 5]"]).optim
+    assert optim.milestones == (4, 5) and optim.factor == 0.1
 
 
 @pytest.mark.parametrize(
@@ -89,7 +104,9 @@ def test_saved_config_loads_again_and_notes_its_environment(yaml_file, tmp_path)
 
 
 def test_description_is_yaml_with_every_setting(yaml_file, tmp_path):
-    config = load_config(yaml_file, ["head.margin.scale=null", "head.margin.margin=3e-1"])
+    config = load_config(
+        yaml_file, ["head.margin.scale=null", "head.margin.margin=3e-1", "head.embedding_losses.center={}"]
+    )
     (tmp_path / "described.yaml").write_text(describe(config))
     assert load_config(tmp_path / "described.yaml") == config
 
@@ -114,6 +131,32 @@ def test_every_setting_is_documented():
 def test_the_configs_of_the_repository_are_valid(path):
     config = load_config(path)
     assert build_margin(config.head.margin.name, config.head.margin.parameters)
+    for name, parameters in config.head.embedding_losses.items():
+        assert build_embedding_loss(name, parameters)
+    assert all(learning_rate(step, 200_000, config.optim.lr, config.optim) > 0 for step in (0, 30_000, 199_999))
+
+
+def test_the_backbones_of_the_configs_embed_images_of_their_size():
+    """One forward for each backbone of the repository's configs, at the size that the config's comment says."""
+    others = {"glyphs_ci": (32, 32), "glyphs_demo": (64, 64), "folder": (112, 112)}
+    found = set()
+    for path in (REPOSITORY / "configs").glob("*.yaml"):
+        choice = load_config(path).backbone
+        said = re.search(r"images of (\d+) x (\d+)", " ".join(path.read_text().split("\n# ")))
+        size = others[path.stem] if said is None else tuple(map(int, said.groups()))
+        found.add((choice.name, choice.embedding_dim, size))
+    assert {name for name, *_ in found} == {"smallnet", "spherenet20", "resnet28", "iresnet50", "iresnet100"}
+    for name, dim, size in found:
+        net = backbone.build(name, dim, size)
+        with torch.no_grad():
+            embeddings = net(torch.randn(2, 3, *size))
+        assert embeddings.shape == (2, dim) and embeddings.isfinite().all()
+
+
+def test_losses_beside_the_classifier(yaml_file):
+    config = load_config(yaml_file, ["head.embedding_losses.center.weight=1e-2", "head.embedding_losses.triplet={}"])
+    built = [build_embedding_loss(*item) for item in config.head.embedding_losses.items()]
+    assert built == [CenterLoss(weight=0.01), TripletLoss()]
 
 
 def test_margins_by_name():

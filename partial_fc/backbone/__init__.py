@@ -8,6 +8,7 @@ import torch
 
 from partial_fc.backbone.iresnet import BLOCKS, iresnet
 from partial_fc.backbone.net import STRIDE, EmbeddingNet
+from partial_fc.backbone.resnet28 import resnet28
 from partial_fc.backbone.smallnet import smallnet
 from partial_fc.backbone.spherenet import spherenet20
 from partial_fc.seeds import seed_for
@@ -15,6 +16,7 @@ from partial_fc.seeds import seed_for
 BACKBONES: dict[str, Callable[[int, tuple[int, int]], EmbeddingNet]] = {
     **{name: partial(iresnet, name) for name in BLOCKS},
     "spherenet20": spherenet20,
+    "resnet28": resnet28,
     "smallnet": smallnet,
 }
 

@@ -14,9 +14,9 @@ STRIDE = 16  # every backbone halves its feature map four times
 class EmbeddingNet(nn.Module):
     """Images (b, 3, H, W) -> embeddings (b, D), float32 or wider and not normalized.
 
-    `features` maps the images to (b, channels, H / 16, W / 16). `batch_norm` adds the batch norm that ArcFace
-    ends in; its weight stays 1, as in InsightFace: a scale per column would tilt the angles that the
-    margin is measured in.
+    `features` maps the images to (b, channels, *last_map), (H / 16, W / 16) unless given. `batch_norm` adds the
+    batch norm that ArcFace ends in; its weight stays 1, as in InsightFace: a scale per column would tilt the
+    angles that the margin is measured in.
 
     Raises ValueError for images of another size than the net was built for: padding would let some through
     (100 pixels leave a 7 x 7 map, like 112) with meaningless embeddings.
@@ -29,13 +29,15 @@ class EmbeddingNet(nn.Module):
         embedding_dim: int,
         image_size: tuple[int, int],
         batch_norm: bool = False,
+        last_map: tuple[int, int] | None = None,
     ):
         super().__init__()
         height, width = image_size
         self.image_size = (height, width)
         self.embedding_dim = embedding_dim
         self.features = features
-        self.linear = nn.Linear(channels * (height // STRIDE) * (width // STRIDE), embedding_dim)
+        rows, columns = last_map or (height // STRIDE, width // STRIDE)
+        self.linear = nn.Linear(channels * rows * columns, embedding_dim)
         self.norm = nn.BatchNorm1d(embedding_dim) if batch_norm else nn.Identity()
         if batch_norm:
             self.norm.weight.requires_grad = False

@@ -39,14 +39,15 @@ def spherenet20(embedding_dim: int, image_size: tuple[int, int]) -> EmbeddingNet
     before = 3
     for width, units in STAGES:
         strided = nn.Conv2d(before, width, 3, stride=2, padding=1)
-        _caffe_xavier(strided)
+        caffe_xavier(strided)
         layers += [strided, nn.PReLU(width), *(Residual(width) for _ in range(units))]
         before = width
     net = EmbeddingNet(nn.Sequential(*layers), before, embedding_dim, image_size)
-    _caffe_xavier(net.linear)
+    caffe_xavier(net.linear)
     return net
 
 
-def _caffe_xavier(layer: nn.Conv2d | nn.Linear) -> None:
+def caffe_xavier(layer: nn.Conv2d | nn.Linear) -> None:
+    """Caffe's default: uniform within sqrt(3 / fan_in), the bias 0."""
     nn.init.kaiming_uniform_(layer.weight, nonlinearity="linear")  # gain 1: the bound is sqrt(3 / fan_in)
     nn.init.zeros_(layer.bias)
