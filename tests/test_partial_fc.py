@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from partial_fc import ArcFace, CosFace, Margin, PartialFC
+from partial_fc import ArcFace, CenterLoss, ContrastiveLoss, CosFace, Margin, PartialFC, TripletLoss
 from partial_fc.head.exchange import gather_batch
 from partial_fc.head.forward import _bounded
 from partial_fc.parallel import distributed
@@ -369,6 +369,8 @@ ON_CUDA = {
     "adamw": dict(optimizer="adamw"),
     "cached": dict(cache_bytes=1 << 20, cache_dtype=torch.float64),
     "compiled": dict(compile=True),
+    "dropout": dict(dropout=0.5),
+    "embedding losses": dict(embedding_losses=[TripletLoss(), ContrastiveLoss(margin=3.0), CenterLoss(weight=0.5)]),
 }
 
 
