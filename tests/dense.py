@@ -92,6 +92,7 @@ CHANGING_MARGINS: dict[str, Margin | WarmUp] = {
     "subcenterarcface-2": SubCenterArcFace(scale=90.0, sub_centers=2, interclass_filtering_threshold=0.7),
     "learned-scale": CosFace(scale=12.0, margin=0.35, learn_scale=True),
     "learned-scale-elastic": ElasticCosFace(scale=1.1, learn_scale=True, interclass_filtering_threshold=0.5),
+    "learned-scale-adaface": AdaFace(scale=16.0, h=1.2, momentum=0.95, learn_scale=True),
     "learned-scale-l2softmax": L2Softmax(scale=4.0, learn_scale=True),
     "warm-up": WarmUp(ArcFace(scale=24.0, margin=0.5), 2, {"margin": 0.0, "scale": 80.0}),
     "warm-up-adaface": WarmUp(AdaFace(scale=24.0, h=1.2), 4, {"margin": 0.1}),

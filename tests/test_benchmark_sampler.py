@@ -138,7 +138,7 @@ def test_a_folder_without_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("margin", ["{name: softmax}", "{name: cosface, scale: null, margin: 0.1}"])
 def test_a_margin_without_a_scale_is_refused(glyphs_ci, tmp_path, margin):
     run_ranks(train_here, 1, tmp_path, glyphs_ci / "train", "run.steps=1", f"head.margin={margin}")
-    with pytest.raises(ValueError, match="wanted logits s cos, that is a margin with a scale"):
+    with pytest.raises(ValueError, match="wanted negatives s cos, each of one center"):
         benchmark_sampler(tmp_path, CPU, random=[0.1], hard=[], batches=1)
 
 

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from partial_fc import (
+    AdaFace,
     ArcFace,
+    CenterLoss,
+    CombinedMargin,
     CosFace,
     CurricularFace,
     HardNegatives,
@@ -21,6 +24,7 @@ from partial_fc import (
 )
 from partial_fc.head import draws
 from partial_fc.head.elementwise import Negatives, compiler_works
+from partial_fc.head.forward import _bounded
 from partial_fc.head.margins import build_margin
 from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
@@ -166,24 +170,28 @@ def test_memory_of_a_step_does_not_grow_with_the_classes(margin, rate):
 # ---- CurricularFace
 
 
-def test_t_is_a_running_mean_of_target_cosines_equal_on_all_ranks():
-    def three_steps() -> list[float]:
-        head = PartialFC(23, 5, CurricularFace(momentum=0.25), dtype=torch.float64)
-        seen = []
-        for step in range(3):
-            x = torch.randn(6, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-            mine = distributed.part(6, distributed.rank(), distributed.world_size())
-            labels = torch.arange(6)[mine.start : mine.stop]
-            head(x[mine.start : mine.stop].requires_grad_(), labels).backward()
-            seen += [head.target_cosine.item(), head.statistics["t"].item()]
-            head.step(0.1)
-        return seen
+def cosines_and_t() -> list[float]:
+    """Of three steps, the last with an empty batch."""
+    head = PartialFC(23, 5, CurricularFace(momentum=0.25), dtype=torch.float64)
+    seen = []
+    for step, size in enumerate((6, 6, 0)):
+        x = torch.randn(size, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        mine = distributed.part(size, distributed.rank(), distributed.world_size())
+        labels = torch.arange(size)[mine.start : mine.stop]
+        head(x[mine.start : mine.stop].requires_grad_(), labels).backward()
+        seen += [head.target_cosine.item(), head.statistics["t"].item()]
+        head.step(0.1)
+    return seen
 
-    alone = three_steps()
-    t = 0.0
-    for cosine, found in zip(alone[::2], alone[1::2], strict=True):
-        t += 0.25 * (cosine - t)
-        assert found == pytest.approx(t, rel=1e-14)
+
+def test_t_is_a_running_mean_of_target_cosines_equal_on_all_ranks():
+    (alone,) = run_ranks(cosines_and_t, 1)
+    first = 0.25 * alone[0]
+    assert alone[1::2] == pytest.approx([first, *[first + 0.25 * (alone[2] - first)] * 2], rel=1e-14)
+    for world_size in (2, 3):
+        ranks = run_ranks(cosines_and_t, world_size)
+        assert all(rank == ranks[0] for rank in ranks)  # bit for bit
+        assert ranks[0] == pytest.approx(alone, rel=1e-12)
 
 
 def test_hard_negatives_weigh_more_as_t_grows():
@@ -191,6 +199,54 @@ def test_hard_negatives_weigh_more_as_t_grows():
     for t, wanted in ((0.0, 0.36), (0.5, 0.66)):
         f, slope = CurricularFace().negatives(cosine, torch.tensor([[0.4]]), {"t": torch.tensor(t)})
         assert f.tolist() == [[0.1, pytest.approx(wanted)]] and slope.tolist() == [[1.0, pytest.approx(1.2 + t)]]
+
+
+@pytest.mark.parametrize(
+    "margin, bounded",
+    [
+        (CurricularFace(scale=30.0), True),  # f may be 2
+        (CurricularFace(scale=40.0), False),
+        (CosFace(scale=60.0), True),
+        (CosFace(scale=60.0, learn_scale=True), False),  # it may grow
+        (WarmUp(CosFace(scale=60.0), 5, {"scale": 80.0}), False),
+    ],
+    ids=str,
+)
+def test_what_may_grow_past_float32_keeps_a_maximum(margin, bounded):
+    assert _bounded(PartialFC(100, 4, margin)) == bounded
+
+
+@pytest.mark.parametrize("margin", CHANGING_MARGINS)
+def test_an_empty_global_batch_changes_nothing(margin):
+    head = PartialFC(50, 4, CHANGING_MARGINS[margin])
+    head(torch.randn(6, 4, requires_grad=True), torch.arange(6)).backward()
+    head.step(0.1)
+    before = {name: value.item() for name, value in head.statistics.items() if "scale" not in name}
+    loss = head(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    head.step(0.1)
+    assert loss == 0 and before == {name: head.statistics[name].item() for name in before}
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
+@pytest.mark.parametrize(
+    "margin",
+    [CosFace(scale=s, margin=m) for s, m in ((64.0, 0.35), (64.0, 0.5), (68.0, 0.35))]
+    + [ArcFace(scale=68.0, margin=1.5), CombinedMargin(scale=64.0, m1=4.0), AdaFace(), CosFace(scale=200.0)],
+    ids=str,
+)
+def test_a_sample_without_negatives_has_gradient_zero(margin, cache_bytes):
+    """All negatives filtered, or one class: Z is the target's alone, and e^(s psi) too small to divide by."""
+    filtered = replace(margin, interclass_filtering_threshold=0.1)
+    weight = torch.tensor([[-1.0, 0.01], [1.0, 0.0], [1.0, 0.01], [1.0, -0.01], [1.0, 0.02]])
+    for one, centers in ((filtered, weight), (margin, weight[:1])):
+        head = PartialFC(len(centers), 2, one, momentum=0.0, weight_decay=0.0, cache_bytes=cache_bytes)
+        set_centers(head, centers)
+        x = torch.tensor([[1.0, 0.0], [0.9, 0.1]], requires_grad=True)
+        loss = head(x, torch.tensor([0, 0]))
+        loss.backward()
+        head.step(0.1)
+        assert loss == 0 and not x.grad.any() and torch.equal(head.full_weight(), centers)
 
 
 # ---- sub-centers
@@ -224,11 +280,17 @@ def test_hard_negatives_know_one_center():
 
 def test_a_skipped_step_leaves_the_scale():
     head = PartialFC(50, 4, NormSoftmax(scale=8.0, learn_scale=True), optimizer="adamw")
+    unskipped = PartialFC(50, 4, NormSoftmax(scale=8.0, learn_scale=True), optimizer="adamw")
     for step in range(3):
-        head(torch.randn(6, 4, requires_grad=True), torch.arange(6)).backward()
+        x = torch.randn(6, 4)
+        head(x.clone().requires_grad_(), torch.arange(6)).backward()
         before = dict(head.statistics)
         head.skip_step() if step == 1 else head.step(0.1)
         assert (head.statistics == before) == (step == 1)
+        if step != 1:
+            unskipped(x.requires_grad_(), torch.arange(6)).backward()
+            unskipped.step(0.1)
+    assert torch.equal(head.scale, unskipped.scale)  # AdamW's correction counts updates
     assert head.scale is head.statistics["scale"] and set(head.statistics) == {
         "scale",
         "scale_exp_avg",
@@ -259,8 +321,11 @@ def test_what_changes_in_training_can_be_logged():
     assert head.changing() == {"t": 0.0, "margin": 0.0}
     head(torch.tensor([[1.0, 0.0]], requires_grad=True), torch.tensor([0])).backward()
     head.step(0.1)
-    assert head.changing() == {"t": pytest.approx(0.01 * head.target_cosine.item()), "margin": pytest.approx(0.1)}
+    assert head.changing() == {"t": pytest.approx(0.01 * head.target_cosine.item()), "margin": 0.0}  # of that step
+    head.skip_step()
+    assert head.changing()["margin"] == pytest.approx(0.1)
     assert PartialFC(4, 2).changing() == {}
+    assert PartialFC(4, 2, CosFace(scale=8.0, learn_scale=True)).changing() == {"scale": 8.0}
 
 
 # ---- dropout
@@ -344,6 +409,11 @@ def test_collectives_of_a_step(margin, count):
         (lambda: SubCenterArcFace(sub_centers=0), "sub_centers is 0; give a positive whole number"),
         (lambda: SubCenterArcFace(sub_centers=2.5), "sub_centers is 2.5; give a positive whole number"),
         (lambda: WarmUp(CosFace(), 0, {"margin": 0.0}), "WarmUp: steps and start are 0"),
+        (lambda: WarmUp(CosFace(), 2.5, {"margin": 0.0}), "WarmUp: steps and start are 2.5"),
+        (lambda: WarmUp(None, 5, {"margin": 0.0}), "WarmUp: margin is None; give an object"),
+        (lambda: SubCenterArcFace(sub_centers=True), "sub_centers is True; give a positive whole number"),
+        (lambda: PartialFC(4, 2, embedding_losses=CenterLoss()), "give a list of objects such as CenterLoss"),
+        (lambda: PartialFC(4, 2, embedding_losses=[CenterLoss()] * 2), "give one CenterLoss at most"),
         (lambda: WarmUp(CosFace(), 5, {}), "WarmUp: steps and start are 5 and {}"),
         (lambda: WarmUp(CosFace(), 5, {"m": 0.0}), "CosFace has no number m to warm up; it has scale, margin"),
         (lambda: WarmUp(SphereFace(), 5, {"margin": 1}), "has no number margin to warm up; it has lambda_max"),

@@ -72,7 +72,7 @@ def benchmark_sampler(
             affine=config.data.affine,
         ):
             embeddings = net(normalize(batch.images.to(device), config.data.mean, config.data.std))
-            logits = head.margin.scale * unit(embeddings.double())[0] @ centers.T
+            logits = head.scale * unit(embeddings.double())[0] @ centers.T
             logits.scatter_(1, batch.labels.to(device).unsqueeze(1), -torch.inf)
             share = logits.softmax(dim=1)  # (B, C) of the negatives' mass: the target has none
             used = torch.stack(
@@ -164,11 +164,12 @@ def _load(
     found: checkpoint.Checkpoint, config: Config, index: Index, device: torch.device
 ) -> tuple[PartialFC, nn.Module]:
     """A checkpoint's head and its backbone, in training mode."""
-    margin = build_margin(config.head.margin.name, config.head.margin.parameters)
-    if margin.scale is None or margin.has_bias or not margin.normalize_centers:
+    margin = build_margin(config.head.margin.name, config.head.margin.parameters).at(found.step)
+    other = margin.scale is None or margin.has_bias or not margin.normalize_centers
+    if other or margin.sub_centers > 1 or margin.reweights or margin.interclass_filtering_threshold is not None:
         raise ValueError(
-            f"{found.path} was trained with {margin}; wanted logits s cos, that is a margin with a scale and "
-            "normalized centers: give a run with cosface, arcface or normsoftmax and a scale"
+            f"{found.path} was trained with {margin}; wanted negatives s cos, each of one center and none filtered: "
+            "give a run with cosface, arcface or normsoftmax and a scale"
         )
     net = backbone.build_seeded(
         config.backbone.name, config.backbone.embedding_dim, image_size(index), config.run.seed

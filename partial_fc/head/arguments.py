@@ -37,7 +37,9 @@ def check_arguments(
         raise ValueError(f"sample_rate is {sample_rate}; give a probability in (0, 1]")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; give a probability in [0, 1)")
-    if not all(isinstance(loss, EmbeddingLoss) for loss in embedding_losses):
+    if not isinstance(embedding_losses, Sequence) or not all(
+        isinstance(loss, EmbeddingLoss) for loss in embedding_losses
+    ):
         raise ValueError(f"embedding_losses are {embedding_losses!r}; give a list of objects such as CenterLoss()")
     if sum(isinstance(loss, CenterLoss) for loss in embedding_losses) > 1:
         raise ValueError(f"embedding_losses are {embedding_losses!r}; give one CenterLoss at most")

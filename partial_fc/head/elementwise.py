@@ -102,6 +102,8 @@ def probabilities(
         products.add_(bias.unsqueeze(1))
     slope = None if negatives is None else negatives.change(products, dim=0)
     products.sub_(log2_z)
+    if negatives is not None:  # rounded another way, a negative may be filtered here and not in the forward: p <= 1
+        products.clamp_max_(0)
     _power_of_two(products)
     if slope is not None:
         products.mul_(slope)

@@ -217,9 +217,10 @@ class FeatureCenters:
             self.value.index_add_(0, row, moves.to(self.value.dtype))  # zeros for samples of other ranks' classes
 
     def _differences(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Row of each sample's center (B,) and x - c (B, D); 0 and zeros where the class is another rank's."""
+        """Row of each sample's center (B,) and x - c (B, D); any row and zeros where the class is another rank's."""
         here = batch.real & (batch.labels >= self.classes.start) & (batch.labels < self.classes.stop)
-        row = torch.where(here, batch.labels - self.classes.start, 0)
+        other = torch.arange(len(x), device=x.device) % max(len(self.classes), 1)  # all at one row would queue on a GPU
+        row = torch.where(here, batch.labels - self.classes.start, other)
         center = self.value[row].to(x.dtype) if len(self.classes) else torch.zeros_like(x)
         return row, torch.where(here.unsqueeze(1), x - center, 0)
 

@@ -13,7 +13,7 @@ from partial_fc.head.attach import Forward
 from partial_fc.head.centers import InUse
 from partial_fc.head.elementwise import Negatives
 from partial_fc.head.margin import Sample
-from partial_fc.head.softmax import LOG2_E
+from partial_fc.head.softmax import LARGEST, LARGEST_INVERSE, LOG2_E
 from partial_fc.head.targets import Target, find_targets, regularized, target_part, unit
 from partial_fc.parallel import distributed
 
@@ -34,7 +34,7 @@ def _columns(head, x: Tensor, labels: Tensor, used: InUse) -> Tensor:
     if head.sub_centers > 1:
         rows = torch.where(owned, local, 0).unsqueeze(1) + torch.arange(head.sub_centers, device=head.device)
         weight, _ = head._centers.rows_at(used, rows.flatten())
-        w_hat = unit(weight.double(), elementwise.SHORTEST)[0].view(*rows.shape, -1)
+        w_hat = unit(weight.double(), elementwise.SHORTEST)[0].view(*rows.shape, x.shape[1])
         local = local + torch.linalg.vecdot(w_hat, unit(x.double())[0].unsqueeze(1)).argmax(dim=1)
     return torch.where(owned, local, -1)
 
@@ -46,7 +46,7 @@ def _bounded(head) -> bool:
         return False
     # |logit| <= s: that holds as long as s + ln C is small enough, and for 2^logit / |w| as long as s + ln(1e8) is
     room = max(math.log(head.num_classes), -math.log(elementwise.SHORTEST))
-    return margin.scale * margin.largest_negative + room <= (87.0 if head.dtype == torch.float32 else 700.0)
+    return margin.scale * margin.largest_negative + room <= LARGEST[head.dtype]
 
 
 def forward(
@@ -119,7 +119,7 @@ def forward(
     psi_prime, psi_by_length = margin.derivatives(sample)
     batch = None if head.feature_centers is None else (raw, labels, real)
     kept = Forward(x, column, places, real, log_z, psi, psi_prime, p_minus_one, scale, negatives, batch, cached)
-    gradient = mean * torch.exp(maximum - log_z).to(head.dtype).unsqueeze(1)
+    gradient = mean * torch.exp((maximum - log_z).clamp_max(LARGEST_INVERSE[head.dtype])).to(head.dtype).unsqueeze(1)
     if scale is not None:  # the backward of s x / |x|
         x_hat, x_length = unit(x)
         along = (gradient * x_hat).sum(dim=1)

@@ -14,7 +14,7 @@ changes the negatives too `negatives(cosine, psi, statistics)`.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -37,8 +37,9 @@ class Margin:
 
     scale: s, or None for r = |x|, that is, no feature normalization. learn_scale: s is where a scale begins that the
     head learns with the class centers' optimizer, without weight decay (AM-Softmax, arXiv 1801.05599; NormFace, arXiv
-    1704.06369). interclass_filtering_threshold: negatives whose cosine is larger are left out for that sample, since
-    they may be the same identity under another label (as InsightFace's code, which sets their logit to 0).
+    1704.06369), and never below 1, where it would no longer tell classes apart. interclass_filtering_threshold:
+    negatives whose cosine is larger are left out for that sample, since they may be the same identity under another
+    label (InsightFace's code, where this is from, sets their logit to 0 instead).
     """
 
     scale: float | None = 64.0
@@ -133,13 +134,19 @@ class WarmUp:
     start: dict[str, float]
 
     def __post_init__(self) -> None:
-        name = type(self.margin).__name__
-        if self.steps < 1 or not self.start:
+        if not isinstance(self.margin, Margin):
             raise ValueError(
-                f"WarmUp: steps and start are {self.steps} and {self.start}; give a positive number, and a parameter "
-                "with its first value"
+                f"WarmUp: margin is {self.margin!r}; give an object such as CosFace(scale=64, margin=0.35)"
             )
-        known = {f.name: getattr(self.margin, f.name) for f in fields(self.margin) if f.type in (float, float | None)}
+        name = type(self.margin).__name__
+        if not isinstance(self.steps, int) or self.steps < 1 or not self.start:
+            raise ValueError(
+                f"WarmUp: steps and start are {self.steps} and {self.start}; give a positive whole number, and a "
+                "parameter with its first value"
+            )
+        kinds = get_type_hints(type(self.margin))  # f.type may be text
+        numbers = [f.name for f in fields(self.margin) if kinds[f.name] in (float, float | None)]
+        known = {number: getattr(self.margin, number) for number in numbers}
         for parameter, value in self.start.items():
             if not isinstance(known.get(parameter), float | int):
                 can = ", ".join(p for p, own in known.items() if own is not None)

@@ -216,9 +216,10 @@ class AdaFace(Margin):
         mean = lengths.sum() / count.clamp_min(1)
         squares = torch.where(sample.real, (lengths - mean) ** 2, 0).sum()
         batch = {"length_mean": mean, "length_deviation": (squares / (count - 1).clamp_min(1)).sqrt()}
+        before = {name: sample.statistics[name] for name in batch}
         return {
-            name: torch.where(count > 1, before + self.momentum * (batch[name] - before), before)
-            for name, before in sample.statistics.items()
+            name: torch.where(count > 1, before[name] + self.momentum * (batch[name] - before[name]), before[name])
+            for name in batch
         }
 
     def target_of(self, sample: Sample) -> Tensor:
@@ -304,17 +305,16 @@ class SubCenterArcFace(ArcFace):
     """ArcFace with several centers a class: each sample meets the nearest of every class, so that noisy samples gather
     at centers of their own. Sub-center ArcFace (Deng et al., ECCV 2020), k = 3.
 
-    Row class * k + j of the centers is sub-center j; a class with its k rows is on one rank. Of equally near centers
-    the first counts.
+    Row class * k + j of the centers is sub-center j; a class with its k rows is on one rank, and memory and time grow
+    with k C. Of equally near centers the first counts.
     """
 
     sub_centers: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            self, "sub_centers", isinstance(self.sub_centers, int) and self.sub_centers >= 1, "a positive whole number"
-        )
+        good = isinstance(self.sub_centers, int) and not isinstance(self.sub_centers, bool) and self.sub_centers >= 1
+        check(self, "sub_centers", good, "a positive whole number")
 
 
 BY_NAME: dict[str, type[Margin]] = {
@@ -350,4 +350,5 @@ def build_margin(name: str, parameters: dict) -> Margin | WarmUp:
     if not isinstance(warmup, dict) or "steps" not in warmup:
         raise ValueError(f"head.margin.warmup: got {warmup!r}; wanted as {{steps: 1000, margin: 0.0}}")
     start = {parameter: read(f"head.margin.warmup.{parameter}", value, float) for parameter, value in warmup.items()}
-    return WarmUp(margin, int(start.pop("steps")), start)
+    steps = start.pop("steps")
+    return WarmUp(margin, int(steps) if steps.is_integer() else steps, start)

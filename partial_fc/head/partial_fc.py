@@ -51,10 +51,11 @@ class PartialFC:
     is length 1 (at a tenth of that the first updates, which grow with 1 / |w|, throw the centers together).
     sampler: which negatives a step uses; None: each with probability sample_rate (see `sampling`).
 
-    chunk: rows of logits that exist at once; None: see `softmax.default_chunk`. cache_bytes: room on this rank for
-    numbers (B, U) that spare the update a product, in cache_dtype, float32 or bfloat16, reserved whole; what does not
-    fit is computed again. matmul_precision: see `matmul`. compile: the elementwise parts by torch.compile;
-    None: where a compiler works and a rank has 2^24 numbers in use or more, since compiling takes 20 seconds.
+    chunk: rows of logits that exist at once, rounded up to whole classes; None: see `softmax.default_chunk`.
+    cache_bytes: room on this rank for numbers (B, U) that spare the update a product, in cache_dtype, float32 or
+    bfloat16, reserved whole; what does not fit is computed again. matmul_precision: see `matmul`. compile: the
+    elementwise parts by torch.compile; None: where a compiler works and a rank has 2^24 numbers in use or more,
+    since compiling takes 20 seconds.
     check_labels: one host read a forward; without it a label that is out of range, or that begin_step was not given,
     gives a wrong loss.
     dtype: of centers, logits and gradients, float32 or float64; embeddings of any float type are converted.
@@ -144,7 +145,7 @@ class PartialFC:
             dtype=dtype,
             device=device,
         )
-        self.feature_centers: FeatureCenters | None = None  # of a center loss
+        self.feature_centers: FeatureCenters | None = None  # of a center loss; read `centers` first, which waits
         self._terms = list(embedding_losses)
         for place, loss in enumerate(embedding_losses):
             if isinstance(loss, CenterLoss):
@@ -268,11 +269,14 @@ class PartialFC:
         self.step_count += 1
 
     def changing(self) -> dict[str, float]:
-        """Numbers that change in training, by name: `statistics`, what warms up, embedding losses. Waits for them."""
+        """Numbers that change in training, by name, as the last step had or left them; waits for them.
+
+        The margin's running statistics, a learned scale, what warms up, the embedding losses.
+        """
         warm = self._schedule.start if isinstance(self._schedule, WarmUp) else {}
         self._side_stream.join()
-        numbers = {name: value.item() for name, value in self.statistics.items()}
-        numbers |= {name: getattr(self.margin, name) for name in warm}
+        numbers = {name: v.item() for name, v in self.statistics.items() if not name.startswith("scale_")}
+        numbers |= {name: getattr(self._schedule.at(max(self.step_count - 1, 0)), name) for name in warm}
         return numbers if self.embedding_loss is None else numbers | {"embedding_loss": self.embedding_loss.item()}
 
     def first_statistics(self) -> dict[str, float]:

@@ -23,6 +23,11 @@ from partial_fc.head.matmul import Precision, matmul_nt
 from partial_fc.head.optimizers import Learned, Optimizer
 
 LOG2_E = 1.4426950408889634
+# What e^ may be of, a little less than the dtype allows.
+LARGEST = {torch.float32: 87.0, torch.float64: 700.0}
+# The largest 1 / Z: samples with negatives stay below e^69, or e^682 in float64. Without, Z is e^(s psi) alone, as
+# small as that may be, and what it divides is 0.
+LARGEST_INVERSE = {torch.float32: 75.0, torch.float64: 690.0}
 # Below every logit that occurs, finite so that differences of maxima stay numbers.
 LOWEST = -1e30
 
@@ -231,7 +236,8 @@ class Pass:
         Without a maximum 2^-log2_z may be as small as e^-87, and is still a normal number after the coefficient as long
         as log Z < 80, which takes cosines near 1 all over.
         """
-        exponent = -self.log2_z if maximum is None else maximum.double() - self.log2_z
+        exponent = (-self.log2_z if maximum is None else maximum.double() - self.log2_z) / LOG2_E
+        exponent = exponent.clamp_max(LARGEST_INVERSE[self.xs.dtype]) * LOG2_E
         factor = self.coefficient * torch.exp2(exponent).to(self.xs.dtype)
         return (self.xs * factor.unsqueeze(1)).T, factor
 
