@@ -10,6 +10,8 @@ from partial_fc.benchmark.measure import LABELS
 from partial_fc.benchmark.sampler import benchmark_sampler
 from partial_fc.config import EvaluationSet
 from partial_fc.evaluate.runs import evaluate_run
+from partial_fc.figures.draw import FIGURES, draw_figures
+from partial_fc.figures.toy import EPOCHS
 from partial_fc.parallel import distributed
 from partial_fc.prepare.folder import prepare_folder
 from partial_fc.prepare.glyphs import prepare_glyphs
@@ -26,7 +28,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="partial-fc", description="Data, evaluation, reports and benchmarks of partial_fc."
+        prog="partial-fc", description="Data, evaluation, reports, figures and benchmarks of partial_fc."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -67,6 +69,21 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", type=Path, nargs="+", help="run folders")
     report.add_argument("--out", type=Path, help="unset: report.html in the first run folder")
     report.set_defaults(run=_report)
+
+    figures = commands.add_parser("figures", help="the pictures of the margin-softmax papers, for any margins")
+    figures.add_argument("out", type=Path, help="folder for the pictures and the page that shows them")
+    figures.add_argument("--only", type=_names, metavar="NAME,...", help=f"some of {','.join(FIGURES)}")
+    figures.add_argument(
+        "--margins", metavar="NAME:PARAMETER=VALUE,...;...", help='"cosface:margin=0.35,scale=30;arcface;softmax"'
+    )
+    figures.add_argument(
+        "--runs", type=Path, nargs="+", default=[], metavar="RUN", help="run folders, for quality, cosines and roc"
+    )
+    figures.add_argument("--fashion-mnist", type=Path, metavar="DIR", help="its four files; unset: fetched (31 MB)")
+    figures.add_argument("--epochs", type=int, default=EPOCHS, help=f"of the small networks; unset: {EPOCHS}")
+    figures.add_argument("--format", choices=("png", "svg"), default="png")
+    figures.add_argument("--seed", type=int, default=0)
+    figures.set_defaults(run=_figures)
 
     benchmark = commands.add_parser("benchmark", help="what a part costs, beside what it replaces")
     parts = benchmark.add_subparsers(required=True, metavar="PART")
@@ -191,6 +208,20 @@ def _report(arguments: argparse.Namespace) -> None:
     out = arguments.out or arguments.runs[0] / "report.html"
     write_report(arguments.runs, out)
     print(f"report: {out}")
+
+
+def _figures(arguments: argparse.Namespace) -> None:
+    draw_figures(
+        arguments.out,
+        only=arguments.only,
+        margins=arguments.margins,
+        runs=arguments.runs,
+        fashion_mnist=arguments.fashion_mnist,
+        seed=arguments.seed,
+        epochs=arguments.epochs,
+        format=arguments.format,
+    )
+    print(f"page: {arguments.out / 'index.html'}")
 
 
 def _benchmark_head(arguments: argparse.Namespace) -> None:

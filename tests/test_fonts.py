@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from partial_fc.prepare import fonts
 from partial_fc.prepare.fonts import FONT_SETS, fetch_fonts, font_cache
+from partial_fc.prepare.packages import locked
 
 PACKAGE = "fonts-motoya-l-cedar"  # 1.1 MB
 HELD_OUT = {"fonts-kouzan-mouhitsu", "fonts-aoyagi-soseki", "fonts-seto"}
@@ -91,16 +91,16 @@ def test_a_second_run_waits_for_the_first(tmp_path, capsys):
     entered = threading.Event()
 
     def second_run() -> None:
-        with fonts._locked(tmp_path / "lock"):
+        with locked(tmp_path / "lock"):
             entered.set()
 
-    with fonts._locked(tmp_path / "lock"):
+    with locked(tmp_path / "lock"):
         thread = threading.Thread(target=second_run)
         thread.start()
         assert not entered.wait(0.3)
     thread.join(10)
     assert entered.is_set()
-    assert "another process is fetching fonts" in capsys.readouterr().out
+    assert "another process is fetching packages" in capsys.readouterr().out
 
 
 def test_a_package_is_fetched_once(tmp_path, monkeypatch, apt):

@@ -23,6 +23,7 @@ FLOORS = [
     {"build", "benchmark"},
     {"train"},
     {"report"},
+    {"figures"},
     {"cli", "launch"},
 ]
 DOORS = {

@@ -1,22 +1,8 @@
-"""Named sets of fonts, fetched from Debian's archive without root: `apt-get download`, then `dpkg -x`.
+"""Named sets of fonts, fetched from Debian's archive without root; see `packages` for what the cache folder holds."""
 
-Nothing is installed and nothing outside the cache folder is written:
-
-    CACHE/<set>/<package>/usr/share/fonts/...    one unpacked package, complete as soon as it has this name
-    CACHE/<set>/complete.txt                     the packages of the set, written last: the set is whole
-    CACHE/apt/                                   apt's configuration, package lists and cache files
-    CACHE/lock                                   held while fetching: one run at a time
-"""
-
-import fcntl
-import os
-import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
+from partial_fc.prepare.packages import cache_folder, fetch_packages
 
 _SMALL = """
     aoyagi-soseki arphic-ukai arphic-uming cwtex-heib dejima-mincho droid-fallback ipaexfont-mincho konatu
@@ -46,13 +32,11 @@ INSTEAD = (
 
 def font_cache() -> Path:
     """The folder that font sets are kept in between runs: `$PARTIAL_FC_CACHE/fonts`, or under ~/.cache."""
-    return Path(os.environ.get("PARTIAL_FC_CACHE") or Path.home() / ".cache" / "partial_fc") / "fonts"
+    return cache_folder("fonts")
 
 
 def fetch_fonts(name: str, cache: Path) -> Path:
     """The folder with the unpacked packages of the font set `name`, fetched into `cache` unless it is there.
-
-    Works for root and for an ordinary user. A run that was cut off goes on with the packages still missing.
 
     Raises:
         ValueError: there is no such set.
@@ -60,101 +44,4 @@ def fetch_fonts(name: str, cache: Path) -> Path:
     """
     if name not in FONT_SETS:
         raise ValueError(f"no font set is named {name!r}; got {name!r}, want one of {', '.join(FONT_SETS)}. {INSTEAD}")
-    folder = Path(cache).resolve() / name
-    marker = folder / "complete.txt"
-    packages = FONT_SETS[name]
-    listing = "".join(f"{package}\n" for package in packages)
-    if marker.is_file() and marker.read_text() == listing:
-        return folder
-
-    missing = [program for program in ("apt-get", "dpkg") if shutil.which(program) is None]
-    if missing:
-        raise RuntimeError(
-            f"the font set {name!r} comes as Debian packages, and this system has no "
-            f"{' and no '.join(missing)}. {INSTEAD}"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / "lock"):
-        apt = _Apt(folder.parent / "apt")
-        todo = [package for package in packages if not (folder / package).is_dir()]
-        with tqdm(todo, desc=f"fonts ({name})", unit="package", mininterval=1) as bar:
-            for package in bar:
-                bar.set_postfix_str(package)
-                _fetch_package(apt, package, folder / package)
-        partial = marker.with_suffix(".partial")
-        partial.write_text(listing)
-        partial.replace(marker)
-    return folder
-
-
-def _fetch_package(apt: "_Apt", package: str, target: Path) -> None:
-    """Download and unpack one package; `target` appears only when it is whole."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "deb").mkdir(parents=True)
-    apt.download(package, partial / "deb")
-    (deb,) = (partial / "deb").glob("*.deb")
-    _run(["dpkg", "-x", str(deb), str(partial)], f"unpacking {deb.name}")
-    shutil.rmtree(partial / "deb")
-    partial.rename(target)
-
-
-class _Apt:
-    """apt-get with its files in `state`, and with package lists of its own where the system's fall short."""
-
-    def __init__(self, state: Path):
-        self.state = state
-        self.own_lists = state / "lists"
-        self.use_own_lists = self.own_lists.is_dir()
-        (state / "cache" / "archives" / "partial").mkdir(parents=True, exist_ok=True)
-
-    def download(self, package: str, folder: Path) -> None:
-        """Put the package's .deb into `folder`; apt checks its size and hash against the signed lists."""
-        try:
-            self._apt_get(["download", package], folder)
-        except RuntimeError:  # no lists (a fresh container), none with this package, or too old to match the archive
-            self.use_own_lists = True
-            (self.own_lists / "partial").mkdir(parents=True, exist_ok=True)
-            self._apt_get(["update"], folder)
-            self._apt_get(["download", package], folder)
-
-    def _apt_get(self, arguments: list[str], folder: Path) -> None:
-        options = [
-            f'Dir::Cache "{self.state}/cache";',
-            # Containers often switch these two off; without them every call parses the lists anew (0.7 s).
-            'Dir::Cache::pkgcache "pkgcache.bin";',
-            'Dir::Cache::srcpkgcache "srcpkgcache.bin";',
-            # As root, apt downloads as the user _apt, who may not be allowed into the cache folder.
-            'APT::Sandbox::User "root";',
-            # The system's hooks after an update (indexers, cleaners) are not meant for lists of our own.
-            "#clear APT::Update::Pre-Invoke;",
-            "#clear APT::Update::Post-Invoke;",
-            "#clear APT::Update::Post-Invoke-Success;",
-            'Acquire::Retries "2";',
-            'Acquire::http::Timeout "30";',
-        ]
-        if self.use_own_lists:
-            options.append(f'Dir::State::lists "{self.own_lists}";')
-        configuration = self.state / "apt.conf"
-        configuration.write_text("\n".join(options) + "\n")
-        command = ["apt-get", "-q", "-c", str(configuration), *arguments]
-        _run(command, f"`apt-get {' '.join(arguments)}`", cwd=folder)
-
-
-def _run(command: list[str], what: str, cwd: Path | None = None) -> None:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
-    if done.returncode != 0:
-        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-        raise RuntimeError(f"{what} failed with status {done.returncode}:\n{said}\n{INSTEAD}")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, after waiting for whoever holds it; a process that dies lets go of it."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process is fetching fonts into {path.parent}; waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return fetch_packages(FONT_SETS[name], Path(cache) / name, f"the font set {name!r}", INSTEAD)

@@ -1,0 +1,1 @@
+"""The figures of the margin-softmax papers, drawn anew for any margins."""
