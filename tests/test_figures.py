@@ -146,7 +146,7 @@ def test_margins_by_the_words_of_a_config():
     "text, message",
     [
         ("cosfase", "no margin is called 'cosfase'; did you mean cosface"),
-        ("cosface:m=0.3", "cosface has no such parameter; it has scale, margin"),
+        ("cosface:m=0.3", "cosface has no such parameter; it has scale, learn_scale, "),
         ("cosface:0.3", "got '0.3' in 'cosface:0.3'; wanted parameter=value"),
         ("cosface:margin=big", "got 'big'; wanted a number"),
         ("cosface:margin=3", r"margin is 3.0; give one in \[0, 2\)"),
@@ -350,6 +350,22 @@ def test_cosines_are_counted_as_they_are():
     assert same.target[-1] == 7
 
 
+def test_of_sub_centers_the_nearest_counts():
+    generator = torch.Generator().manual_seed(0)
+    embeddings, centers = torch.randn(40, 5, generator=generator), torch.randn(14, 5, generator=generator)
+    labels = torch.arange(40) % 7
+    counts = count_cosines(embeddings, labels, centers, sub_centers=2)
+    cosine = torch.nn.functional.cosine_similarity(embeddings[:, None], centers[None], dim=2)
+    own = [max(row[2 * label], row[2 * label + 1]).item() for row, label in zip(cosine, labels, strict=True)]
+    assert np.array_equal(counts.target, np.histogram(own, EDGES)[0])
+    assert counts.negative.sum() == 40 * 6
+
+
+def test_small_networks_have_one_center_a_class(toys):
+    with pytest.raises(ValueError, match="one center a class"):
+        train_toy(toys["images"], parse_margins("subcenterarcface:scale=8")[0], 2)
+
+
 def test_the_steps_shown_begin_and_end_with_the_training():
     assert thinned([1, 5, 9], 7) == [1, 5, 9]
     for count in (8, 20, 49, 500):
@@ -505,7 +521,8 @@ def test_a_checkpoint_gives_what_the_run_had(run, glyphs_ci):
     found = checkpoints.complete_checkpoints(run)
     assert [one.step for one in found] == [3, 6, 9, 12]
     parts = build(config_for(run, glyphs_ci / "train", *SHORT), torch.device("cpu"))
-    assert torch.equal(checkpoints.load_centers(found[-1]), parts.head.full_weight())
+    centers, sub_centers = checkpoints.load_centers(found[-1])
+    assert torch.equal(centers, parts.head.full_weight()) and sub_centers == 1
     images = checkpoints.run_images(found[-1], 7)
     config = checkpoints.config_of(found[-1])
     pixels = torch.from_numpy(images.transpose(0, 3, 1, 2)).float()

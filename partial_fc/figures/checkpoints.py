@@ -44,8 +44,8 @@ def load_net(found: Checkpoint) -> nn.Module:
     return net.eval()
 
 
-def load_centers(found: Checkpoint) -> Tensor:
-    """A checkpoint's class centers (C, D), caught up."""
+def load_centers(found: Checkpoint) -> tuple[Tensor, int]:
+    """A checkpoint's class centers (k C, D), caught up, and k, its sub-centers a class."""
     config, size = config_of(found), tuple(found.manifest["settings"]["image_size"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run was warned of its margin
@@ -58,7 +58,7 @@ def load_centers(found: Checkpoint) -> Tensor:
         )
     net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
     checkpoint.load(found, head=head, engine=DDPEngine(net, build_optimizer(net, config.optim), torch.device("cpu")))
-    return head.full_weight()
+    return head.full_weight(), head.sub_centers
 
 
 def run_cosines(run: Path, *, images: int = 1000, seed: int = 0) -> dict[int, Counts]:
@@ -80,7 +80,7 @@ def run_cosines(run: Path, *, images: int = 1000, seed: int = 0) -> dict[int, Co
         embed = embedder(one)
         batches = [batch.images.numpy().transpose(0, 2, 3, 1) for batch in images_in_order(index, samples, BATCH, 0)]
         embeddings = torch.from_numpy(np.concatenate([embed(batch) for batch in batches]))
-        counts[one.step] = count_cosines(embeddings, labels, load_centers(one))
+        counts[one.step] = count_cosines(embeddings, labels, *load_centers(one))
     return counts
 
 

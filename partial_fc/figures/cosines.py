@@ -33,9 +33,13 @@ class Counts:
     hardest: np.ndarray
 
 
-def count_cosines(embeddings: Tensor, labels: Tensor, centers: Tensor) -> Counts:
-    """Of embeddings (n, D), labels (n,) and centers (C, D), which need not be normalized. C is 2 or more."""
+def count_cosines(embeddings: Tensor, labels: Tensor, centers: Tensor, sub_centers: int = 1) -> Counts:
+    """Of embeddings (n, D), labels (n,) and centers (C, D), which need not be normalized. C is 2 or more.
+
+    With k sub-centers, centers (k C, D), the nearest of each class counts.
+    """
     cosine = unit(embeddings.float())[0] @ unit(centers.float())[0].T
+    cosine = cosine.unflatten(1, (-1, sub_centers)).amax(dim=2)
     own = labels.unsqueeze(1)
     target = cosine.gather(1, own).squeeze(1)
     others = cosine.scatter(1, own, -torch.inf)
