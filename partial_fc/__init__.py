@@ -1,5 +1,6 @@
 """Margin-softmax training with more classes than one device can hold."""
 
+from partial_fc.export.model import load_backbone, load_image
 from partial_fc.head.embedding_losses import CenterLoss, ContrastiveLoss, TripletLoss
 from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.margins import (
@@ -47,4 +48,6 @@ __all__ = [
     "SubCenterArcFace",
     "TripletLoss",
     "WarmUp",
+    "load_backbone",
+    "load_image",
 ]

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
+from partial_fc.head.centers import MissedUpdates, catch_up
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.sampling import tables
 from partial_fc.parallel import distributed
@@ -55,6 +58,14 @@ def find_latest(run: Path) -> Checkpoint | None:
     folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
     complete = (folder for folder in folders if (folder / "manifest.json").exists())
     return next((open_checkpoint(folder) for folder in complete), None)
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in the folder `path`, or the newest of the run folder `path`. Raises ValueError without one."""
+    found = open_checkpoint(path) if (path / "manifest.json").exists() else find_latest(path)
+    if found is None:
+        raise ValueError(f"{path} holds no complete checkpoint; give a run folder or the folder of a checkpoint")
+    return found
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -143,10 +154,7 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
                     f"it was written with {name} {manifest.get(name, 1)}, this run has {value}: continue with the data "
                     "and config that it was written with, or give another run.dir"
                 )
-        owned = sorted(entry["classes"] for entry in checkpoint.files() if "classes" in entry)
-        ends = [0, *(stop for _, stop in owned)]
-        if [start for start, _ in owned] != ends[:-1] or ends[-1] != head.num_classes:
-            raise ValueError(f"its parts hold classes {owned}, which do not tile the {head.num_classes} there are")
+        _check_parts(checkpoint, head.num_classes)
         for entry in checkpoint.files()[distributed.rank() :: distributed.world_size()]:
             _verify(path, entry)
     with distributed.together(f"loading {path}"):
@@ -228,6 +236,15 @@ def _read_rows(checkpoint: Checkpoint, name: str, classes: range, out: Tensor) -
     return True
 
 
+def _check_parts(checkpoint: Checkpoint, num_classes: int) -> None:
+    owned = sorted(entry["classes"] for entry in checkpoint.files() if "classes" in entry)
+    ends = [0, *(stop for _, stop in owned)]
+    if [start for start, _ in owned] != ends[:-1] or ends[-1] != num_classes:
+        raise ValueError(
+            f"{checkpoint.path}: its parts hold classes {owned}, which do not tile the {num_classes} there are"
+        )
+
+
 def _write(path: Path, tensors: dict[str, Tensor]) -> dict:
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
     return _entry(path)
@@ -272,3 +289,45 @@ def read_backbone(checkpoint: Checkpoint) -> dict[str, Tensor]:
     entry = next(entry for entry in checkpoint.files() if entry["name"] == "backbone.safetensors")
     _verify(checkpoint.path, entry)
     return load_file(checkpoint.path / entry["name"])
+
+
+def read_centers(checkpoint: Checkpoint, classes_at_once: int) -> Iterator[Tensor]:
+    """All class centers in order, caught up: joined they are what `PartialFC.full_weight` of the run gives.
+
+    Yields (n, D), or (n, k, D) with k sub-centers, of at most `classes_at_once` classes, in the run's dtype; no more
+    is in memory, and no process group is needed. Every file is verified first. Raises ValueError for a damaged one.
+    """
+    manifest, path = checkpoint.manifest, checkpoint.path
+    num_classes, k = manifest["num_classes"], manifest.get("sub_centers", 1)
+    _check_parts(checkpoint, num_classes)
+    wanted = [entry for entry in checkpoint.files() if "classes" in entry or entry["name"] == "history.safetensors"]
+    for entry in tqdm(wanted, desc="verifying class centers", unit=" files", mininterval=1, delay=2):
+        _verify(path, entry)
+    per_class = () if k == 1 else (k,)
+    slices = [
+        range(start, min(start + classes_at_once, num_classes)) for start in range(0, num_classes, classes_at_once)
+    ]
+
+    def read(name: str, classes: range, *width: int, dtype: torch.dtype) -> Tensor | None:
+        out = torch.empty(len(classes), *per_class, *width, dtype=dtype)
+        return out if _read_rows(checkpoint, name, classes, out) else None
+
+    # The least updated row tells how far the table of missed updates has to reach back; 4 bytes a row.
+    missed = MissedUpdates()
+    history = load_file(path / "history.safetensors")["history"]
+    last_updates = (read("last_update", classes, dtype=torch.int32) for classes in slices)
+    oldest = min((int(rows.min()) for rows in last_updates if rows is not None), default=len(history))
+    missed.replay(history, len(history) - oldest)
+
+    width, dtype = manifest["embedding_dim"], getattr(torch, manifest["dtype"])
+    for classes in slices:
+        weight = read("weight", classes, width, dtype=dtype)
+        if weight is None:
+            raise ValueError(f"{path} has no class centers of {width} numbers for classes {classes.start} and on")
+        last_update = read("last_update", classes, dtype=torch.int32)
+        if last_update is not None:  # else every row is current
+            momentum = read("momentum", classes, width, dtype=dtype)
+            lag = missed.updates - last_update.flatten().long()
+            matrices = missed.matrices(lag).to(dtype).flatten(1).T.contiguous()
+            catch_up(weight.view(-1, width), momentum.view(-1, width), matrices, None)
+        yield weight

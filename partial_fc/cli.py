@@ -10,6 +10,9 @@ from partial_fc.benchmark.measure import LABELS
 from partial_fc.benchmark.sampler import benchmark_sampler
 from partial_fc.config import EvaluationSet
 from partial_fc.evaluate.runs import evaluate_run
+from partial_fc.export.embed import embed_images
+from partial_fc.export.formats import FORMATS
+from partial_fc.export.run import export_run
 from partial_fc.figures.draw import FIGURES, draw_figures
 from partial_fc.figures.toy import EPOCHS
 from partial_fc.parallel import distributed
@@ -28,7 +31,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="partial-fc", description="Data, evaluation, reports, figures and benchmarks of partial_fc."
+        prog="partial-fc", description="Data, evaluation, reports, figures, exports and benchmarks of partial_fc."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -84,6 +87,26 @@ def _parser() -> argparse.ArgumentParser:
     figures.add_argument("--format", choices=("png", "svg"), default="png")
     figures.add_argument("--seed", type=int, default=0)
     figures.set_defaults(run=_figures)
+
+    export = commands.add_parser("export", help="a run's backbone in a folder that others can load")
+    export.add_argument("path", type=Path, help="run folder, or the folder of one checkpoint")
+    export.add_argument("out", type=Path, help="new folder: model.safetensors, config.json, README.md")
+    export.add_argument(
+        "--formats", type=_names, default=["safetensors"], metavar="NAME,...", help=f"some of {','.join(FORMATS)}"
+    )
+    export.add_argument("--gallery", action="store_true", help="class centers and class names, too")
+    export.add_argument("--images", type=Path, help="folder or data set to check with; unset: the run's own data")
+    export.set_defaults(run=_export)
+
+    embed = commands.add_parser("embed", help="embeddings of images into a file, on all ranks of torchrun")
+    embed.add_argument("model", help="exported folder, run folder, folder of a checkpoint, or owner/name on the hub")
+    embed.add_argument("source", type=Path, help="folder of images in any layout, or a prepared data set")
+    embed.add_argument(
+        "out", type=Path, help="new .safetensors or .npy; what the rows are goes into a .jsonl beside it"
+    )
+    embed.add_argument("--batch", type=int, default=256, help="images embedded at once by a rank; unset: 256")
+    embed.add_argument("--workers", type=int, default=2, help="reader processes of a rank, for a data set; unset: 2")
+    embed.set_defaults(run=_embed)
 
     benchmark = commands.add_parser("benchmark", help="what a part costs, beside what it replaces")
     parts = benchmark.add_subparsers(required=True, metavar="PART")
@@ -222,6 +245,22 @@ def _figures(arguments: argparse.Namespace) -> None:
         format=arguments.format,
     )
     print(f"page: {arguments.out / 'index.html'}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    export_run(arguments.path, arguments.out, arguments.formats, gallery=arguments.gallery, images=arguments.images)
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    with distributed.job() as device:
+        embed_images(
+            arguments.model,
+            arguments.source,
+            arguments.out,
+            device,
+            batch_size=arguments.batch,
+            workers=arguments.workers,
+        )
 
 
 def _benchmark_head(arguments: argparse.Namespace) -> None:

@@ -369,6 +369,11 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
+def read_environment(path: Path) -> dict[str, str]:
+    """What `save_config` noted beside the settings; empty without such a file."""
+    return (yaml.safe_load(path.read_text()) or {}).get("environment", {}) if path.exists() else {}
+
+
 def environment() -> dict[str, str]:
     """git commit and versions; what cannot be told is said to be unknown."""
     packages = ("partial_fc", "torch", "numpy", "opencv-python-headless", "webdataset", "safetensors")

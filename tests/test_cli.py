@@ -102,7 +102,7 @@ def test_prepare_glyphs(tmp_path):
             ("prepare", "glyphs", "nowhere", "out"),
             "error: got the source 'nowhere', wanted small, medium, large, letters or a folder",
         ),
-        (("evaluate", "nowhere"), "error: evaluating nowhere failed: it holds no complete checkpoint"),
+        (("evaluate", "nowhere"), "error: evaluating nowhere failed: nowhere holds no complete checkpoint"),
         (("report", "nowhere"), "error: nowhere is no run folder"),
     ],
 )

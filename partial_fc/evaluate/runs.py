@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from partial_fc import backbone
-from partial_fc.checkpoint import Checkpoint, find_latest, open_checkpoint, read_backbone
+from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone
 from partial_fc.config import Config, Evaluate, EvaluationSet
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
@@ -34,9 +34,7 @@ def evaluate_run(
     """
     path = Path(path)
     with distributed.together(f"evaluating {path}"):
-        found = open_checkpoint(path) if (path / "manifest.json").exists() else find_latest(path)
-        if found is None:
-            raise ValueError("it holds no complete checkpoint; give a run folder or the folder of a checkpoint")
+        found = find_checkpoint(path)
         config = Config.model_validate(found.manifest["settings"]["config"])
         settings = config.evaluate if settings is None else settings
         sets = settings.sets if sets is None else sets

@@ -115,12 +115,12 @@ def prepare_folder(
 
     index = write_shards(
         out,
-        _in_threads(sample, order.tolist()),
-        [_printable(identity) for identity in identities],
+        in_threads(sample, order.tolist()),
+        [printable(identity) for identity in identities],
         total=len(images),
         prepared={
             "kind": "folder",
-            "source": _printable(str(source)),
+            "source": printable(str(source)),
             "image_size": list(size),
             "min_samples": min_samples,
             "seed": seed,
@@ -136,10 +136,6 @@ def prepare_folder(
 
 def _list(source: Path, dropped: Counter[str]) -> list[_File]:
     """The files in the folders of `source` that look like images, sorted by identity and path."""
-
-    def fail(error: OSError) -> None:
-        raise error  # os.walk would leave out a folder that it may not read
-
     files = []
     for entry in tqdm(sorted(os.scandir(source), key=lambda entry: entry.name), desc="listing", mininterval=1):
         if entry.name.startswith("."):
@@ -147,21 +143,37 @@ def _list(source: Path, dropped: Counter[str]) -> list[_File]:
         if not entry.is_dir():
             dropped["outside_identity"] += 1
             continue
-        for folder, folders, names in os.walk(entry.path, onerror=fail):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                if name.startswith("."):
-                    continue
-                if _extension(name) in _EXTENSIONS:
-                    files.append(_File(entry.name, os.path.join(folder, name)))
-                else:
-                    dropped["not_an_image"] += 1
+        paths, others = images_below(entry.path)
+        files += [_File(entry.name, path) for path in paths]
+        dropped["not_an_image"] += others
     return files
+
+
+def images_below(top: str) -> tuple[list[str], int]:
+    """Paths of the files at any depth of `top` that are named like images, sorted, and how many others there are.
+
+    Hidden files and folders are left alone. Raises OSError for a folder that may not be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would leave out a folder that it may not read
+
+    paths, others = [], 0
+    for folder, folders, names in os.walk(top, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.startswith("."):
+                continue
+            if _extension(name) in _EXTENSIONS:
+                paths.append(os.path.join(folder, name))
+            else:
+                others += 1
+    return paths, others
 
 
 def _examine_all(files: list[_File], dropped: Counter[str]) -> list[_Image]:
     images = []
-    for result in tqdm(_in_threads(_examine, files), desc="decoding", unit=" images", total=len(files), mininterval=1):
+    for result in tqdm(in_threads(_examine, files), desc="decoding", unit=" images", total=len(files), mininterval=1):
         if isinstance(result, str):
             dropped[result] += 1
         else:
@@ -171,18 +183,25 @@ def _examine_all(files: list[_File], dropped: Counter[str]) -> list[_Image]:
 
 def _examine(file: _File) -> _Image | str:
     """The decoded file's facts, or the reason to drop it."""
-    if not os.path.isfile(file.path):  # a pipe would block
+    read = read_image(file.path)
+    if isinstance(read, str):
+        return read
+    data, image = read
+    return _Image(*file, hashlib.blake2b(data, digest_size=16).digest(), image.shape[:2])
+
+
+def read_image(path: str | os.PathLike) -> tuple[bytes, np.ndarray] | str:
+    """A file's bytes and pixels (h, w, 3) uint8 RGB, or the reason why it has none: unreadable, empty, undecodable."""
+    if not os.path.isfile(path):  # a pipe would block
         return "unreadable"
     try:
-        data = Path(file.path).read_bytes()
+        data = Path(path).read_bytes()
     except OSError:
         return "unreadable"
     if not data:
         return "empty"
     image = decode(data)
-    if image is None:
-        return "undecodable"
-    return _Image(*file, hashlib.blake2b(data, digest_size=16).digest(), image.shape[:2])
+    return "undecodable" if image is None else (data, image)
 
 
 def _drop_repeated(images: list[_Image], dropped: Counter[str]) -> list[_Image]:
@@ -222,15 +241,17 @@ def _stored(image: _Image, size: tuple[int, int], quality: int) -> tuple[bytes, 
     extension = "jpg" if _extension(image.path) in _JPEG else _extension(image.path)
     if image.size == size:
         return data, extension
-    pixels = cv2.cvtColor(_fit(decode(data), size), cv2.COLOR_RGB2BGR)
+    pixels = cv2.cvtColor(fit(decode(data), size), cv2.COLOR_RGB2BGR)
     extension = "jpg" if extension == "jpg" else "png"
     options = [cv2.IMWRITE_JPEG_QUALITY, quality] if extension == "jpg" else []
     return cv2.imencode(f".{extension}", pixels, options)[1].tobytes(), extension
 
 
-def _fit(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(h, w, 3) → (H, W, 3): the largest middle part of the shape of `size`, resized."""
+def fit(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(h, w, 3) → (H, W, 3): the largest middle part of the shape of `size`, resized; what has that size stays."""
     height, width = pixels.shape[:2]
+    if (height, width) == tuple(size):
+        return pixels
     scale = max(size[0] / height, size[1] / width)
     part_height = min(height, max(1, round(size[0] / scale)))
     part_width = min(width, max(1, round(size[1] / scale)))
@@ -240,7 +261,7 @@ def _fit(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(part, size[::-1], interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
 
 
-def _in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """function of every item, in order. OpenCV and file reads leave the interpreter to other threads."""
     remaining = iter(items)
     with ThreadPoolExecutor() as pool:
@@ -252,6 +273,6 @@ def _extension(path: str) -> str:
     return os.path.splitext(path)[1][1:].lower()
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A file name as one line of UTF-8: other bytes are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace").replace("\n", "\\n")

@@ -1,0 +1,195 @@
+"""The backbone as its users see it: pixels in, normalized embeddings out; and the folder that it is kept in.
+
+config.json         what is in the folder: backbone, image size, pixel normalization, where it comes from
+model.safetensors   the backbone's parameters and buffers, under its own names
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from partial_fc.backbone import build_seeded
+from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone
+from partial_fc.config import Backbone, Config, read_environment
+from partial_fc.prepare.folder import fit, read_image
+
+FORMAT, VERSION = "partial_fc-backbone", 1
+_KEYS = ("backbone", "image_size", "mean", "std", "flip", "model_sha256")
+
+
+class Embedder(nn.Module):
+    """uint8 RGB images (b, 3, H, W) of values 0 to 255 -> normalized embeddings (b, D) float32.
+
+    The pixel normalization (images - mean) / std is inside. `flip` adds the embedding of the mirrored image before
+    normalizing. `config` holds what config.json says, `image_size` (H, W) and `embedding_dim` what the backbone wants
+    and gives. Raises ValueError for other images.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float], flip: bool, config: dict[str, Any]
+    ):
+        super().__init__()
+        self.backbone, self.flip, self.config = backbone, flip, config
+        self.image_size: tuple[int, int] = tuple(config["image_size"])
+        self.embedding_dim: int = config["backbone"]["embedding_dim"]
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8:
+            raise ValueError(
+                f"got {images.dtype} images, wanted torch.uint8 of values 0 to 255, RGB: the model normalizes pixels "
+                "itself"
+            )
+        images = (images.float() - self.mean) / self.std
+        embeddings = self.backbone(images).float()
+        if self.flip:
+            embeddings = embeddings + self.backbone(images.flip(-1)).float()
+        return nn.functional.normalize(embeddings)
+
+
+def load_backbone(source: str | os.PathLike, revision: str | None = None) -> Embedder:
+    """The trained backbone in a folder of `partial-fc export`, or in a Hugging Face hub repository "owner/name".
+
+    In evaluation mode, on the CPU: uint8 RGB images (b, 3, H, W) to normalized embeddings (b, D), whose dot products
+    are cosines. The pixel normalization is inside. The hub needs the package huggingface_hub, which keeps what it
+    downloads; `revision` is a branch, tag or commit there. Nothing is unpickled and no code of the folder is run.
+
+    Raises ValueError for a folder that is damaged, of another kind or of a newer format.
+    """
+    folder = _folder(source, revision)
+    config = read_config(folder)
+    weights = folder / "model.safetensors"
+    if not weights.is_file() or _sha256(weights) != config["model_sha256"]:
+        raise ValueError(f"{weights} is missing or damaged: its SHA-256 is not config.json's; copy the folder again")
+    return _assemble(config, load_file(weights))
+
+
+def open_model(source: str | os.PathLike) -> Embedder:
+    """`load_backbone`, and the same of a run folder (its newest checkpoint) or of the folder of one checkpoint."""
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").exists():
+        return from_checkpoint(find_checkpoint(path))
+    return load_backbone(source)
+
+
+def from_checkpoint(found: Checkpoint) -> Embedder:
+    """The backbone of a checkpoint, with the pixel normalization and the flip that its config says."""
+    config = Config.model_validate(found.manifest["settings"]["config"])
+    classes = next(entry for entry in found.files() if entry["name"] == "classes.txt")
+    trained_with = read_environment(found.path.parent.parent / "config.yaml")
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "backbone": config.backbone.model_dump(mode="json"),
+        "image_size": list(found.manifest["settings"]["image_size"]),
+        "input": "uint8 (batch, 3, height, width), values 0 to 255; the model subtracts mean and divides by std itself",
+        "channel_order": "RGB",
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
+        "flip": config.evaluate.flip,
+        "output": "float32 (batch, embedding_dim), normalized: dot products are cosines",
+        "num_classes": found.manifest["num_classes"],
+        "classes_sha256": classes["sha256"],
+        "step": found.step,
+        "trained_at_commit": trained_with.get("git_commit", "unknown"),
+        "partial_fc_version": version("partial_fc"),
+    }
+    return _assemble(description, read_backbone(found))
+
+
+def save_backbone(model: Embedder, folder: Path) -> None:
+    """Writes model.safetensors and config.json into `folder`. Raises ValueError if a parameter is not finite."""
+    weights = folder / "model.safetensors"
+    state = {name: tensor.detach().contiguous() for name, tensor in model.backbone.state_dict().items()}
+    diverged = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if diverged:
+        raise ValueError(
+            f"the backbone's {diverged[0]} is not finite: training has diverged; export another checkpoint"
+        )
+    save_file(state, weights)
+    config = model.config | {"model_sha256": _sha256(weights)}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    weights.chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read it
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of an exported folder, checked."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no config.json: give a folder that `partial-fc export` wrote") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    got = config.get("format") if isinstance(config, dict) else None
+    if got != FORMAT:
+        raise ValueError(f"{file} has the format {got!r}, wanted {FORMAT!r}: `partial-fc export` writes it")
+    if config.get("version", 0) > VERSION:
+        raise ValueError(
+            f"{file} has the format version {config['version']}, this partial_fc reads up to {VERSION}: upgrade it"
+        )
+    missing = [key for key in _KEYS if key not in config]
+    if missing:
+        raise ValueError(f"{file} is damaged: it has no {', '.join(missing)}; export the run again")
+    return config
+
+
+def load_image(path: str | os.PathLike, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) uint8 RGB of an image file, as `partial-fc prepare folder` makes it: cut to the shape, resized.
+
+    size: (H, W), the model's `image_size`. Raises ValueError for a file that is no image.
+    """
+    read = read_image(path)
+    if isinstance(read, str):
+        raise ValueError(f"{os.fspath(path)} is {read}: wanted an image file")
+    return torch.from_numpy(fit(read[1], size)).permute(2, 0, 1).contiguous()
+
+
+def _assemble(config: dict[str, Any], state: dict[str, Tensor]) -> Embedder:
+    try:
+        chosen = Backbone.model_validate(config["backbone"])
+    except ValidationError as error:
+        raise ValueError(f"config.json's backbone is {config['backbone']}: {error}") from None
+    net = build_seeded(chosen.name, chosen.embedding_dim, tuple(config["image_size"]), seed=0)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:  # of names and shapes
+        raise ValueError(
+            f"the parameters are not those of the {chosen.name} that config.json describes: {error}"
+        ) from None
+    return Embedder(net, config["mean"], config["std"], config["flip"], config).eval()
+
+
+def _folder(source: str | os.PathLike, revision: str | None) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    text = os.fspath(source)
+    if path.is_absolute() or text.startswith(".") or text.count("/") != 1:
+        raise ValueError(f"{text} is no folder, nor a hub repository as owner/name")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise ValueError(
+            f"{text} is no folder here; to load it from the Hugging Face hub: pip install 'partial_fc[export]'"
+        ) from None
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=["config.json", "model.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"{text} is no folder here, and the Hugging Face hub did not give it: {error}") from None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
