@@ -22,14 +22,14 @@ FLOORS = [
     {"metrics", "evaluate"},
     {"build", "benchmark"},
     {"train"},
-    {"report"},
+    {"report", "study"},
     {"cli", "launch"},
 ]
 DOORS = {
     "torch.distributed": {"parallel/distributed.py"},
     "webdataset": {"data/shards.py"},
     "wandb": {"metrics.py"},
-    "yaml": {"config.py", "report/runs.py"},
+    "yaml": {"config.py", "report/runs.py", "study/plan.py"},
     "safetensors": {"checkpoint.py"},
     "PIL": {"prepare/faces.py"},
     "fontTools": {"prepare/faces.py"},
