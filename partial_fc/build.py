@@ -1,8 +1,9 @@
 """What a run is built of, from its config and its latest checkpoint; and whether the two belong together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from partial_fc.optim import build_optimizer
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
 from partial_fc.progress import Progress
+from partial_fc.seeds import seed_for
 
 
 @dataclass
@@ -47,7 +49,7 @@ def build(config: Config, device: torch.device) -> Parts:
         torch.set_num_threads(config.run.threads)
     with distributed.together("preparing the run"):
         margin = build_margin(config.head.margin.name, config.head.margin.parameters)
-        index = load_index(config.data.train)
+        index = with_label_noise(load_index(config.data.train), config.data.label_noise, config.run.seed)
         size = image_size(index)
         order = Order(
             index.samples_per_shard,
@@ -105,6 +107,18 @@ def build(config: Config, device: torch.device) -> Parts:
     return Parts(index, order, head, engine, total_steps, start_step, progress, head_rate)
 
 
+def with_label_noise(index: Index, probability: float, seed: int) -> Index:
+    """The data set with each label replaced, with this probability, by one of the other classes, equally likely."""
+    if not probability:
+        return index
+    if index.num_classes < 2:
+        raise ValueError(f"data.label_noise {probability}: {index.path} has one class, and no other one to take")
+    random = np.random.Generator(np.random.Philox(seed_for("label noise", seed)))
+    replaced = random.random(index.num_samples) < probability
+    other = (index.label + random.integers(1, index.num_classes, index.num_samples)) % index.num_classes
+    return replace(index, label=np.where(replaced, other, index.label))
+
+
 def _first(value: float | None, default: float) -> float:
     return default if value is None else value
 
@@ -143,6 +157,7 @@ def order_settings(config: Config, index: Index) -> dict:
         "data.global_batch_size": config.data.global_batch_size,
         "data.streams": config.data.streams,
         "data.shuffle_window": config.data.shuffle_window,
+        "data.label_noise": config.data.label_noise or None,  # checkpoints without it had none
         "data set": index.fingerprint,
     }
 

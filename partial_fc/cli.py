@@ -19,6 +19,8 @@ from partial_fc.parallel import distributed
 from partial_fc.prepare.folder import prepare_folder
 from partial_fc.prepare.glyphs import prepare_glyphs
 from partial_fc.report.page import write_report
+from partial_fc.study.run import default_ledger, run_study
+from partial_fc.study.table import study_table
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="partial-fc", description="Data, evaluation, reports, figures, exports and benchmarks of partial_fc."
+        prog="partial-fc", description="Data, evaluation, reports, figures, exports, benchmarks, studies of partial_fc."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -55,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     glyphs.add_argument("--min-samples", type=int, help="faces that must draw an identity")
     glyphs.add_argument("--hold-out", type=_names, metavar="NAME,...", help="beginnings of the held-out faces' names")
     glyphs.add_argument("--ranges", type=_ranges, metavar="4E00-9FFF,...", help="code points that are identities")
+    glyphs.add_argument(
+        "--validation", type=float, default=0.0, metavar="SHARE", help="of the identities, for sets to tune on"
+    )
+    glyphs.add_argument("--identities", type=int, metavar="N", help="for training, at most; unset: all")
+    glyphs.add_argument("--detail", type=int, metavar="PIXELS", help="low resolution: reduced to this, enlarged again")
+    glyphs.add_argument("--blur", type=float, default=0.0, metavar="PIXELS", help="deviation of a Gaussian; unset: 0")
     glyphs.add_argument("--seed", type=int, default=0, help="of the split and the samples' order")
     glyphs.set_defaults(run=_prepare_glyphs)
 
@@ -148,6 +156,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     sampler.add_argument("--batches", type=int, default=10, help="of the run's training data")
     sampler.set_defaults(run=_benchmark_sampler)
+
+    study = commands.add_parser("study", help="many runs that differ in a few settings, tuned alike, and their table")
+    parts = study.add_subparsers(required=True, metavar="PART")
+    trials = parts.add_parser("run", help="what the ledger lacks; then the table")
+    trials.add_argument("plan", type=Path, help="rows, grids and seeds, as configs/study/table1.yaml")
+    trials.add_argument("--ledger", type=Path, metavar="FILE", help="unset: ledger.jsonl beside the plan")
+    trials.add_argument("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="unset: runs/study")
+    trials.add_argument("--jobs", type=int, default=1, help="runs side by side, one core each")
+    trials.add_argument("--hours", type=float, help="then runs save and stop; the same command goes on")
+    trials.add_argument("--retry-failed", action="store_true", help="run those again that failed")
+    trials.set_defaults(run=_study_run)
+    table = parts.add_parser("table", help="mean and range of the seeds, and differences from the reference row")
+    table.add_argument("plan", type=Path, help="a plan that was run, or is running")
+    table.add_argument("--ledger", type=Path, metavar="FILE", help="unset: ledger.jsonl beside the plan")
+    table.add_argument("--table", choices=("plain", "markdown"), default="plain")
+    table.set_defaults(run=_study_table)
     return parser
 
 
@@ -206,6 +230,10 @@ def _prepare_glyphs(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         ranges=arguments.ranges,
         hold_out=arguments.hold_out,
+        validation=arguments.validation,
+        identities=arguments.identities,
+        detail=arguments.detail,
+        blur=arguments.blur,
     )
     for name, index in indexes.items():
         print(f"{arguments.out / name}: {index.num_samples:,} samples of {index.num_classes:,} identities")
@@ -286,6 +314,26 @@ def _benchmark_sampler(arguments: argparse.Namespace) -> None:
         benchmark_sampler(
             arguments.path, device, random=arguments.random, hard=arguments.hard, batches=arguments.batches
         )
+
+
+def _study_run(arguments: argparse.Namespace) -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # hours long, and mostly into a file
+    finished = run_study(
+        arguments.plan,
+        ledger_file=arguments.ledger,
+        runs=arguments.runs,
+        jobs=arguments.jobs,
+        hours=arguments.hours,
+        retry_failed=arguments.retry_failed,
+    )
+    print(study_table(arguments.plan, arguments.ledger or default_ledger(arguments.plan)))
+    if not finished:
+        sys.exit(2)
+
+
+def _study_table(arguments: argparse.Namespace) -> None:
+    file = arguments.ledger or default_ledger(arguments.plan)
+    print(study_table(arguments.plan, file, markdown=arguments.table == "markdown"))
 
 
 if __name__ == "__main__":

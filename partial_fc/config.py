@@ -73,6 +73,8 @@ class Data(Section):
     """Pixel deviation (RGB), divided by then."""
     max_undecodable: float = Field(0.001, ge=0, le=1)
     """A run stops when more than this fraction of its samples could not be decoded; below, batches are shorter."""
+    label_noise: float = Field(0.0, ge=0, le=1)
+    """Probability that a sample's label is replaced by another class, once for the whole run, by run.seed."""
     restart: bool = False
     """Accept a checkpoint made with another seed, data set or batch size; the new order holds from its step on."""
 
@@ -262,11 +264,16 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     run = values.setdefault("run", {})
     if isinstance(run, dict) and not run.get("dir"):
         run["dir"] = f"runs/{path.stem}"
+    return check_config(values, f"{path} with its overrides")
+
+
+def check_config(values: dict, what: str) -> Config:
+    """Nested plain values over the defaults. Raises ValueError, which names `what`, with everything that is wrong."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
-        raise ValueError(f"{path} with its overrides is no valid config:\n{problems}") from None
+        raise ValueError(f"{what} is no valid config:\n{problems}") from None
 
 
 def _override(values: dict, override: str) -> None:

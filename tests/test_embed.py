@@ -148,6 +148,7 @@ def test_a_result_is_what_its_parts_measure(data):
     tar, threshold, reached = pairs.tar_at_far(1e-3)
     assert result["tar_at_far"]["0.001"] == {"tar": tar, "far": reached, "threshold": threshold}
     assert result["rank1"] == identify(embeddings, index.label, seed=4).rank1
+    assert result["dir_at_far"] == {"0.01": None}  # 36 probes of unknown identities, and 0.36 of them may be accepted
     assert (result["num_samples"], result["num_identities"]) == (72, 24)
     assert (result["num_genuine"], result["num_impostor"]) == (24 * 3, 72 * 71 // 2 - 72)
     histogram = result["histogram"]

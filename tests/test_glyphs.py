@@ -18,8 +18,10 @@ from partial_fc.prepare.glyphs import (
     LETTERS,
     SPLITS,
     STYLIZED,
+    VALIDATION_SPLITS,
     is_held_out,
     is_test,
+    is_validation,
     prepare_glyphs,
     select,
 )
@@ -158,6 +160,67 @@ def test_test_share_and_seed():
     for chosen in of_seed:
         assert len(chosen) / (last + 1 - first) == pytest.approx(0.15, abs=0.01)
     assert len(of_seed[0] & of_seed[1]) / len(of_seed[0]) == pytest.approx(0.15, abs=0.03)
+
+
+def test_validation_takes_identities_from_training_alone(letters, tmp_path):
+    made = prepare_glyphs("letters", tmp_path / "out", size=SIZE, validation=0.2, identities=200, workers=2)
+    assert set(made) == {*SPLITS, *VALIDATION_SPLITS}
+    for split in SPLITS[1:]:
+        assert made[split].fingerprint == letters[split].fingerprint
+    train, seen, unseen = (set(made[split].classes()) for split in ("train", *VALIDATION_SPLITS))
+    assert len(train) == 200 and unseen <= seen
+    assert train | seen < set(letters["train"].classes()) and not train & seen
+    assert len(seen) / letters["train"].num_classes == pytest.approx(0.2 / 0.85, abs=0.06)
+    assert all(is_validation(int(name[2:], 16), 0, 0.2) for name in seen)
+    held_out = set(made["train"].prepared["held_out_faces"])
+    for split in VALIDATION_SPLITS:
+        faces = made[split].prepared["faces"]
+        drawn_by = {faces[number] for number in made[split].extra["face"].tolist()}
+        assert drawn_by <= held_out if split == "validation_unseen" else not drawn_by & held_out
+    prepared = made["train"].prepared
+    assert prepared["options"]["validation"] == 0.2 and prepared["options"]["identities"] == 200
+    assert not {"validation", "identities"} & set(letters["train"].prepared["options"])
+    written = sum(index.num_samples for index in made.values())
+    assert written + sum(prepared["dropped"].values()) == prepared["claimed"]
+    assert prepared["dropped"]["spare_identity"] > 0
+
+
+def test_fewer_identities_are_among_more_and_validation_leaves_them():
+    glyphs = [glyph(code_point, 0, f"{code_point}") for code_point in range(1000)]
+
+    def training(identities, validation):
+        splits, _ = select(glyphs, set(), min_samples=1, seed=0, validation=validation, identities=identities)
+        assert not {one.code_point for one in splits["train"]} & {
+            one.code_point for one in splits.get("validation_seen", [])
+        }
+        return {one.code_point for one in splits["train"]}
+
+    assert len(training(None, 0.0)) > 800 and len(training(300, 0.0)) == 300
+    assert training(100, 0.0) < training(300, 0.0) == training(300, 0.2)
+    assert training(None, 0.2) < training(None, 0.0) == training(5000, 0.0)
+    for options in ({"validation": 0.9}, {"validation": -0.1}, {"identities": 0}):
+        with pytest.raises(ValueError, match="wanted"):
+            prepare_glyphs("letters", Path("never written"), **options)
+
+
+def test_poorer_images_are_of_the_same_glyphs(tmp_path):
+    options = {"size": SIZE, "ranges": LATIN, "min_samples": 4, "workers": 2}
+    clear = prepare_glyphs("letters", tmp_path / "clear", **options)
+    for name, poorer in (("detail", {"detail": 8}), ("blur", {"blur": 2.0})):
+        made = prepare_glyphs("letters", tmp_path / name, **options, **poorer)
+        for split, index in made.items():
+            assert (index.label == clear[split].label).all()
+            assert (index.extra["face"] == clear[split].extra["face"]).all()
+        pixels, before = (
+            np.stack([cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE) for png in images(one["train"])])
+            for one in (made, clear)
+        )
+        assert made["train"].prepared["mean"] == pytest.approx([pixels.mean()] * 3, abs=1e-3)
+        assert made["train"].prepared["options"][name] == poorer[name]
+        edges, edges_before = (np.abs(np.diff(one.astype(int), axis=2)).mean() for one in (pixels, before))
+        assert edges < 0.6 * edges_before and pixels.mean() == pytest.approx(before.mean(), rel=0.05)
+    with pytest.raises(ValueError, match="got detail 33 and blur 0.0, wanted 1 to 32 pixels"):
+        prepare_glyphs("letters", tmp_path / "none", **options, detail=33)
 
 
 def test_select_drops_bitmaps_that_a_face_uses_more_than_once():

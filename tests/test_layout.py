@@ -22,7 +22,7 @@ FLOORS = [
     {"metrics", "evaluate"},
     {"build", "benchmark", "export"},
     {"train"},
-    {"report"},
+    {"report", "study"},
     {"figures"},
     {"cli", "launch"},
 ]
@@ -30,7 +30,7 @@ DOORS = {
     "torch.distributed": {"parallel/distributed.py"},
     "webdataset": {"data/shards.py"},
     "wandb": {"metrics.py"},
-    "yaml": {"config.py", "report/runs.py"},
+    "yaml": {"config.py", "report/runs.py", "study/plan.py"},
     "safetensors": {"checkpoint.py", "export/model.py"},
     "onnxruntime": {"export/formats.py"},
     "huggingface_hub": {"export/model.py"},

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from partial_fc.data.shards import Index
 from partial_fc.evaluate.embed import embed
-from partial_fc.evaluate.identification import choose_gallery, identify
+from partial_fc.evaluate.identification import choose_gallery, detect_and_identify, identify
 from partial_fc.evaluate.pairs import BINS, Pair, PairScores, all_pairs
 from partial_fc.evaluate.scores import on_grid
 from partial_fc.evaluate.verification import fold_accuracy, verification_pairs
 from partial_fc.seeds import seed_for
 
 FARS = ("0.001", "0.0001", "1e-05")  # the keys in evaluation.json
+DIR_FARS = ("0.01",)
 FOLDS = 10
 PAIRS_PER_FOLD = 300  # of either kind, as in LFW
 HISTOGRAM_BINS = 128
@@ -28,21 +29,26 @@ def evaluate_sets(
     """The result of every set, under its name: what evaluation.json holds for one model.
 
     A set is its data and its distractors, or None. One sample of each distractor identity enlarges the gallery of
-    rank-1; verification knows no distractors. `seed` chooses these samples, the gallery's, and the pairs of the
-    10-fold accuracy; `embedding` holds the options of `embed`. In and out equal on all ranks. Sets that share data
-    share its embeddings and its verification.
+    rank-1; verification and DIR know no distractors. `seed` chooses these samples, the gallery's, the known identities
+    of DIR, and the pairs of the 10-fold accuracy; `embedding` holds the options of `embed`. In and out equal on all
+    ranks. Sets that share data share its embeddings, its verification and its DIR.
     """
     embeddings: dict[Path, Tensor] = {}
-    verified: dict[Path, dict] = {}
+    others: dict[Path, Tensor] = {}
+    without_distractors: dict[Path, dict] = {}
     results = {}
     for name, (index, distractors) in sets.items():
         if index.path not in embeddings:
             embeddings[index.path] = embed(backbone, index, **embedding)
-            verified[index.path] = verify(embeddings[index.path], index.label, seed)
+            without_distractors[index.path] = verify(embeddings[index.path], index.label, seed) | {
+                "dir_at_far": open_set(embeddings[index.path], index.label, seed)
+            }
+        if distractors is not None and distractors.path not in others:
+            others[distractors.path] = _embed_distractors(backbone, distractors, seed, embedding)
         found = identify(
             embeddings[index.path],
             index.label,
-            distractors=None if distractors is None else _embed_distractors(backbone, distractors, seed, embedding),
+            distractors=None if distractors is None else others[distractors.path],
             seed=seed,
         )
         results[name] = {
@@ -53,7 +59,7 @@ def evaluate_sets(
             "num_probes": found.num_probes,
             "rank1": found.rank1,
             "cmc": found.cmc.tolist(),
-            **verified[index.path],
+            **without_distractors[index.path],
         }
     return results
 
@@ -119,6 +125,30 @@ def verify(embeddings: Tensor, labels: np.ndarray, seed: int) -> dict:
         result["examples"]["right"] = _typical(chosen, score, same, right, seed)
         result["examples"]["wrong"] = _worst(chosen, score, same, ~right, margin)
     return result
+
+
+def open_set(embeddings: Tensor, labels: np.ndarray, seed: int) -> dict[str, dict | None]:
+    """DIR at FAR of normalized embeddings (n, D), ready for JSON; see `detect_and_identify`.
+
+    Null at a FAR of which the unknown probes do not allow one false accept, or where fewer than two identities have two
+    samples.
+    """
+    if np.count_nonzero(np.unique(labels, return_counts=True)[1] > 1) < 2:
+        return dict.fromkeys(DIR_FARS)
+    found = detect_and_identify(embeddings, labels, [float(far) for far in DIR_FARS], seed=seed)
+    return {
+        far: None
+        if found.num_unknown * float(far) < 1
+        else {
+            "dir": float(found.dir[i]),
+            "far": float(found.far[i]),
+            "threshold": float(found.threshold[i]),
+            "num_gallery": found.num_gallery,
+            "num_known": found.num_known,
+            "num_unknown": found.num_unknown,
+        }
+        for i, far in enumerate(DIR_FARS)
+    }
 
 
 def _at(pairs: PairScores, far: str) -> dict[str, float] | None:

@@ -10,7 +10,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -213,6 +213,22 @@ def draw_many(face: Face, face_id: int, pen: Pen, size: int, code_points: Sequen
         digests = _digest(bitmap.tobytes()), _digest(repr(shape.size).encode() + shape.tobytes())
         glyphs.append(Glyph(code_point, face_id, *digests, _png(bitmap), ink))
     return glyphs, dropped
+
+
+def degraded(glyph: Glyph, detail: int | None, blur: float) -> Glyph:
+    """The glyph as a poor image shows it: reduced to `detail` pixels a side and enlarged again, then blurred.
+
+    Reduced by area averages, enlarged bilinearly; `blur` is the deviation of a Gaussian in pixels. The digests stay
+    those of the clear image.
+    """
+    bitmap = cv2.imdecode(np.frombuffer(glyph.png, np.uint8), cv2.IMREAD_GRAYSCALE)
+    if detail is not None:
+        small = cv2.resize(bitmap, (detail, detail), interpolation=cv2.INTER_AREA)
+        bitmap = cv2.resize(small, bitmap.shape[::-1], interpolation=cv2.INTER_LINEAR)
+    if blur:
+        bitmap = cv2.GaussianBlur(bitmap, (0, 0), blur)
+    values = bitmap.astype(np.int64)
+    return replace(glyph, png=_png(bitmap), ink=(int(values.sum()), int((values * values).sum())))
 
 
 def _digest(content: bytes) -> bytes:

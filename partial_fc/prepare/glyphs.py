@@ -7,6 +7,8 @@ A code point is an identity, one face (typeface) drawing it is one sample. Four 
     OUT/test_unseen   the same 15 %, the held-out faces     unseen identities, unseen faces: the hard one
     OUT/distractors   identities with too few samples for either, seen faces; they enlarge a gallery
 
+and on request OUT/validation_seen and OUT/validation_unseen, like the test sets, of identities that are in neither.
+
     font files ─ read_faces ─► faces, and what each claims to draw
                ─ measure ────► one pen (size and position) a face; a design that comes twice is used once
                ─ draw_many ──► glyphs: bitmap digest and PNG
@@ -27,13 +29,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from partial_fc.data.shards import Index, load_index, write_shards
-from partial_fc.prepare.faces import Glyph, draw_faces, fit_faces, read_fonts
+from partial_fc.prepare.faces import Glyph, degraded, draw_faces, fit_faces, read_fonts
 from partial_fc.prepare.fonts import FONT_SETS, fetch_fonts, font_cache
 from partial_fc.seeds import seed_for
 
 SPLITS = ("train", "test_seen", "test_unseen", "distractors")
+VALIDATION_SPLITS = ("validation_seen", "validation_unseen")
 TEST_SHARE = 0.15  # of the identities
 PLACEHOLDER = 5  # code points of one face with the same bitmap: a box that stands for "no glyph"
 
@@ -74,6 +78,10 @@ def prepare_glyphs(
     seed: int = 0,
     ranges: Ranges | None = None,
     hold_out: Sequence[str] | None = None,
+    validation: float = 0.0,
+    identities: int | None = None,
+    detail: int | None = None,
+    blur: float = 0.0,
     workers: int | None = None,
 ) -> dict[str, Index]:
     """Draw the glyphs of many fonts and write the four data sets to the new folder `out`.
@@ -83,7 +91,10 @@ def prepare_glyphs(
     An identity takes part in training or testing if at least `min_samples` seen faces draw it, each in its
     own way. A face is held out if a folder or file name on its path, or what follows "fonts-" in it, begins
     with one of `hold_out`; case and punctuation do not count. What is None depends on the source: see
-    DEFAULTS. The result does not depend on `workers`.
+    DEFAULTS. `validation` is the share of the identities that validation_seen and validation_unseen take from
+    train. `identities`: train keeps so many at most, those of fewer are among those of more; None: all.
+    `detail` and `blur` make all images poorer (see faces.degraded), of the same glyphs in the same order. The result
+    does not depend on `workers`.
 
     Returns the data sets by the name of their split; `distractors` is missing where nothing is left for it.
     Each has an array `face` (N,) int32 of indices into `prepared["faces"]`. `prepared["dropped"]` counts,
@@ -92,6 +103,12 @@ def prepare_glyphs(
 
     Raises FileExistsError if `out` exists; ValueError if the source has no fonts or leaves a data set empty.
     """
+    if not 0 <= validation < 1 - TEST_SHARE:
+        raise ValueError(f"got {validation} of the identities for validation, wanted 0 to below {1 - TEST_SHARE}")
+    if identities is not None and identities < 1:
+        raise ValueError(f"got {identities} identities for training, wanted at least 1")
+    if (detail is not None and not 1 <= detail <= size) or blur < 0:
+        raise ValueError(f"got detail {detail} and blur {blur}, wanted 1 to {size} pixels and a blur of 0 or more")
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists: delete it, or choose another folder to write to")
@@ -124,18 +141,27 @@ def prepare_glyphs(
         glyphs, dropped = draw_faces(pool, fitted, size)
 
     claimed = len(glyphs) + dropped.total()
-    splits, unused = select(glyphs, held_out, min_samples=min_samples, seed=seed)
-    if empty := [split for split in SPLITS[:3] if not splits[split]]:
+    splits, unused = select(
+        glyphs, held_out, min_samples=min_samples, seed=seed, validation=validation, identities=identities
+    )
+    wanted = (*SPLITS[:3], *(VALIDATION_SPLITS if validation else ()))
+    if empty := [split for split in wanted if not splits[split]]:
         raise ValueError(
             f"no glyph is left for {', '.join(empty)}: {len(faces) - len(held_out)} seen faces and "
             f"{len(held_out)} held-out ones claim {claimed} glyphs, min_samples is {min_samples}: "
             "lower it, add fonts or widen the ranges"
         )
+    if detail is not None or blur:
+        for split, sharp in splits.items():
+            bar = tqdm(sharp, desc=f"making {split} poorer", unit=" images", mininterval=1, delay=2)
+            splits[split] = [degraded(glyph, detail, blur) for glyph in bar]
     mean, std = _mean_and_std(splits["train"], size)
+    given = {"validation": validation, "identities": identities, "detail": detail, "blur": blur}
     prepared = {
         "kind": "glyphs",
         "source": str(source),
-        "options": {"min_samples": min_samples, "seed": seed, "ranges": ranges, "hold_out": hold_out},
+        "options": {"min_samples": min_samples, "seed": seed, "ranges": ranges, "hold_out": hold_out}
+        | {name: value for name, value in given.items() if value},
         "image_size": [size, size],
         "mean": [mean] * 3,
         "std": [std] * 3,
@@ -147,11 +173,11 @@ def prepare_glyphs(
     }
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
-    for split in SPLITS:
+    for split in splits:
         if splits[split]:
             _write(partial / split, splits[split], prepared | {"split": split}, seed)
     partial.rename(out)
-    return {split: load_index(out / split) for split in SPLITS if splits[split]}
+    return {split: load_index(out / split) for split in splits if splits[split]}
 
 
 def font_files(source: str | Path) -> tuple[Path, list[Path]]:
@@ -179,26 +205,43 @@ def is_held_out(path: Path, names: Iterable[str]) -> bool:
     return any(part.startswith(name) for name in map(_plain, names) if name for part in parts)
 
 
+def place(code_point: int, seed: int) -> int:
+    """An identity's place in [0, 2^63): the test takes the lowest ones, validation the next. A function of itself."""
+    return seed_for("glyphs", seed, code_point)
+
+
 def is_test(code_point: int, seed: int) -> bool:
     """Whether an identity is for testing: a function of nothing but itself and the seed."""
-    return seed_for("glyphs", seed, code_point) < TEST_SHARE * 2**63
+    return place(code_point, seed) < TEST_SHARE * 2**63
+
+
+def is_validation(code_point: int, seed: int, share: float) -> bool:
+    """Whether an identity is among the `share` for validation: a function of nothing else."""
+    return not is_test(code_point, seed) and place(code_point, seed) < (TEST_SHARE + share) * 2**63
 
 
 def select(
-    glyphs: Iterable[Glyph], held_out: set[int], *, min_samples: int, seed: int
+    glyphs: Iterable[Glyph],
+    held_out: set[int],
+    *,
+    min_samples: int,
+    seed: int,
+    validation: float = 0.0,
+    identities: int | None = None,
 ) -> tuple[dict[str, list[Glyph]], Counter]:
     """Sort glyphs into SPLITS, each in the order of (code point, face); count the dropped ones by reason.
 
-    `placeholder`: at least PLACEHOLDER code points look alike in that face: its box for a missing glyph.
-    `shared_bitmap`: fewer do, which is label noise. `duplicate`: another face draws the identity the same
-    way. `held_out_face`: drawn by a held-out face, of an identity that is not in the test.
+    With a share for `validation` also into VALIDATION_SPLITS. `placeholder`: at least PLACEHOLDER code points look
+    alike in that face: its box for a missing glyph. `shared_bitmap`: fewer do, which is label noise. `duplicate`:
+    another face draws the identity the same way. `held_out_face`: drawn by a held-out face, of an identity that is not
+    in test or validation. `spare_identity`: train has its `identities` without this one.
     """
     glyphs = sorted(glyphs, key=lambda glyph: (glyph.code_point, glyph.face in held_out, glyph.face))
     alike = Counter((glyph.face, glyph.digest) for glyph in glyphs)
     dropped: Counter = Counter()
-    identities: dict[int, list[Glyph]] = {}
+    drawn: dict[int, list[Glyph]] = {}
     for glyph in glyphs:
-        identity = identities.setdefault(glyph.code_point, [])
+        identity = drawn.setdefault(glyph.code_point, [])
         copies = alike[glyph.face, glyph.digest]
         if copies > 1:
             dropped["placeholder" if copies >= PLACEHOLDER else "shared_bitmap"] += 1
@@ -207,16 +250,31 @@ def select(
         else:
             identity.append(glyph)
 
-    splits: dict[str, list[Glyph]] = {split: [] for split in SPLITS}
-    for code_point, identity in identities.items():
+    splits: dict[str, list[Glyph]] = {split: [] for split in (*SPLITS, *(VALIDATION_SPLITS if validation else ()))}
+    training: dict[int, list[Glyph]] = {}
+    for code_point, identity in drawn.items():
         seen = [glyph for glyph in identity if glyph.face not in held_out]
         unseen = [glyph for glyph in identity if glyph.face in held_out]
-        if len(seen) >= min_samples and is_test(code_point, seed):
+        enough = len(seen) >= min_samples
+        if enough and is_test(code_point, seed):
             splits["test_seen"] += seen
             splits["test_unseen"] += unseen
+        elif enough and is_validation(code_point, seed, validation):
+            splits["validation_seen"] += seen
+            splits["validation_unseen"] += unseen
         else:
-            splits["train" if len(seen) >= min_samples else "distractors"] += seen
             dropped["held_out_face"] += len(unseen)
+            if enough:
+                training[code_point] = seen
+            else:
+                splits["distractors"] += seen
+    # the highest places: what a test or validation share takes does not move them
+    kept = set(sorted(training, key=lambda code_point: place(code_point, seed), reverse=True)[:identities])
+    for code_point, seen in training.items():
+        if code_point in kept:
+            splits["train"] += seen
+        else:
+            dropped["spare_identity"] += len(seen)
     return splits, dropped
 
 

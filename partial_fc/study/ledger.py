@@ -1,0 +1,80 @@
+"""The ledger: one JSON object a line, one line a finished trial. It is committed, and nothing in it is changed.
+
+digest row stage overrides tuned seed epochs   which trial (see plan.Trial)
+status                                         "done" or "failed"
+result                                         of each set: tar_at_far, dir_at_far, rank1, fold_accuracy
+loss target_cosine                             of the last logged steps
+error                                          why it failed
+seconds commit versions                        wall time over all its pieces, and what it ran under
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DONE, FAILED = "done", "failed"
+
+
+def read(path: Path) -> dict[str, dict]:
+    """Digest to entry; of several with one digest the last counts. A torn last line is left out, with a message.
+
+    Raises ValueError for any other line that is no entry.
+    """
+    if not path.exists():
+        return {}
+    entries = {}
+    lines = path.read_bytes().split(b"\n")
+    if lines[-1]:
+        print(f"{path}: its last line is torn and left out: the trial is run again")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            entry = json.loads(line)
+            entries[entry["digest"]] = entry
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is no entry of a ledger ({type(error).__name__}): mend or delete that line"
+            ) from None
+    return entries
+
+
+def recorded_data(entries: dict[str, dict]) -> dict[str, list]:
+    """Every data set folder of the entries: its fingerprint and number of samples, as the last entry has them."""
+    return {folder: facts for entry in entries.values() for folder, facts in entry["data"].items()}
+
+
+@contextmanager
+def opened(path: Path) -> Iterator["Ledger"]:
+    """The ledger for appending, for one process at a time; a torn last line is cut off.
+
+    Raises ValueError if another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another study writes to {path}: wait for it, or give another --ledger") from None
+        entries = read(path)
+        os.ftruncate(descriptor, path.read_bytes().rfind(b"\n") + 1)
+        yield Ledger(path, descriptor, entries)
+    finally:
+        os.close(descriptor)
+
+
+class Ledger:
+    """Entries by digest, in memory and on disk alike."""
+
+    def __init__(self, path: Path, descriptor: int, entries: dict[str, dict]):
+        self.path, self.entries = path, entries
+        self._descriptor = descriptor
+
+    def append(self, entry: dict) -> None:
+        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
+        if os.write(self._descriptor, line) != len(line):
+            raise OSError(f"{self.path}: the disk is full: the last line is torn; free some space and start again")
+        os.fsync(self._descriptor)
+        self.entries[entry["digest"]] = entry

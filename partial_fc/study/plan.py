@@ -1,0 +1,277 @@
+"""What a study runs: a plan in YAML, and the trials it comes to.
+
+    base: base.yaml                  a config beside the plan; its evaluate.sets are the test sets
+    reference: softmax               the row that differences are taken from
+    first: [softmax]                 rows that are run before the others
+    seeds: [1, 2, 3]                 of the final runs
+    tuned_in: other.yaml             instead of tuning: a plan whose tuned values rows take over, see tuned_as
+    tuning:                          unset: every row is run as it stands
+      seed: 0
+      shorter: 3                     run.epochs is divided by it
+      sets: {name: data set folder}  what the tuning runs are evaluated on
+      grids:                         all of one size: every row has the same budget
+        scaled: {optim.lr: [0.1, 0.2], head.margin.scale: [16, 32]}
+    rows:
+      softmax: {head.margin.name: softmax, grid: plain}
+
+A row is config overrides, besides `grid` (unset: the first one), `against`, a row to take differences from instead of
+the reference, `tuned_as`, the row of the plan `tuned_in` whose tuned values this one has where it gives none, and
+`pending`, which says what a row waits for: it is left out while its config is not valid. A trial is one training run;
+its digest is that of everything given that its result may depend on, with data sets by their fingerprints. Equal trials
+of two plans are one.
+"""
+
+import copy
+import hashlib
+import itertools
+import json
+import textwrap
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from partial_fc.config import Config, EvaluationSet, Section, check_config
+from partial_fc.data.shards import load_index
+from partial_fc.head.margins import build_margin
+
+TUNING, FINAL = "tuning", "final"
+
+
+class Tuning(Section):
+    seed: int
+    shorter: float = Field(ge=1)
+    sets: dict[str, str] = Field(min_length=1)
+    grids: dict[str, dict[str, list]] = Field(min_length=1)
+
+
+class PlanFile(Section):
+    base: str
+    rows: dict[str, dict[str, Any]] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1)
+    reference: str | None = None
+    first: list[str] = []
+    tuned_in: str | None = None
+    tuning: Tuning | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    overrides: dict[str, Any]  # dotted names
+    grid: dict[str, list]  # {} without tuning
+    against: str | None  # the row that its differences are taken from
+    tuned_as: str | None  # the row of Plan.tuned_in whose tuned values it has
+
+
+@dataclass(frozen=True)
+class Trial:
+    row: str
+    stage: str  # TUNING or FINAL
+    overrides: dict[str, Any]  # the row's
+    tuned: dict[str, Any]  # this trial's point of the grid
+    seed: int
+    epochs: float
+    samples: float  # that it trains on, repetitions counted: what it costs
+    values: dict  # of its config, nested, without run.dir
+    data: dict[str, list]  # every data set folder: its fingerprint and number of samples
+    digest: str
+
+    def __str__(self) -> str:
+        tuned = "".join(f" {name.rpartition('.')[2]}={value}" for name, value in self.tuned.items())
+        return f"{self.row}, {self.stage}{tuned} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    path: Path
+    base: dict
+    rows: list[Row]
+    left_out: dict[str, str]  # pending rows and why
+    seeds: list[int]
+    first: list[str]  # rows that are run before the others
+    tuning: Tuning | None
+    tuned_in: "Plan | None"
+    recorded: dict[str, list]  # as in Trial.data, for data sets that are not here
+
+    def tuning_trials(self, row: Row) -> list[Trial]:
+        """One a point of the row's grid, in the grid's order; none without tuning."""
+        if self.tuning is None:
+            return []
+        sets = {name: {"data": data} for name, data in self.tuning.sets.items()}
+        points = [dict(zip(row.grid, point, strict=True)) for point in itertools.product(*row.grid.values())]
+        return [self._trial(row, TUNING, point, self.tuning.seed, self.tuning.shorter, sets) for point in points]
+
+    def final_trials(self, row: Row, tuned: dict[str, Any]) -> list[Trial]:
+        """One a seed, with the tuned values that the row does not give itself."""
+        tuned = {name: value for name, value in tuned.items() if name not in row.overrides}
+        return [self._trial(row, FINAL, tuned, seed, 1, None) for seed in self.seeds]
+
+    def final_samples(self, row: Row) -> float:
+        """What one final run costs; tuning does not change it."""
+        return self._trial(row, FINAL, {}, self.seeds[0], 1, None).samples
+
+    def _trial(self, row: Row, stage: str, tuned: dict, seed: int, shorter: float, sets: dict | None) -> Trial:
+        values = copy.deepcopy(self.base)
+        for name, value in (row.overrides | tuned | {"run.seed": seed}).items():
+            put(values, name, value)
+        epochs = values["run"]["epochs"] / shorter
+        put(values, "run.epochs", epochs)
+        if sets is not None:
+            put(values, "evaluate.sets", sets)
+        data: dict[str, list] = {}
+
+        def fingerprint(folder: str) -> str:
+            data[folder] = self._facts(folder)
+            return data[folder][0]
+
+        found = digest(values, fingerprint)
+        samples = epochs * data[values["data"]["train"]][1]
+        return Trial(row.name, stage, row.overrides, tuned, seed, epochs, samples, values, data, found)
+
+    def _facts(self, folder: str) -> list:
+        try:
+            return _index_facts(folder)
+        except FileNotFoundError:
+            if folder not in self.recorded:
+                raise
+            return self.recorded[folder]
+
+
+def load_plan(path: Path, recorded: dict[str, list] | None = None) -> Plan:
+    """Reads and checks a plan, every config in it included.
+
+    recorded: the data of earlier trials (see Trial), which stands for data sets that are not here.
+
+    Raises ValueError or OSError that says what is wrong: an unknown key, a row whose config is not valid and that is
+    not pending, grids of different sizes. A data set that is missing is said when trials are made.
+    """
+    path = Path(path)
+    try:
+        given = PlanFile.model_validate(_read_yaml(path))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise ValueError(f"{path} is no plan: {problems}") from None
+    base = _read_yaml(path.parent / given.base)
+    if not (base.get("run") or {}).get("epochs"):
+        raise ValueError(f"{path.parent / given.base}: wanted run.epochs, the length of a run")
+    if not (base.get("evaluate") or {}).get("sets"):
+        raise ValueError(f"{path.parent / given.base}: wanted evaluate.sets, the test sets of the study")
+    grids = {} if given.tuning is None else given.tuning.grids
+    sizes = {name: len(list(itertools.product(*grid.values()))) for name, grid in grids.items()}
+    if len(set(sizes.values())) > 1 or 0 in sizes.values():
+        raise ValueError(f"{path}: the grids have {sizes} points; wanted one number for all, the same budget for all")
+    tuned_in = None if given.tuned_in is None else load_plan(path.parent / given.tuned_in, recorded)
+    if tuned_in is not None and given.tuning is not None:
+        raise ValueError(f"{path} has both tuning and tuned_in: take one of them away")
+    if unknown := [name for name in given.first if name not in given.rows]:
+        raise ValueError(f"{path}: first names {', '.join(unknown)}, which is no row")
+    rows, left_out = [], {}
+    for name, overrides in given.rows.items():
+        overrides = {"against": given.reference} | overrides
+        keys = ("grid", "pending", "against", "tuned_as")
+        grid, pending, against, tuned_as = (overrides.pop(key, None) for key in keys)
+        known = [] if tuned_in is None else [*(other.name for other in tuned_in.rows), *tuned_in.left_out]
+        if tuned_as is not None and tuned_as not in known:
+            raise ValueError(
+                f"{path}: row {name}: tuned_as {tuned_as!r} is no row of tuned_in; "
+                f"there are {', '.join(known) or 'none'}"
+            )
+        if against is not None and against not in given.rows:
+            raise ValueError(f"{path}: row {name}: {against!r}, which its differences are taken from, is no row")
+        if grid is not None and grid not in grids:
+            raise ValueError(f"{path}: row {name}: there is no grid {grid!r}; there are {', '.join(grids) or 'none'}")
+        row = Row(name, overrides, grids[grid or next(iter(grids))] if grids else {}, against, tuned_as)
+        try:
+            _check_row(base, row)
+        except ValueError as error:
+            if pending is None:
+                raise ValueError(f"{path}: row {name}: {error}") from None
+            left_out[name] = f"waits for {pending} ({textwrap.shorten(str(error).splitlines()[-1], 100)})"
+            continue
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no row can be run: {'; '.join(f'{n} {why}' for n, why in left_out.items())}")
+    return Plan(path, base, rows, left_out, given.seeds, given.first, given.tuning, tuned_in, recorded or {})
+
+
+def put(values: dict, name: str, value: Any) -> None:
+    """Sets a.b.c in nested `values`."""
+    *sections, last = name.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise ValueError(f"{name}: {section} is no section")
+    values[last] = value
+
+
+def config_of(trial: Trial, run: Path) -> Config:
+    """The trial's config, in the run folder `run`."""
+    values = copy.deepcopy(trial.values)
+    put(values, "run.dir", str(run))
+    return check_config(values, str(trial))
+
+
+def digest(values: dict, fingerprint) -> str:
+    """16 hexadecimal digits: equal for equal given settings, whatever does not touch the result left out.
+
+    `fingerprint(folder)` stands for a data set. Defaults are not in it: a setting that a later version adds, and that
+    nobody gives, changes no digest.
+    """
+    kept = copy.deepcopy(values)
+    for section in ("checkpoint", "track"):
+        kept.pop(section, None)
+    kept.get("run", {}).pop("dir", None)
+    for name in ("workers", "prefetch"):
+        kept["data"].pop(name, None)
+    kept["data"]["train"] = fingerprint(kept["data"]["train"])
+    evaluate = kept.pop("evaluate", None) or {}
+    sets = {name: EvaluationSet.model_validate(one) for name, one in evaluate.get("sets", {}).items()}
+    kept["evaluate"] = {
+        "sets": {
+            name: [fingerprint(one.data), one.distractors and fingerprint(one.distractors)]
+            for name, one in sets.items()
+        },
+        "flip": evaluate.get("flip", False),
+    }
+    return hashlib.sha256(json.dumps(_plain(kept), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """30 and 30.0 are one number."""
+    if isinstance(value, dict):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _check_row(base: dict, row: Row) -> None:
+    """Raises ValueError where one of the row's configs is not valid, at any point of its grid."""
+    for point in itertools.product(*row.grid.values()):
+        values = copy.deepcopy(base)
+        for name, value in (row.overrides | dict(zip(row.grid, point, strict=True))).items():
+            put(values, name, value)
+        config = check_config(values, "its config")
+        build_margin(config.head.margin.name, config.head.margin.parameters)
+
+
+@cache
+def _index_facts(folder: str) -> list:
+    index = load_index(folder)
+    return [index.fingerprint, index.num_samples]
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: wanted keys and values, got {type(values).__name__}")
+    return values

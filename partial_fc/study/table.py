@@ -1,0 +1,130 @@
+"""partial-fc study table: mean and range over the seeds, and paired differences from one row."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from partial_fc.study import ledger
+from partial_fc.study.choice import JUDGED_BY, ended, tuned_values, untunable
+from partial_fc.study.plan import Plan, Row, load_plan
+
+MEASURES = {
+    "TAR@1e-4": lambda result: result["tar_at_far"]["0.0001"],
+    "DIR@1%": lambda result: result["dir_at_far"]["0.01"],
+    "rank-1": lambda result: result["rank1"],
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is known of a row: the values of every column by seed, and how far it is."""
+
+    name: str
+    tuned: dict[str, Any] | None
+    values: dict[str, dict[int, float]]  # column: seed: value
+    state: str  # "" for a complete row
+    against: str | None
+
+
+def study_table(path: Path, ledger_file: Path, markdown: bool = False) -> str:
+    """The table of a plan as far as its ledger goes.
+
+    Each cell: mean (lowest–highest) of the seeds, the value itself for one seed. Below, the same of the differences
+    from the row that each is compared with, taken seed by seed. A range that holds 0 shows no difference. Data sets
+    that are not here are taken to be those of the ledger.
+    """
+    entries = ledger.read(ledger_file)
+    plan = load_plan(path, ledger.recorded_data(entries))
+    lines = [_line(plan, row, entries) for row in plan.rows]
+    columns = list(lines[0].values)
+    seeds = len(plan.seeds)
+    text = [f"mean (range) of {seeds} seed{'s' * (seeds > 1)}, or of those that are done", ""]
+    rows = [[line.name, _tuned(line), *(cell(line.values[column].values()) for column in columns)] for line in lines]
+    text += _format(["", "tuned", *columns], rows, markdown)
+    by_name = {line.name: line for line in lines}
+    pairs = [(line, by_name[line.against]) for line in lines if line.against in by_name and line.against != line.name]
+    if pairs:
+        text += ["", "differences, seed by seed; a range that holds 0 shows none", ""]
+        rows = [
+            [line.name, other.name, *(cell(differences(line, other, column), signed=True) for column in columns)]
+            for line, other in pairs
+        ]
+        text += _format(["", "from", *columns], rows, markdown)
+    text += ["", *_notes(plan, lines, entries)]
+    return "\n".join(text)
+
+
+def differences(line: Line, reference: Line, column: str) -> list[float]:
+    """line - reference, of the seeds that both have."""
+    ours, theirs = line.values[column], reference.values[column]
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def cell(values, signed: bool = False) -> str:
+    """Mean (lowest–highest); the value alone where there is one, – where there is none."""
+    values = list(values)
+    if not values:
+        return "–"
+    sign = "+" if signed else ""
+    mean = f"{sum(values) / len(values):{sign}.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):{sign}.3f}–{max(values):{sign}.3f})"
+
+
+def _line(plan: Plan, row: Row, entries: dict[str, dict]) -> Line:
+    tuned = tuned_values(plan, row, entries)
+    values = {f"{name} {measure}": {} for name in plan.base["evaluate"]["sets"] for measure in MEASURES}
+    seeds, failed = [], []
+    for trial in [] if tuned is None else plan.final_trials(row, tuned):
+        entry = entries.get(trial.digest)
+        if entry is None:
+            continue
+        if entry["status"] == ledger.FAILED:
+            failed.append(trial.seed)
+            continue
+        seeds.append(trial.seed)
+        for name, result in entry["result"].items():
+            for measure, of in MEASURES.items():
+                if of(result) is not None:
+                    values[f"{name} {measure}"][trial.seed] = of(result)
+    if untunable(plan, row, entries):
+        state = "every tuning trial failed"
+    elif tuned is None:
+        state = "not tuned yet" if row.tuned_as is None else f"waits for the tuning of {row.tuned_as}"
+    else:
+        parts = [] if len(seeds) == len(plan.seeds) else [f"{len(seeds)} of {len(plan.seeds)} seeds"]
+        parts += [f"seed {seed} failed" for seed in failed]
+        state = ", ".join(parts)
+    return Line(row.name, tuned, values, state, row.against)
+
+
+def _tuned(line: Line) -> str:
+    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in (line.tuned or {}).items()) or "–"
+
+
+def _notes(plan: Plan, lines: list[Line], entries: dict[str, dict]) -> list[str]:
+    notes = [f"{line.name}: {line.state}" for line in lines if line.state]
+    notes += [f"{name}: left out, it {why}" for name, why in plan.left_out.items()]
+    found = ended(plan, entries)
+    notes += [f"failed: {trial}: {entry['error']}" for trial, entry in found if entry["status"] == ledger.FAILED]
+    if plan.tuning is not None:
+        points = len(plan.tuning_trials(plan.rows[0]))
+        notes.append(
+            f"tuned on seed {plan.tuning.seed}, {points} points a row at 1/{plan.tuning.shorter:g} of the schedule, by "
+            f"{JUDGED_BY}"
+        )
+    if found:
+        hours = sum(entry["seconds"] for _, entry in found) / 3600
+        commits = sorted({entry["commit"][:12] for _, entry in found})
+        notes.append(f"{len(found)} trials, {hours:.1f} hours of one process each; commits {', '.join(commits)}")
+    return notes
+
+
+def _format(head: list[str], rows: list[list[str]], markdown: bool) -> list[str]:
+    if markdown:
+        lines = [head, ["---"] * len(head), *rows]
+        return ["| " + " | ".join(line) + " |" for line in lines]
+    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in [head, *rows]
+    ]

@@ -1,0 +1,174 @@
+"""One trial as a process of its own: launch/train.py on one core, resumable like any run."""
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from partial_fc.config import environment, save_config
+from partial_fc.study import ledger
+from partial_fc.study.plan import TUNING, Trial, config_of
+
+REPOSITORY = Path(__file__).parents[2]
+LAUNCH = REPOSITORY / "launch" / "train.py"
+
+
+class Process:
+    """A running trial. `end()` gives its ledger entry, or None where nothing came of it."""
+
+    def __init__(self, trial: Trial, runs: Path):
+        if not LAUNCH.is_file():
+            raise ValueError(f"{LAUNCH} is missing: a study runs from a checkout of the repository")
+        self.trial = trial
+        self.run = runs / f"{_in_a_path(trial.row)}_{trial.stage}_seed{trial.seed}_{trial.digest}"
+        self.run.mkdir(parents=True, exist_ok=True)
+        config = self.run / "trial.yaml"
+        save_config(config_of(trial, self.run), config)
+        self.versions = environment()  # of the start: the checkout may change meanwhile
+        self.samples_before = self.samples_done()  # of earlier pieces
+        self.started = time.monotonic()
+        with open(self.run / "log.txt", "a") as log:
+            # a session of its own: Ctrl-C in a terminal is for the study alone, which asks its trials to save and stop
+            self.process = subprocess.Popen(
+                [sys.executable, str(LAUNCH), str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(),
+                start_new_session=True,
+                preexec_fn=_stop_with_parent(),
+            )
+
+    def poll(self) -> bool:
+        """Whether it has ended."""
+        return self.process.poll() is not None
+
+    def stop(self) -> None:
+        """Asks it to save and to stop."""
+        if not self.poll():
+            self.process.terminate()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def samples_done(self) -> float:
+        """How many samples it has trained on, by its last row of metrics."""
+        row = _last_row(self.run)
+        return 0.0 if row is None else min(row["epoch"] / self.trial.epochs, 1.0) * self.trial.samples
+
+    def end(self) -> dict | None:
+        """The entry of a trial that has finished or failed; None if it was stopped or killed by a signal."""
+        seconds = _add_seconds(self.run, time.monotonic() - self.started)
+        code = self.process.returncode
+        if code < 0 or (code == 0 and (self.run / "preempted").exists()):
+            return None
+        if code == 0:
+            outcome = {"status": ledger.DONE, **_outcome(self.run)}
+        else:
+            outcome = {"status": ledger.FAILED, "error": _error(self.run)}
+        clean_up(self.run, self.trial)
+        return {
+            "digest": self.trial.digest,
+            "row": self.trial.row,
+            "stage": self.trial.stage,
+            "overrides": self.trial.overrides,
+            "tuned": self.trial.tuned,
+            "seed": self.trial.seed,
+            "epochs": self.trial.epochs,
+            "data": self.trial.data,
+            **outcome,
+            "seconds": round(seconds, 1),
+            "commit": self.versions["git_commit"],
+            "versions": {name: version for name, version in self.versions.items() if name != "git_commit"},
+        }
+
+    def why(self) -> str:
+        """Of a trial that ended without an entry."""
+        code = self.process.returncode
+        return f"signal {-code} ended it" if code < 0 else "it was asked to stop"
+
+
+def clean_up(run: Path, trial: Trial) -> None:
+    """A tuning run's checkpoints are of no more use; those of final runs stay, for figures."""
+    if trial.stage == TUNING:
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+
+
+def _in_a_path(row: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", row)
+
+
+def _outcome(run: Path) -> dict:
+    """What the ledger keeps of a finished run."""
+    sets = json.loads((run / "evaluation.json").read_text())["models"]["trained"]
+    row = _last_row(run) or {}
+    return {
+        "result": {
+            name: {
+                "tar_at_far": {far: at and at["tar"] for far, at in result["tar_at_far"].items()},
+                "dir_at_far": {far: at and at["dir"] for far, at in result["dir_at_far"].items()},
+                "rank1": result["rank1"],
+                "num_distractors": result["num_distractors"],
+                "fold_accuracy": result["fold_accuracy"],
+            }
+            for name, result in sets.items()
+        },
+        "loss": row.get("loss"),
+        "target_cosine": row.get("target_cosine"),
+    }
+
+
+def _error(run: Path) -> str:
+    """The line that says why, or the last one."""
+    lines = [line for line in (run / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    # a path of this machine is of no use in a ledger that is read elsewhere
+    return (errors or lines or ["it said nothing"])[-1].replace(str(REPOSITORY), "").replace(str(run), run.name)
+
+
+def _last_row(run: Path) -> dict | None:
+    """The last complete row of metrics.jsonl."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError:
+            continue  # being written
+    return None
+
+
+def _add_seconds(run: Path, seconds: float) -> float:
+    """The wall time of all pieces of a trial so far."""
+    file = run / "seconds"
+    total = seconds + (float(file.read_text()) if file.exists() else 0.0)
+    temporary = run / "seconds.partial"
+    temporary.write_text(f"{total}\n")
+    temporary.rename(file)
+    return total
+
+
+def _environment() -> dict[str, str]:
+    """One thread, no process group, this checkout's package."""
+    given = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return given | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def _stop_with_parent():
+    """For a study that is killed: its trials are then asked to save and stop, and do not train on as orphans."""
+    try:
+        prctl = ctypes.CDLL(None).prctl  # loaded before the fork
+    except (OSError, AttributeError):  # not Linux
+        return None
+    pr_set_pdeathsig = 1
+    return lambda: prctl(pr_set_pdeathsig, signal.SIGTERM)
