@@ -130,13 +130,10 @@ def test_the_digest_knows_data_by_its_fingerprint():
     assert digest(lr, fingerprints.get) == digest(same, fingerprints.get) != digest(other, fingerprints.get)
 
 
-def test_a_row_that_waits_for_code_is_left_out_and_others_are_errors(write):
+def test_a_row_that_is_no_config_is_an_error(write):
+    with pytest.raises(ValueError, match="row new: head.embedding_losses.centre: .* did you mean center"):
+        load_plan(write(rows=ROWS | {"new": {"head.embedding_losses.centre.weight": 0.1}}))
     waiting = {"head.margin.name": "nosuchface"}
-    plan = load_plan(write(rows=ROWS | {"new": waiting | {"pending": "a paper"}}))
-    assert [row.name for row in plan.rows] == ["softmax", "am"]
-    assert plan.left_out["new"].startswith("waits for a paper (head.margin.name: no margin is called 'nosuchface'")
-    plan = load_plan(write(rows={"softmax": ROWS["softmax"] | {"pending": "nothing any more"}}))
-    assert [row.name for row in plan.rows] == ["softmax"] and not plan.left_out
     with pytest.raises(ValueError, match="row new: head.margin.name: no margin is called 'nosuchface'"):
         load_plan(write(rows=ROWS | {"new": waiting}))
 

@@ -32,8 +32,8 @@ def tuned_values(plan: Plan, row: Row, entries: dict[str, dict]) -> dict | None:
     """What the row's final runs have beside its own settings; None where that is not known yet, or nothing worked."""
     if row.tuned_as is None:
         return choose(plan.tuning_trials(row), entries)
-    other = next((other for other in plan.tuned_in.rows if other.name == row.tuned_as), None)  # None: it is pending
-    return None if other is None else choose(plan.tuned_in.tuning_trials(other), entries)
+    other = next(other for other in plan.tuned_in.rows if other.name == row.tuned_as)
+    return choose(plan.tuned_in.tuning_trials(other), entries)
 
 
 def to_do(plan: Plan, entries: dict[str, dict]) -> tuple[list[Trial], float]:

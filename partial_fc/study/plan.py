@@ -15,17 +15,15 @@
       softmax: {head.margin.name: softmax, grid: plain}
 
 A row is config overrides, besides `grid` (unset: the first one), `against`, a row to take differences from instead of
-the reference, `tuned_as`, the row of the plan `tuned_in` whose tuned values this one has where it gives none, and
-`pending`, which says what a row waits for: it is left out while its config is not valid. A trial is one training run;
-its digest is that of everything given that its result may depend on, with data sets by their fingerprints. Equal trials
-of two plans are one.
+the reference, and `tuned_as`, the row of the plan `tuned_in` whose tuned values this one has where it gives none. A
+trial is one training run; its digest is that of everything given that its result may depend on, with data sets by their
+fingerprints. Equal trials of two plans are one.
 """
 
 import copy
 import hashlib
 import itertools
 import json
-import textwrap
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,6 +34,7 @@ from pydantic import Field, ValidationError
 
 from partial_fc.config import Config, EvaluationSet, Section, check_config
 from partial_fc.data.shards import load_index
+from partial_fc.head.embedding_losses import build_embedding_loss
 from partial_fc.head.margins import build_margin
 
 TUNING, FINAL = "tuning", "final"
@@ -90,7 +89,6 @@ class Plan:
     path: Path
     base: dict
     rows: list[Row]
-    left_out: dict[str, str]  # pending rows and why
     seeds: list[int]
     first: list[str]  # rows that are run before the others
     tuning: Tuning | None
@@ -146,8 +144,8 @@ def load_plan(path: Path, recorded: dict[str, list] | None = None) -> Plan:
 
     recorded: the data of earlier trials (see Trial), which stands for data sets that are not here.
 
-    Raises ValueError or OSError that says what is wrong: an unknown key, a row whose config is not valid and that is
-    not pending, grids of different sizes. A data set that is missing is said when trials are made.
+    Raises ValueError or OSError that says what is wrong: an unknown key, a row whose config is not valid, grids
+    of different sizes. A data set that is missing is said when trials are made.
     """
     path = Path(path)
     try:
@@ -169,12 +167,11 @@ def load_plan(path: Path, recorded: dict[str, list] | None = None) -> Plan:
         raise ValueError(f"{path} has both tuning and tuned_in: take one of them away")
     if unknown := [name for name in given.first if name not in given.rows]:
         raise ValueError(f"{path}: first names {', '.join(unknown)}, which is no row")
-    rows, left_out = [], {}
+    rows = []
     for name, overrides in given.rows.items():
         overrides = {"against": given.reference} | overrides
-        keys = ("grid", "pending", "against", "tuned_as")
-        grid, pending, against, tuned_as = (overrides.pop(key, None) for key in keys)
-        known = [] if tuned_in is None else [*(other.name for other in tuned_in.rows), *tuned_in.left_out]
+        grid, against, tuned_as = (overrides.pop(key, None) for key in ("grid", "against", "tuned_as"))
+        known = [] if tuned_in is None else [other.name for other in tuned_in.rows]
         if tuned_as is not None and tuned_as not in known:
             raise ValueError(
                 f"{path}: row {name}: tuned_as {tuned_as!r} is no row of tuned_in; "
@@ -188,14 +185,9 @@ def load_plan(path: Path, recorded: dict[str, list] | None = None) -> Plan:
         try:
             _check_row(base, row)
         except ValueError as error:
-            if pending is None:
-                raise ValueError(f"{path}: row {name}: {error}") from None
-            left_out[name] = f"waits for {pending} ({textwrap.shorten(str(error).splitlines()[-1], 100)})"
-            continue
+            raise ValueError(f"{path}: row {name}: {error}") from None
         rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: no row can be run: {'; '.join(f'{n} {why}' for n, why in left_out.items())}")
-    return Plan(path, base, rows, left_out, given.seeds, given.first, given.tuning, tuned_in, recorded or {})
+    return Plan(path, base, rows, given.seeds, given.first, given.tuning, tuned_in, recorded or {})
 
 
 def put(values: dict, name: str, value: Any) -> None:
@@ -259,6 +251,8 @@ def _check_row(base: dict, row: Row) -> None:
             put(values, name, value)
         config = check_config(values, "its config")
         build_margin(config.head.margin.name, config.head.margin.parameters)
+        for loss in config.head.embedding_losses.items():
+            build_embedding_loss(*loss)
 
 
 @cache

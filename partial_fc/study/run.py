@@ -39,8 +39,6 @@ def run_study(
     if jobs < 1:
         raise ValueError(f"got {jobs} jobs, wanted at least 1")
     plan = load_plan(path)
-    for name, why in plan.left_out.items():
-        print(f"{name} is left out: it {why}")
     if plan.tuning is not None:
         print(f"tuning is judged by {JUDGED_BY}")
     file = default_ledger(path) if ledger_file is None else ledger_file

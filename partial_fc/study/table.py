@@ -103,7 +103,6 @@ def _tuned(line: Line) -> str:
 
 def _notes(plan: Plan, lines: list[Line], entries: dict[str, dict]) -> list[str]:
     notes = [f"{line.name}: {line.state}" for line in lines if line.state]
-    notes += [f"{name}: left out, it {why}" for name, why in plan.left_out.items()]
     found = ended(plan, entries)
     notes += [f"failed: {trial}: {entry['error']}" for trial, entry in found if entry["status"] == ledger.FAILED]
     if plan.tuning is not None:
