@@ -132,7 +132,7 @@ def test_the_digest_knows_data_by_its_fingerprint():
 
 def test_a_row_that_is_no_config_is_an_error(write):
     with pytest.raises(ValueError, match="row new: head.embedding_losses.centre: .* did you mean center"):
-        load_plan(write(rows=ROWS | {"new": {"head.embedding_losses.centre.weight": 0.1}}))
+        load_plan(write(rows=ROWS | {"new": {"head.embedding_losses.centre.weight": 0.1, "grid": "plain"}}))
     waiting = {"head.margin.name": "nosuchface"}
     with pytest.raises(ValueError, match="row new: head.margin.name: no margin is called 'nosuchface'"):
         load_plan(write(rows=ROWS | {"new": waiting}))
@@ -180,7 +180,10 @@ def test_the_plans_of_the_repository_are_sound(path, monkeypatch):
         load_config(path)
         return
     plan = load_plan(path)
-    trials = [trial for row in plan.rows for trial in [*plan.tuning_trials(row), *plan.final_trials(row, {})]]
+    trials = []
+    for row in plan.rows:
+        first = {name: values[0] for name, values in row.grid.items()}
+        trials += [*plan.tuning_trials(row), *plan.final_trials(row, first)]
     assert len({trial.digest for trial in trials}) == len(trials), "two rows are the same run"
 
 
