@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,9 @@ from partial_fc.head.embedding_losses import build_embedding_loss
 from partial_fc.head.margins import build_margin
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.sampling import HardNegatives
-from partial_fc.optim import build_optimizer
+from partial_fc.optim import build_optimizer, peak_rate
 from partial_fc.parallel import distributed
-from partial_fc.parallel.engine import DDPEngine
+from partial_fc.parallel.engine import DDPEngine, check_engine
 from partial_fc.progress import Progress
 from partial_fc.seeds import seed_for
 
@@ -35,6 +36,7 @@ class Parts:
     total_steps: int
     start_step: int
     progress: Progress
+    peak_rate: float  # the backbone's learning rate at its peak
     head_rate: float  # the class centers' learning rate, as a multiple of the backbone's
 
     def labels(self, step: int) -> Tensor:
@@ -48,6 +50,7 @@ def build(config: Config, device: torch.device) -> Parts:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     with distributed.together("preparing the run"):
+        check_engine(config.engine, device)
         margin = build_margin(config.head.margin.name, config.head.margin.parameters)
         index = with_label_noise(load_index(config.data.train), config.data.label_noise, config.run.seed)
         size = image_size(index)
@@ -58,6 +61,12 @@ def build(config: Config, device: torch.device) -> Parts:
             config.run.seed,
             config.data.shuffle_window,
         )
+        smallest_part = order.global_batch_size // distributed.world_size()
+        if 0 < smallest_part < config.data.accumulate:  # of less than one sample a rank the reader speaks
+            raise ValueError(
+                f"data.accumulate {config.data.accumulate} leaves micro-batches empty: a rank has {smallest_part} "
+                "samples of a step; lower it, or raise data.global_batch_size"
+            )
         net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
         found = checkpoint.find_latest(run)
         if found is not None:
@@ -71,11 +80,11 @@ def build(config: Config, device: torch.device) -> Parts:
             config.head.sample_rate,
             dropout=config.head.dropout,
             embedding_losses=[build_embedding_loss(*loss) for loss in config.head.embedding_losses.items()],
-            optimizer=config.head.optim.name,
+            optimizer=_first(config.head.optim.name, config.optim.name),
             momentum=_first(config.head.optim.momentum, config.optim.momentum),
             weight_decay=_first(config.head.optim.weight_decay, config.optim.weight_decay),
-            betas=config.head.optim.betas,
-            eps=config.head.optim.eps,
+            betas=_first(config.head.optim.betas, config.optim.betas),
+            eps=_first(config.head.optim.eps, config.optim.eps),
             seed=config.run.seed,
             sampler=None if hard is None else HardNegatives(hard.neighbours, hard.every),
             init_std=config.head.init_std,
@@ -89,8 +98,17 @@ def build(config: Config, device: torch.device) -> Parts:
         )
         net.to(device).train()
     agree_on_start(config, index, found)
-    engine = DDPEngine(net, build_optimizer(net, config.optim), device)
-    engine.warm_up(torch.zeros(2, 3, *size, device=device))
+    engine = DDPEngine(
+        net,
+        build_optimizer(net, config.optim),
+        device,
+        config.engine,
+        accumulate=config.data.accumulate,
+        clip=config.optim.clip,
+    )
+    # compiled code is made for a batch size
+    images = micro_batch_size(config) if config.engine.compile else 2
+    engine.warm_up(torch.zeros(images, 3, *size, device=device))
     if found is not None:
         checkpoint.load(found, head=head, engine=engine)
     total_steps = config.run.steps or max(round(config.run.epochs * order.steps_per_epoch), 1)
@@ -103,8 +121,9 @@ def build(config: Config, device: torch.device) -> Parts:
                 save_config(config, run / "config.yaml")
             print_summary(config, index, order, head, total_steps, found)
     progress = Progress() if found is None else Progress(**found.manifest["settings"]["progress"])
+    peak, _ = peak_rate(config.optim, order.global_batch_size)
     head_rate = _first(config.head.optim.lr, config.optim.lr) / config.optim.lr
-    return Parts(index, order, head, engine, total_steps, start_step, progress, head_rate)
+    return Parts(index, order, head, engine, total_steps, start_step, progress, peak, head_rate)
 
 
 def with_label_noise(index: Index, probability: float, seed: int) -> Index:
@@ -119,8 +138,14 @@ def with_label_noise(index: Index, probability: float, seed: int) -> Index:
     return replace(index, label=np.where(replaced, other, index.label))
 
 
-def _first(value: float | None, default: float) -> float:
+def _first(value: Any | None, default: Any) -> Any:
     return default if value is None else value
+
+
+def micro_batch_size(config: Config) -> int:
+    """The largest number of samples that any rank has in a micro-batch."""
+    largest_part = -(-config.data.global_batch_size // distributed.world_size())
+    return -(-largest_part // config.data.accumulate)
 
 
 def agree_on_start(config: Config, index: Index, found: checkpoint.Checkpoint | None) -> None:
@@ -204,14 +229,17 @@ def print_summary(
 ) -> None:
     world_size = distributed.world_size()
     compiled = ", compiled" if head.compiled else ""
+    pieces = f" in {config.data.accumulate} micro-batches" if config.data.accumulate > 1 else ""
     start = "from the start" if found is None else f"from {found.path}"
     print(
         f"{config.run.dir}: {index.num_samples:,} samples of {index.num_classes:,} identities; {world_size} ranks on "
-        f"{head.device.type}, {len(head.classes):,} class centers on the first{compiled}; {config.backbone.name}, "
-        f"{config.head.margin.name}; {total_steps:,} steps of {order.global_batch_size} samples "
-        f"({total_steps / order.steps_per_epoch:.2f} epochs), {start}",
+        f"{head.device.type}, {len(head.classes):,} class centers on the first{compiled}; {config.backbone.name} in "
+        f"{config.engine.precision}, {config.head.margin.name}; {total_steps:,} steps of {order.global_batch_size} "
+        f"samples{pieces} ({total_steps / order.steps_per_epoch:.2f} epochs), {start}",
         flush=True,
     )
+    _, reason = peak_rate(config.optim, order.global_batch_size)
+    print(f"learning rate at its peak: {reason}", flush=True)
     if found is not None:
         for change in changes(found.manifest["settings"]["config"], config.model_dump(mode="json")):
             print(f"changed since the checkpoint: {change}", flush=True)

@@ -3,7 +3,8 @@
 checkpoints/step_00001200/
     centers_000000000000_000000050000.safetensors   rows [0, 50000) of the centers' state and the sampler's tables
     history.safetensors                             for catching up rows; the count of updates; margin statistics
-    backbone.safetensors  optimizer.safetensors  classes.txt
+    backbone.safetensors  optimizer.safetensors     the engine's, and average and loss_scale where it has such
+    classes.txt
     manifest.json                                   written last; without it there is no checkpoint
 checkpoints/latest                                  the newest one's name
 """
@@ -96,11 +97,11 @@ def save(run: Path, step: int, *, head: PartialFC, engine: DDPEngine, classes: P
             _remove(folder)
             folder.mkdir(parents=True)
     written: list[dict] = []
+    state = engine.state()
     with distributed.together(f"saving {folder}"):
         written = _write_centers(folder, head)
         if distributed.rank() == 0:
-            written.append(_write(folder / "backbone.safetensors", engine.backbone_state()))
-            written.append(_write(folder / "optimizer.safetensors", engine.optimizer_state()))
+            written += [_write(folder / f"{name}.safetensors", tensors) for name, tensors in state.items()]
             written.append(_write(folder / "history.safetensors", _history(head)))
             shutil.copyfile(classes, folder / "classes.txt")
             written.append(_entry(folder / "classes.txt"))
@@ -171,7 +172,9 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
             if not _read_rows(checkpoint, name, range(head.num_classes), table):
                 table.fill_(-1)  # written with another sampler: nothing until the next refresh
         head.step_count = checkpoint.step
-        engine.load(load_file(path / "backbone.safetensors"), load_file(path / "optimizer.safetensors"))
+        names = {entry["name"] for entry in checkpoint.files()}
+        kept = (name for name in engine.state() if f"{name}.safetensors" in names)
+        engine.load({name: load_file(path / f"{name}.safetensors") for name in kept})
 
 
 def _history(head: PartialFC) -> dict[str, Tensor]:
@@ -284,9 +287,12 @@ def _write_atomically(path: Path, text: str) -> None:
     os.close(folder)
 
 
-def read_backbone(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The backbone's tensors alone, verified."""
-    entry = next(entry for entry in checkpoint.files() if entry["name"] == "backbone.safetensors")
+def read_backbone(checkpoint: Checkpoint, averaged: bool = False) -> dict[str, Tensor] | None:
+    """The backbone's tensors alone, or their moving average's, verified; None where there is no average."""
+    name = "average.safetensors" if averaged else "backbone.safetensors"
+    entry = next((entry for entry in checkpoint.files() if entry["name"] == name), None)
+    if entry is None:
+        return None
     _verify(checkpoint.path, entry)
     return load_file(checkpoint.path / entry["name"])
 

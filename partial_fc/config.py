@@ -4,16 +4,17 @@ The text under a field is its documentation; `launch/train.py CONFIG --print-con
 """
 
 import difflib
-import platform
-import subprocess
 import types
 import typing
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+
+from partial_fc.environment import environment
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -55,6 +56,8 @@ class Data(Section):
     """Folder of training shards with their index, as `partial-fc prepare` writes it."""
     global_batch_size: int = Field(ge=1)
     """Samples of a step over all ranks; a multiple of data.streams."""
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches, one after another, that a rank's part of a step is cut into; only one's activations are kept."""
     streams: int = Field(8, ge=1)
     """Runs of the epoch's sample sequence that are read side by side; need not fit the ranks."""
     shuffle_window: int = Field(8192, ge=1)
@@ -90,24 +93,24 @@ class Data(Section):
 
 class Backbone(Section):
     name: str
-    """smallnet, spherenet20, resnet28, iresnet18, iresnet34, iresnet50, iresnet100 or iresnet200."""
+    """smallnet, mobilefacenet, spherenet20, resnet28, iresnet18, 34, 50, 100 or 200, or timm/ and a model of timm."""
     embedding_dim: int = Field(512, ge=1)
     """Size of an embedding."""
 
 
 class HeadOptim(Section):
-    name: Literal["sgd", "adamw"] = "sgd"
-    """Class centers that a step leaves out: caught up exactly with sgd, left as they are with adamw."""
+    name: Literal["sgd", "adamw"] | None = None
+    """Unset: optim.name. Class centers that a step leaves out are caught up exactly with sgd, stay with adamw."""
     lr: float | None = Field(None, gt=0)
     """Learning rate of the class centers at its peak; unset: optim.lr."""
     momentum: float | None = Field(None, ge=0, lt=1)
     """Of sgd; unset: optim.momentum."""
     weight_decay: float | None = Field(None, ge=0)
     """Unset: optim.weight_decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Of adamw."""
-    eps: float = Field(1e-8, gt=0)
-    """Of adamw."""
+    betas: tuple[Beta, Beta] | None = None
+    """Of adamw; unset: optim.betas."""
+    eps: float | None = Field(None, gt=0)
+    """Of adamw; unset: optim.eps."""
 
 
 class MarginChoice(Section):
@@ -165,20 +168,40 @@ class Head(Section):
 
 
 class Optim(Section):
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Of the backbone: torch's own. Both decay all parameters, biases and norms too, as the papers' code does."""
     lr: float = Field(0.1, gt=0)
-    """Learning rate at its peak, for data.global_batch_size as it is."""
+    """Learning rate at its peak."""
+    lr_batch: int | None = Field(None, ge=1)
+    """Global batch that both learning rates are stated for: scaled linearly to data.global_batch_size; unset: not."""
     momentum: float = Field(0.9, ge=0, lt=1)
+    """Of sgd."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Of adamw."""
+    eps: float = Field(1e-8, gt=0)
+    """Of adamw."""
     weight_decay: float = Field(5e-4, ge=0)
+    """With sgd part of the gradient, with adamw apart from it, where InsightFace's ViTs have 0.1."""
+    clip: float | None = Field(None, gt=0)
+    """Largest norm of the backbone's gradient, which is scaled down to it; unset: as it is."""
+    clip_jointly: bool = False
+    """The norm is over backbone and class centers, both scaled alike; costs a pass over the rows in use, 2 products."""
     warmup_steps: int = Field(0, ge=0)
     """Steps in which the rate rises linearly from lr / warmup_steps to lr."""
-    schedule: Literal["polynomial", "constant", "step"] = "polynomial"
-    """After the warm-up: lr (1 - progress)^power, lr, or lr times factor at each milestone."""
+    schedule: Literal["polynomial", "cosine", "constant", "step"] = "polynomial"
+    """After the warm-up: lr (1 - progress)^power, lr (1 + cos(pi progress)) / 2, lr, or lr times factor a milestone."""
     power: float = Field(2.0, ge=0)
     """Exponent of the polynomial schedule."""
     milestones: tuple[int, ...] = ()
     """Steps, counted from 0, from which the step schedule's rate is multiplied by factor, once more at each."""
     factor: float = Field(0.1, gt=0, le=1)
     """Of the step schedule."""
+
+    @model_validator(mode="after")
+    def _something_to_clip_to(self):
+        if self.clip_jointly and self.clip is None:
+            raise ValueError("optim.clip_jointly without optim.clip: give the largest norm, as optim.clip=5")
+        return self
 
     @model_validator(mode="after")
     def _milestones_of_steps(self):
@@ -194,6 +217,23 @@ class Optim(Section):
                 "steps that rise, all past the warm-up"
             )
         return self
+
+
+class Engine(Section):
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Of the backbone's products. bf16, fp16: autocast; parameters, the last layer and the head stay float32."""
+    loss_scale: float = Field(65536.0, gt=0)
+    """Of fp16 at the start: halved where gradients overflow, which skips the step, doubled after 2000 steps without."""
+    compile: bool = False
+    """The backbone by torch.compile, a graph for each batch size: a minute at the start, and again at every resume."""
+    channels_last: bool = False
+    """Images and feature maps with their channels side by side, as CUDA's 16-bit convolutions like them."""
+    checkpoint_activations: bool = False
+    """Keep the inputs of the backbone's blocks alone and compute the rest again in backward: less memory, more time."""
+    sync_batchnorm: bool = False
+    """BatchNorm sees the micro-batch of all ranks. For CUDA devices: torch's has nothing else."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay a step, as 0.9999, of a moving average of the backbone, kept in checkpoints and evaluated beside it."""
 
 
 class Checkpoint(Section):
@@ -238,6 +278,7 @@ class Config(Section):
     backbone: Backbone
     head: Head = Head()
     optim: Optim = Optim()
+    engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
     track: Track = Track()
     evaluate: Evaluate = Evaluate()
@@ -374,33 +415,3 @@ def save_config(config: Config, path: Path) -> None:
     values = config.model_dump(mode="json")
     values["environment"] = environment()
     path.write_text(yaml.safe_dump(values, sort_keys=False))
-
-
-def read_environment(path: Path) -> dict[str, str]:
-    """What `save_config` noted beside the settings; empty without such a file."""
-    return (yaml.safe_load(path.read_text()) or {}).get("environment", {}) if path.exists() else {}
-
-
-def environment() -> dict[str, str]:
-    """git commit and versions; what cannot be told is said to be unknown."""
-    packages = ("partial_fc", "torch", "numpy", "opencv-python-headless", "webdataset", "safetensors")
-    return {
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
-
-
-def _git_commit() -> str:
-    folder = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return commit.stdout.strip() or "unknown"

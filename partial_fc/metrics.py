@@ -38,11 +38,19 @@ class Metrics:
         self.data_wait += data_wait
 
     def row(
-        self, step: int, *, loss: float | None, lr: float, target_cosine: float, head: dict, progress: Progress
+        self,
+        step: int,
+        *,
+        loss: float | None,
+        lr: float,
+        target_cosine: float,
+        head: dict,
+        engine: dict,
+        progress: Progress,
     ) -> None:
         """Writes the row of the steps since the last one; `step` counts the run's finished steps, `loss` is their mean.
 
-        head: numbers of the head that change in training, by name.
+        head, engine: their numbers that change in training, by name.
 
         A disk that is full costs rows, not the run.
         """
@@ -57,6 +65,7 @@ class Metrics:
             "data_wait": self.data_wait / self.steps,
             "target_cosine": target_cosine if math.isfinite(target_cosine) else None,
             **{f"head.{name}": value for name, value in head.items()},
+            **{f"engine.{name}": value if math.isfinite(value) else None for name, value in engine.items()},
             "memory": _memory(),
             "skipped_steps": progress.skipped_steps,
             "undecodable": progress.undecodable,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from partial_fc.parallel.distributed import RunError
 
 SKIPS_IN_A_ROW = 10  # steps without a finite loss after which a run stops
+OVERFLOWS_IN_A_ROW = 30  # steps that halve the loss scale, from 65536 to 6e-5: then it is not the scale
 TOLERATED_UNDECODABLE = 10  # samples; below it data.max_undecodable is not asked, a run has seen too few
 
 
@@ -17,14 +18,20 @@ class Progress:
     samples: int = 0
     undecodable: int = 0
     skipped_steps: int = 0
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: int = 0  # for a loss that was not finite
+    overflows_in_a_row: int = 0  # of a finite loss's gradients, with fp16: counted as skipped too
     losses: list[float] = field(default_factory=list)
 
     def state(self) -> dict:
         return asdict(self)
 
-    def step(self, step: int, loss: float, samples: int, undecodable: int, bad_here: list[str]) -> None:
-        """Notes a step of `samples` over all ranks, `undecodable` of them; `bad_here` are the keys of this rank's."""
+    def step(
+        self, step: int, loss: float, samples: int, undecodable: int, bad_here: list[str], applied: bool = True
+    ) -> None:
+        """Notes a step of `samples` over all ranks, `undecodable` of them; `bad_here` are the keys of this rank's.
+
+        applied: whether backbone and head were updated.
+        """
         for key in bad_here:
             print(f"step {step}: sample {key} could not be decoded; its batch is one shorter", file=sys.stderr)
         self.samples += samples
@@ -32,9 +39,10 @@ class Progress:
         if math.isfinite(loss):
             self.skipped_in_a_row = 0
             self.losses.append(loss)
+            self.overflows_in_a_row = 0 if applied else self.overflows_in_a_row + 1
         else:
-            self.skipped_steps += 1
             self.skipped_in_a_row += 1
+        self.skipped_steps += not (applied and math.isfinite(loss))
 
     def check(self, step: int, max_undecodable: float) -> None:
         """Raises RunError, on all ranks, that names the cause where too much went wrong for the run to go on."""
@@ -48,6 +56,13 @@ class Progress:
                 f"the loss was not finite in {SKIPS_IN_A_ROW} successive steps, the last one {step}: an embedding is "
                 "NaN or infinite. Lower optim.lr or raise optim.warmup_steps; the same command goes on from the latest "
                 "checkpoint, which was not written in these steps"
+            )
+
+        if self.overflows_in_a_row >= OVERFLOWS_IN_A_ROW:
+            raise RunError(
+                f"with engine.precision=fp16 the gradients of {OVERFLOWS_IN_A_ROW} successive steps, the last one "
+                f"{step}, were not finite, though the loss scale was halved in each: lower optim.lr, or take bf16 or "
+                "fp32. The same command goes on from the latest checkpoint"
             )
 
     def mean_loss(self) -> float | None:

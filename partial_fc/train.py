@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from partial_fc import checkpoint
-from partial_fc.build import Parts, build, settings
+from partial_fc.build import Parts, build, micro_batch_size, settings
 from partial_fc.config import Config
 from partial_fc.data.reader import Batch, loader, normalize
+from partial_fc.head.side_stream import upload
 from partial_fc.metrics import Metrics
 from partial_fc.optim import learning_rate
 from partial_fc.parallel import distributed
@@ -35,9 +36,9 @@ def train(config: Config, device: torch.device) -> bool:
 def _train(config: Config, device: torch.device, run: Path) -> bool:
     parts = build(config, device)
     index, order, head, engine = parts.index, parts.order, parts.head, parts.engine
-    rank, world_size = distributed.rank(), distributed.world_size()
-    largest_part = -(-order.global_batch_size // world_size)
-    progress = parts.progress
+    rank = distributed.rank()
+    largest_piece = micro_batch_size(config)
+    accumulate, progress = config.data.accumulate, parts.progress
     done = parts.start_step
     preempted = False
     with distributed.together("opening the data"):
@@ -51,27 +52,32 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
             waited = time.monotonic() - waiting
             torch.manual_seed(seed_for("step", config.run.seed, step, rank))
 
-            # forward and backward: embeddings (b, D), loss () equal on all ranks
-            embeddings = engine(
-                normalize(batch.images.to(device, non_blocking=True), config.data.mean, config.data.std)
-            )
-            head.begin_step(step, parts.labels(step))
-            loss = head(embeddings, batch.labels.to(device, non_blocking=True), largest_part)
-            shared = share(loss, asked_to_stop(), len(batch.bad))
-            engine.backward(loss)
+            # forward and backward of each micro-batch: embeddings (b, D), loss () equal on all ranks
+            loss = 0.0
+            for piece, (images, labels, weight) in enumerate(pieces := micro_batches(batch, accumulate, device)):
+                embeddings = engine(normalize(images, config.data.mean, config.data.std))
+                if piece == 0:  # beside the device's forward
+                    head.begin_step(step, parts.labels(step))
+                part = weight * head(embeddings, labels, largest_piece)
+                loss = loss + part.detach()
+                if piece == len(pieces) - 1:
+                    shared = share(loss, asked_to_stop(), len(batch.bad))
+                engine.backward(part)
 
-            # the one host read of a step, before either update
+            # the one host read of a step, before either update; with fp16 engine.finite() is the second
             loss_now, preempted, bad = shared()
 
             # update of head and backbone, or of neither
-            lr = learning_rate(step, parts.total_steps, config.optim.lr, config.optim)
-            if math.isfinite(loss_now):
-                head.step(lr * parts.head_rate)
+            lr = learning_rate(step, parts.total_steps, parts.peak_rate, config.optim)
+            applied = math.isfinite(loss_now) and engine.finite()
+            if applied:
+                of_the_head = head.gradient_norm(engine.grad_scale) if config.optim.clip_jointly else None
+                head.step(lr * parts.head_rate, engine.clip(of_the_head))
                 engine.step(lr)
             else:
                 head.skip_step()
                 engine.skip()
-            progress.step(step, loss_now, order.global_batch_size, bad, batch.bad)
+            progress.step(step, loss_now, order.global_batch_size, bad, batch.bad, applied)
             progress.check(step, config.data.max_undecodable)
 
             # log and save: `done` steps are finished
@@ -88,6 +94,7 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
                         lr=lr,
                         target_cosine=head.target_cosine.item(),
                         head=head.changing(),
+                        engine=engine.changing(),
                         progress=progress,
                     )
             due = done % config.checkpoint.every == 0 or preempted
@@ -110,6 +117,21 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
             (run / "preempted").write_text(f"step {done}\n")
             print(f"preempted: stopped after step {done}; the same command goes on", flush=True)
     return finished
+
+
+def micro_batches(batch: Batch, count: int, device: torch.device) -> list[tuple[Tensor, Tensor, float | Tensor]]:
+    """Images, labels and weight of each of `count` pieces of this rank's batch, on `device`.
+
+    A piece's weight () is the share of the global batch that the ranks hold in it, so that the weighted mean losses add
+    up to the mean over the batch, undecodable samples left out. A collective where there are several pieces.
+    """
+    images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+    if count == 1:
+        return [(images, labels, 1.0)]
+    cuts = [distributed.part(len(labels), piece, count) for piece in range(count)]
+    sizes = distributed.all_reduce_sum(upload(torch.tensor([float(len(cut)) for cut in cuts]), device))
+    weights = sizes / sizes.sum().clamp_min(1)
+    return [(images[c.start : c.stop], labels[c.start : c.stop], w) for c, w in zip(cuts, weights, strict=True)]
 
 
 def next_batch(batches: Iterator[Batch]) -> Batch:

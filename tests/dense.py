@@ -41,6 +41,7 @@ from partial_fc import (
 from partial_fc.head.embedding_losses import EmbeddingLoss
 from partial_fc.head.sampling import HardNegatives, draw_negatives
 from partial_fc.parallel import distributed
+from partial_fc.parallel.engine import DDPEngine
 from tests.conftest import run_ranks
 
 EXACT = 1e-11  # of the largest reference value, in float64
@@ -315,6 +316,7 @@ class Case:
     optimizer: str = "sgd"
     dropout: float = 0.0
     embedding_losses: tuple[str, ...] = ()
+    clip: float | None = None  # of the norm over backbone and centers
     hyper: dict = field(default_factory=lambda: dict(momentum=0.9, weight_decay=5e-3))
     head: dict = field(default_factory=dict)  # options of PartialFC that must not change the result
 
@@ -379,7 +381,7 @@ def dropped(case: Case, x: Tensor, step: int, forward: int) -> Tensor:
     return torch.where(torch.from_numpy(drawn) < case.dropout, 0, x / (1 - case.dropout))
 
 
-RESULTS = ("loss", "embedding_grad", "backbone_grad", "weight", "scale", "feature_centers")
+RESULTS = ("loss", "embedding_grad", "backbone_grad", "norm", "weight", "scale", "feature_centers")
 
 
 def run_dense(case: Case, weight: Tensor, feature_centers: Tensor | None = None) -> dict:
@@ -433,6 +435,9 @@ def run_dense(case: Case, weight: Tensor, feature_centers: Tensor | None = None)
             out["loss"].append(loss.item())
             out["embedding_grad"].append(embeddings.grad.clone())
         out["backbone_grad"].append(backbone.weight.grad.clone())
+        if case.clip is not None:
+            learned = [*backbone.parameters(), weight, bias, *([scale] if learn_scale else [])]
+            out["norm"].append(nn.utils.clip_grad_norm_(learned, case.clip).item())
         for group in (*centers.param_groups, *optimizer.param_groups, *scales.param_groups):
             group["lr"] = case.lr(step)
         if case.optimizer == "adamw":
@@ -491,8 +496,8 @@ def run_partitioned(case: Case) -> dict:
     rank, world_size = distributed.rank(), distributed.world_size()
     head = make_head(case)
     backbone = case.backbone()
-    model = nn.parallel.DistributedDataParallel(backbone) if world_size > 1 else backbone
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.0, momentum=0.9)
+    engine = DDPEngine(backbone, optimizer, head.device, accumulate=case.forwards, clip=case.clip)
     start = sum(case.sizes[:rank])
     mine = slice(start, start + case.sizes[rank])
     out: dict = {name: [] for name in RESULTS}
@@ -501,25 +506,26 @@ def run_partitioned(case: Case) -> dict:
         batches = [case.data(step, forward) for forward in range(case.forwards)]
         if case.forwards > 1:
             head.begin_step(step, torch.cat([labels for _, labels in batches]))
-        optimizer.zero_grad()
         for inputs, labels in batches:
-            embeddings = model(inputs[mine])
+            embeddings = engine(inputs[mine])
             embeddings.retain_grad()
             loss = head(embeddings, labels[mine])
             objective = case.loss_factor * loss
             if case.auxiliary:
                 objective = objective + auxiliary_loss(embeddings)
-            (objective * case.loss_scale).backward()
+            engine.backward(objective * case.loss_scale)
             out["loss"].append(loss.item())
             # W times the gradient of the loss; the auxiliary loss is this rank's own, 1/W of which counts
             out["embedding_grad"].append(embeddings.grad / world_size / case.loss_scale)
         for parameter in backbone.parameters():
             parameter.grad /= case.loss_scale
         out["backbone_grad"].append(backbone.weight.grad.clone())
-        head.step(case.lr(step), grad_scale=case.loss_scale)
-        for group in optimizer.param_groups:
-            group["lr"] = case.lr(step)
-        optimizer.step()
+        grad_scale = case.loss_scale
+        if case.clip is not None:
+            grad_scale = engine.clip(head.gradient_norm(case.loss_scale)) * case.loss_scale
+            out["norm"].append(engine.gradient_norm.item())
+        head.step(case.lr(step), grad_scale=grad_scale)
+        engine.step(case.lr(step))
         out["weight"].append(head.full_weight())
         out["feature_centers"].append(feature_centers_of(head))
         if full(ALL_MARGINS[case.margin]).learn_scale:
@@ -546,6 +552,7 @@ def assert_equals_dense(case: Case) -> None:
         assert result["loss"] == ranks[0]["loss"], "the loss differs between ranks"
         assert result["scale"] == ranks[0]["scale"]
         assert result["scale"] == pytest.approx(wanted["scale"][: len(result["scale"])], rel=EXACT)
+        assert result["norm"] == pytest.approx(wanted["norm"], rel=EXACT)
         losses = (torch.tensor(some["loss"], dtype=torch.float64) for some in (result, wanted))
         assert error(*losses) < EXACT
         for name in ("backbone_grad", "weight", *(["feature_centers"] if wanted["feature_centers"] else [])):

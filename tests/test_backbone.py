@@ -1,12 +1,15 @@
 """Shapes, parameter counts, initialization and trainability of the backbones."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from partial_fc.backbone import BACKBONES, build
+from partial_fc.backbone import BACKBONES, build, build_seeded
 from partial_fc.backbone.iresnet import BLOCKS
 
+TIMM = ("timm/vit_tiny_patch16_224", "timm/resnet10t")
 NO_BATCH_STATISTICS = ("spherenet20", "resnet28", "smallnet")
 
 
@@ -52,6 +55,20 @@ def smallnet_count(dim: int, height: int, width: int) -> int:
     return count + 256 * (height // 16) * (width // 16) * dim + dim
 
 
+def mobilefacenet_count(dim: int, height: int, width: int) -> int:
+    """Table 1 of arXiv 1804.07573: t, c, n; BN has 2 a channel, PReLU 1, convolutions no bias."""
+    count = 27 * 64 + 3 * 64 + 9 * 64 + 3 * 64  # conv and depthwise conv, each with BN and PReLU
+    before = 64
+    for expansion, channels, units in ((2, 64, 5), (4, 128, 1), (2, 128, 6), (4, 128, 1), (2, 128, 2)):
+        for entering in (before, *[channels] * (units - 1)):
+            inner = expansion * entering
+            count += entering * inner + 3 * inner + 9 * inner + 3 * inner + inner * channels + 2 * channels
+        before = channels
+    count += before * 512 + 3 * 512  # 1x1 conv, BN, PReLU
+    count += 512 * (height // 16) * (width // 16) + 2 * 512  # depthwise conv over the last map, BN
+    return count + 512 * dim + dim + 2 * dim  # linear, BN
+
+
 # Totals at 512 dimensions; 43.59M and 65.16M are the published sizes of iresnet50 and iresnet100.
 TOTALS = {
     "iresnet18": ((112, 112), 24_025_600),
@@ -62,13 +79,19 @@ TOTALS = {
     "spherenet20": ((112, 96), 22_666_944),
     "resnet28": ((112, 96), 27_536_800),
     "smallnet": ((64, 64), 2_634_880),
+    "mobilefacenet": ((112, 112), 1_201_024),
 }
 
 
 @pytest.mark.parametrize("name", TOTALS)
 def test_parameter_count_is_the_hand_count_and_the_published_one(name):
     size, total = TOTALS[name]
-    by_name = {"spherenet20": spherenet20_count, "resnet28": resnet28_count, "smallnet": smallnet_count}
+    by_name = {
+        "spherenet20": spherenet20_count,
+        "resnet28": resnet28_count,
+        "smallnet": smallnet_count,
+        "mobilefacenet": mobilefacenet_count,
+    }
     formula = by_name.get(name)
     by_hand = formula(512, *size) if formula else iresnet_count(BLOCKS[name], 512, *size)
     with torch.device("meta"):
@@ -84,6 +107,60 @@ def images(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(count))
 
 
+def test_mobilefacenet_is_as_large_as_published():
+    """The paper says 0.99 million, at 128 dimensions: weights are 0.976, with BN and PReLU of all layers 1.003."""
+    with torch.device("meta"):
+        net = build("mobilefacenet", 128, (112, 112))
+    assert sum(p.numel() for p in net.parameters()) == mobilefacenet_count(128, 112, 112) == 1_003_264
+    assert sum(p.numel() for p in net.parameters() if p.ndim > 1) == 976_000
+    shapes = []
+    net = build("mobilefacenet", 128, (112, 112))
+    for module in net.features:
+        module.register_forward_hook(lambda module, _, out: shapes.append(tuple(out.shape[1:])))
+    with torch.no_grad():
+        net(images(2, 112, 112))
+    table = [(64, 56, 56), (64, 28, 28), (128, 14, 14), (128, 7, 7), (512, 7, 7), (512, 1, 1)]
+    assert list(dict.fromkeys(shapes)) == table
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_models_by_name(name):
+    """At 112 pixels, whatever timm's default is; the same for a seed, whatever torch drew before."""
+    first = build_seeded(name, 16, (112, 112), seed=3)
+    torch.rand(5)
+    before = torch.random.get_rng_state()
+    again, other = (build_seeded(name, 16, (112, 112), seed) for seed in (3, 4))
+    assert torch.equal(before, torch.random.get_rng_state())
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+    assert not torch.equal(first.linear.weight, other.linear.weight)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(first.features.parameters(), other.features.parameters(), strict=True)
+    )
+    embeddings = first(images(4, 112, 112))
+    assert embeddings.shape == (4, 16) and first.training and first.features.training
+    (embeddings * torch.randn(4, 16)).sum().backward()
+    assert [k for k, p in first.named_parameters() if p.grad is None] == ["norm.weight"]
+    assert torch.equal(first.eval()(images(1, 112, 112)), first(images(1, 112, 112)))
+    with pytest.raises(ValueError, match=r"got images of shape \(2, 3, 96, 112\), wanted \(b, 3, 112, 112\)"):
+        first(images(2, 96, 112))
+
+
+def test_a_vit_sees_the_whole_image():
+    net = build("timm/vit_tiny_patch16_224", 16, (112, 96))
+    assert net.features.patch_embed.grid_size == (7, 6) and net.features.pos_embed.shape[1] == 7 * 6 + 1
+
+
+def test_timm_errors_say_what_to_do(monkeypatch):
+    with pytest.raises(ValueError, match="backbone.name is timm/vit_teeny; timm .* has no model 'vit_teeny'"):
+        build("timm/vit_teeny", 8, (112, 112))
+    with pytest.raises(ValueError, match="timm/vit_tiny_patch16_224 does not take images of 8 x 8 pixels"):
+        build("timm/vit_tiny_patch16_224", 8, (8, 8))
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match=r"timm/resnet10t needs timm, .* pip install 'partial_fc\[timm\]'"):
+        build("timm/resnet10t", 8, (112, 112))
+
+
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "iresnet200"])
 def test_every_parameter_receives_a_gradient(name):
     torch.manual_seed(0)
@@ -92,14 +169,15 @@ def test_every_parameter_receives_a_gradient(name):
     assert embeddings.shape == (4, 8) and embeddings.dtype == torch.float32
     (embeddings * torch.randn(4, 8)).sum().backward()
     fixed = [key for key, p in net.named_parameters() if not p.requires_grad]
-    assert fixed == (["norm.weight"] if name in BLOCKS else [])
+    normed = name in BLOCKS or name == "mobilefacenet"
+    assert fixed == (["norm.weight"] if normed else [])
     for key, p in net.named_parameters():
         if key in fixed:
             assert p.grad is None and (p == 1).all()
         else:
             assert p.grad is not None and p.grad.isfinite().all(), key
             # a batch norm takes out the mean, so the bias just before it has a gradient of 0
-            assert p.grad.any() or (key == "linear.bias" and name in BLOCKS), key
+            assert p.grad.any() or (key == "linear.bias" and normed), key
 
 
 def test_iresnet200_embeds():

@@ -44,7 +44,7 @@ def go_on(head: PartialFC, engine: DDPEngine, steps: range) -> None:
         x = torch.randn(12, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         labels = torch.arange(12) * 3 % head.num_classes
         mine = distributed.part(12, distributed.rank(), distributed.world_size())
-        head(engine(x[mine.start : mine.stop]), labels[mine.start : mine.stop]).backward()
+        engine.backward(head(engine(x[mine.start : mine.stop]), labels[mine.start : mine.stop]))
         head.step(0.1)
         engine.step(0.1)
 

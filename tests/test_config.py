@@ -9,7 +9,8 @@ import yaml
 
 import partial_fc
 from partial_fc import Margin, backbone
-from partial_fc.config import Config, describe, environment, load_config, save_config
+from partial_fc.config import Config, describe, load_config, save_config
+from partial_fc.environment import environment
 from partial_fc.head.embedding_losses import CenterLoss, TripletLoss, build_embedding_loss
 from partial_fc.head.margins import BY_NAME, build_margin
 from partial_fc.optim import learning_rate
@@ -49,11 +50,17 @@ def test_defaults_deltas_and_overrides(yaml_file):
         ("optim.lr=fast", "optim.lr: got 'fast'; Input should be a valid number"),
         ("data.std=[1, 0, 1]", "data.std.1: got 0; Input should be greater than 0"),
         ("optim.lr=.nan", "optim.lr: got nan; Input should be a finite number"),
-        ("optim.schedule=cosine", "optim.schedule: got 'cosine'; Input should be 'polynomial', 'constant' or 'step'"),
+        ("optim.schedule=linear", "got 'linear'; Input should be 'polynomial', 'cosine', 'constant' or 'step'"),
+        ("optim.clip_jointly=true", "optim.clip_jointly without optim.clip: give the largest norm, as optim.clip=5"),
+        ("optim.betas=[0.9, 1]", "optim.betas.1: got 1; Input should be less than 1"),
+        ("engine.precision=fp8", "engine.precision: got 'fp8'; Input should be 'fp32', 'tf32', 'bf16' or 'fp16'"),
         ("optim.schedule=step", "optim.schedule is step and optim.milestones are []: give both"),
         ("optim.milestones=[5]", "optim.schedule is polynomial and optim.milestones are [5]: give both"),
         ("run.epochs=3", "give either run.steps or run.epochs, and make the other null"),
-        ("optim.zzz=3", "optim.zzz: unknown key; there are lr, momentum, weight_decay, warmup_steps, schedule, power"),
+        (
+            "optim.zzz=3",
+            "optim.zzz: unknown key; there are name, lr, lr_batch, momentum, betas, eps, weight_decay",
+        ),
         ("data.streams=5", "data.global_batch_size 64 is no multiple of data.streams 5"),
         ("data.train=null", "data.train: got None; Input should be a valid string"),
         ("lr=3", "override 'lr=3': wanted section.key=value"),
@@ -145,7 +152,14 @@ def test_the_backbones_of_the_configs_embed_images_of_their_size():
         said = re.search(r"images of (\d+) x (\d+)", " ".join(path.read_text().split("\n# ")))
         size = others[path.stem] if said is None else tuple(map(int, said.groups()))
         found.add((choice.name, choice.embedding_dim, size))
-    assert {name for name, *_ in found} == {"smallnet", "spherenet20", "resnet28", "iresnet50", "iresnet100"}
+    assert {name for name, *_ in found} == {
+        "smallnet",
+        "spherenet20",
+        "resnet28",
+        "iresnet50",
+        "iresnet100",
+        "timm/vit_base_patch8_224",
+    }
     for name, dim, size in found:
         net = backbone.build(name, dim, size)
         with torch.no_grad():

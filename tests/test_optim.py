@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from partial_fc.config import Optim
-from partial_fc.optim import learning_rate
+from partial_fc.optim import build_optimizer, learning_rate, peak_rate
 
 
 def test_warm_up_then_polynomial():
@@ -18,6 +18,38 @@ def test_warm_up_then_polynomial():
 def test_constant_and_no_warm_up():
     assert [learning_rate(step, 5, 0.1, Optim(schedule="constant")) for step in range(5)] == [0.1] * 5
     assert learning_rate(0, 5, 0.1, Optim()) == 0.1
+
+
+def test_cosine_schedule_is_torchs():
+    """CosineAnnealingLR, after a warm-up that is ours."""
+    optim = Optim(schedule="cosine", warmup_steps=5)
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.4)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 20)
+    assert learning_rate(3, 25, 0.4, optim) == pytest.approx(0.32)
+    for step in range(5, 25):
+        assert learning_rate(step, 25, 0.4, optim) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        sgd.step()
+        theirs.step()
+    assert learning_rate(30, 25, 0.4, optim) == 0
+
+
+def test_the_rate_is_scaled_from_the_batch_that_it_is_stated_for():
+    peak, reason = peak_rate(Optim(lr=0.1, lr_batch=512), 128)
+    assert peak == pytest.approx(0.025) and reason == "0.025 = optim.lr 0.1, stated for batches of 512, x 128 / 512"
+    assert peak_rate(Optim(lr=0.1), 128)[0] == 0.1 and "no optim.lr_batch" in peak_rate(Optim(lr=0.1), 128)[1]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_all_parameters_are_decayed_alike(name):
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    net[1].weight.requires_grad = False
+    optim = Optim(name=name, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6, momentum=0.7)
+    optimizer = build_optimizer(net, optim)
+    (group,) = optimizer.param_groups
+    assert isinstance(optimizer, {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name])
+    assert group["weight_decay"] == 0.1 and len(group["params"]) == 3  # without the frozen one
+    wanted = dict(momentum=0.7) if name == "sgd" else dict(betas=(0.8, 0.9), eps=1e-6)
+    assert {key: group[key] for key in wanted} == wanted
 
 
 def test_step_schedule_is_torchs():

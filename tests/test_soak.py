@@ -14,6 +14,19 @@ KILLS = 15
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_compiled_backbone_resumes_bit_for_bit(glyphs_ci, tmp_path):
+    """And follows the plain one; a compiled graph is made anew in every process."""
+    options = ("optim.schedule=constant", "checkpoint.every=10", "evaluate.sets={}")
+    finish(start(2, tmp_path / "plain", *options, "run.steps=20"))
+    finish(start(2, tmp_path / "whole", *options, "run.steps=20", "engine.compile=true"))
+    for steps in (10, 20):
+        finish(start(2, tmp_path / "run", *options, f"run.steps={steps}", "engine.compile=true"))
+    assert checksums(tmp_path / "run") == checksums(tmp_path / "whole")
+    assert curve(tmp_path / "whole") == pytest.approx(curve(tmp_path / "plain"), rel=1e-4)
+
+
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_a_run_killed_at_random_moments_is_the_same_run(glyphs_ci, tmp_path):
     """Three ranks, 150 steps, kill -9 of a random worker at a random moment, start-up and saving included."""

@@ -7,10 +7,12 @@ from functools import partial
 import torch
 
 from partial_fc.backbone.iresnet import BLOCKS, iresnet
+from partial_fc.backbone.mobilefacenet import mobilefacenet
 from partial_fc.backbone.net import STRIDE, EmbeddingNet
 from partial_fc.backbone.resnet28 import resnet28
 from partial_fc.backbone.smallnet import smallnet
 from partial_fc.backbone.spherenet import spherenet20
+from partial_fc.backbone.timm_models import PREFIX, timm_model
 from partial_fc.seeds import seed_for
 
 BACKBONES: dict[str, Callable[[int, tuple[int, int]], EmbeddingNet]] = {
@@ -18,6 +20,7 @@ BACKBONES: dict[str, Callable[[int, tuple[int, int]], EmbeddingNet]] = {
     "spherenet20": spherenet20,
     "resnet28": resnet28,
     "smallnet": smallnet,
+    "mobilefacenet": mobilefacenet,
 }
 
 
@@ -27,14 +30,17 @@ def build(name: str, embedding_dim: int, image_size: tuple[int, int]) -> Embeddi
     `image_size` is (H, W). The net maps float images (b, 3, H, W) to float32 embeddings (b, embedding_dim),
     also under autocast.
 
-    Raises ValueError for an unknown name, sides that are no multiple of 16 or an embedding_dim below 1.
+    timm/<model> is a model of timm. Raises ValueError for an unknown name, sides that are no multiple of 16 (for timm:
+    that the model does not take) or an embedding_dim below 1.
     """
-    if name not in BACKBONES:
+    if name not in BACKBONES and not name.startswith(PREFIX):
         nearest = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.0)[0]
         known = ", ".join(BACKBONES)
-        raise ValueError(f"backbone.name is {name!r}, wanted one of {known}; did you mean {nearest!r}?")
+        raise ValueError(f"backbone.name is {name!r}, wanted one of {known}, {PREFIX}MODEL; did you mean {nearest!r}?")
     if embedding_dim < 1:
         raise ValueError(f"backbone.embedding_dim is {embedding_dim}, wanted at least 1 (512 for faces)")
+    if name.startswith(PREFIX):
+        return timm_model(name.removeprefix(PREFIX), embedding_dim, image_size)
     height, width = image_size
     if min(height, width) < STRIDE or height % STRIDE or width % STRIDE:
         nearest_size = tuple(max(1, round(side / STRIDE)) * STRIDE for side in image_size)

@@ -7,8 +7,35 @@ from contextlib import nullcontext
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-STRIDE = 16  # every backbone halves its feature map four times
+STRIDE = 16  # every backbone of ours halves its feature map four times
+
+
+class Segment:
+    """Layers in turn. No module: their parameters would have two names."""
+
+    def __init__(self, layers: list[nn.Module]):
+        self.layers = layers
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def segments(features: nn.Sequential) -> list[Segment]:
+    """The layers of nested Sequentials, cut before everything that holds a convolution: a layer or a residual unit."""
+
+    def flat(module: nn.Module) -> list[nn.Module]:
+        return [leaf for child in module for leaf in flat(child)] if isinstance(module, nn.Sequential) else [module]
+
+    found: list[Segment] = []
+    for layer in flat(features):
+        if not found or any(isinstance(part, nn.Conv2d) for part in layer.modules()):
+            found.append(Segment([]))
+        found[-1].layers.append(layer)
+    return found
 
 
 class EmbeddingNet(nn.Module):
@@ -41,6 +68,17 @@ class EmbeddingNet(nn.Module):
         self.norm = nn.BatchNorm1d(embedding_dim) if batch_norm else nn.Identity()
         if batch_norm:
             self.norm.weight.requires_grad = False
+        self._segments: list[Segment] | None = None
+
+    def checkpoint_activations(self) -> None:
+        """From here on a training forward keeps the inputs of the blocks alone; backward computes the rest again.
+
+        Recomputing a batch norm moves its running statistics once more: put them back after each backward.
+        """
+        if hasattr(self.features, "set_grad_checkpointing"):  # timm's own
+            self.features.set_grad_checkpointing(True)
+        else:
+            self._segments = segments(self.features)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if images.shape[1:] != (3, *self.image_size):
@@ -48,7 +86,13 @@ class EmbeddingNet(nn.Module):
                 f"got images of shape {tuple(images.shape)}, wanted (b, 3, {self.image_size[0]}, "
                 f"{self.image_size[1]}): resize the images or build the backbone with their size"
             )
-        features = self.features(images).flatten(1)
+        if self._segments is not None and torch.is_grad_enabled():
+            features = images
+            for segment in self._segments:
+                features = checkpoint(segment, features, use_reentrant=False)
+        else:
+            features = self.features(images)
+        features = features.flatten(1)
         # Under autocast the embedding would be rounded to bfloat16's 8 bits, and the margin acts on small
         # differences between cosines: the last layers run in the precision of their parameters.
         device = features.device.type

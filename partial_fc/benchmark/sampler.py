@@ -147,9 +147,7 @@ def _check(random: list[float], hard: list[tuple[int, float]], batches: int) -> 
 
 
 def _open(path: Path) -> tuple[checkpoint.Checkpoint, Config, Index]:
-    found = checkpoint.open_checkpoint(path) if (path / "manifest.json").exists() else checkpoint.find_latest(path)
-    if found is None:
-        raise ValueError(f"{path} holds no complete checkpoint; give a run folder or the folder of a checkpoint")
+    found = checkpoint.find_checkpoint(path)
     config = Config.model_validate(found.manifest["settings"]["config"])
     index = load_index(config.data.train)
     if found.classes() != index.classes() or index.num_classes < 2:
@@ -178,7 +176,7 @@ def _load(
         index.num_classes,
         config.backbone.embedding_dim,
         margin,
-        optimizer=config.head.optim.name,
+        optimizer=config.head.optim.name or config.optim.name,
         seed=config.run.seed,
         sampler=random_negatives,  # a head that samples gives single rows, whatever the run's own sample rate
         device=device,

@@ -188,9 +188,9 @@ def _pick(pairs: np.ndarray, score: np.ndarray, same: np.ndarray, order: np.ndar
 
 
 def format_table(models: Mapping[str, Mapping[str, Mapping]]) -> str:
-    """The results as text: for each set a row untrained, a row trained. `models` as in evaluation.json."""
+    """The results as text: for each set a row untrained, trained and averaged. `models` as in evaluation.json."""
     lines = [f"{'':<16}{'':<11}{'10-fold':>8}{'TAR@1e-3':>10}{'TAR@1e-4':>10}{'TAR@1e-5':>10}{'rank-1':>8}"]
-    names = sorted(models, key=["untrained", "trained"].index)
+    names = sorted(models, key=["untrained", "trained", "averaged"].index)
     sets = list(dict.fromkeys(name for model in names for name in models[model]))
     notes = []
     for name in sets:

@@ -43,6 +43,8 @@ def evaluate_run(
         size = tuple(found.manifest["settings"]["image_size"])
         indexes = open_sets(sets, size)
     models = {"trained": _trained(found, config, size)}
+    if (averaged := _trained(found, config, size, averaged=True)) is not None:
+        models["averaged"] = averaged
     if untrained or settings.untrained:
         models["untrained"] = _initial(config, size)
     results = {}
@@ -107,8 +109,12 @@ def _initial(config: Config, size: tuple[int, int]) -> nn.Module:
     return backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
 
 
-def _trained(found: Checkpoint, config: Config, size: tuple[int, int]) -> nn.Module:
+def _trained(found: Checkpoint, config: Config, size: tuple[int, int], averaged: bool = False) -> nn.Module | None:
+    """The checkpoint's backbone; or the moving average of it, None where there is none."""
     net = _initial(config, size)
     with distributed.together(f"loading {found.path}"):
-        net.load_state_dict(read_backbone(found))
+        state = read_backbone(found, averaged)
+        if state is None:
+            return None
+        net.load_state_dict(state)
     return net

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from partial_fc.backbone import build_seeded
 from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone
-from partial_fc.config import Backbone, Config, read_environment
+from partial_fc.config import Backbone, Config
+from partial_fc.environment import read_environment
 from partial_fc.prepare.folder import fit, read_image
 
 FORMAT, VERSION = "partial_fc-backbone", 1

@@ -1,6 +1,5 @@
 """What the figures read of a run folder: its checkpoints' backbones and class centers, and some of its images."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +14,6 @@ from partial_fc.config import Config
 from partial_fc.data.reader import image_size, images_in_order, normalize
 from partial_fc.data.shards import Index, load_index
 from partial_fc.figures.cosines import ROWS, Counts, count_cosines, thinned
-from partial_fc.head.margins import build_margin
-from partial_fc.head.partial_fc import PartialFC
-from partial_fc.optim import build_optimizer
-from partial_fc.parallel.engine import DDPEngine
 from partial_fc.seeds import seed_for
 
 BATCH = 256
@@ -46,19 +41,8 @@ def load_net(found: Checkpoint) -> nn.Module:
 
 def load_centers(found: Checkpoint) -> tuple[Tensor, int]:
     """A checkpoint's class centers (k C, D), caught up, and k, its sub-centers a class."""
-    config, size = config_of(found), tuple(found.manifest["settings"]["image_size"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run was warned of its margin
-        head = PartialFC(
-            len(found.classes()),
-            config.backbone.embedding_dim,
-            build_margin(config.head.margin.name, config.head.margin.parameters),
-            optimizer=config.head.optim.name,  # its momentum and weight decay stand in the checkpoint's history
-            seed=config.run.seed,
-        )
-    net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
-    checkpoint.load(found, head=head, engine=DDPEngine(net, build_optimizer(net, config.optim), torch.device("cpu")))
-    return head.full_weight(), head.sub_centers
+    centers = torch.cat(list(checkpoint.read_centers(found, len(found.classes()))))
+    return (centers, 1) if centers.ndim == 2 else (centers.flatten(0, 1), centers.shape[1])
 
 
 def run_cosines(run: Path, *, images: int = 1000, seed: int = 0) -> dict[int, Counts]:

@@ -25,7 +25,7 @@ from partial_fc.head.partition import class_range
 from partial_fc.head.sampling import Sampler, negatives, random_negatives
 from partial_fc.head.side_stream import SideStream, upload
 from partial_fc.head.softmax import Buffers
-from partial_fc.head.update import update
+from partial_fc.head.update import gradient_norm, update
 from partial_fc.parallel import distributed
 
 
@@ -241,14 +241,7 @@ class PartialFC:
         device the update runs on a stream of its own, beside what was queued since the losses' gradients were there.
         Raises RuntimeError where a forward had no backward.
         """
-        if not self._forwards:
-            raise RuntimeError("step without a training forward: call head(embeddings, labels) and backward first")
-        waiting = sum(kept.grad is None for kept in self._forwards)
-        if waiting:
-            raise RuntimeError(
-                f"step, but {waiting} of {len(self._forwards)} forwards had no backward: call loss.backward() first, "
-                "or skip_step() to drop them"
-            )
+        self._check_backwards("step")
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), precision_of(self._way.precision):
             # a scale on the device may come of the whole backward
             wait = self._read or isinstance(grad_scale, Tensor)
@@ -256,6 +249,18 @@ class PartialFC:
             with self._side_stream.run(after, keep=(self._forwards, self._used, grad_scale)):
                 update(self, lr, grad_scale)
         self._close()
+
+    def gradient_norm(self, grad_scale: float | Tensor = 1.0) -> Tensor:
+        """The norm () of the gradient that `step` will use, by all class centers and a learned scale, on all ranks.
+
+        That gradient never exists as a whole, so this is another pass over the rows in use: two of the four matrix
+        products of a step once more, one of the three with a cache. One collective of one number. Without weight decay.
+        On a CUDA device the update then waits for the whole backward.
+        """
+        self._check_backwards("gradient_norm")
+        self._read = True  # the buffers of the chunks are the update's too
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), precision_of(self._way.precision):
+            return gradient_norm(self, grad_scale)
 
     def skip_step(self) -> None:
         """Drops the forwards since the last step without an update; for rows and statistics it did not happen."""
@@ -306,6 +311,16 @@ class PartialFC:
         return distributed.all_gather(padded).flatten(0, 1)[: self.num_classes * self.sub_centers]
 
     # ---- parts
+
+    def _check_backwards(self, caller: str) -> None:
+        if not self._forwards:
+            raise RuntimeError(f"{caller} without a training forward: call head(embeddings, labels) and backward first")
+        waiting = sum(kept.grad is None for kept in self._forwards)
+        if waiting:
+            raise RuntimeError(
+                f"{caller}, but {waiting} of {len(self._forwards)} forwards had no backward: call loss.backward() "
+                "first, or skip_step() to drop them"
+            )
 
     def _wrong_input(self, embeddings: Tensor, labels: Tensor) -> str | None:
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim:

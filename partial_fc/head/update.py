@@ -13,6 +13,7 @@ from partial_fc.head.forward import scaled, targets_of
 from partial_fc.head.optimizers import Learned
 from partial_fc.head.softmax import LOG2_E
 from partial_fc.head.targets import target_part
+from partial_fc.parallel import distributed
 
 
 def update(head, lr: float, grad_scale: float | Tensor) -> None:
@@ -34,12 +35,36 @@ def update(head, lr: float, grad_scale: float | Tensor) -> None:
     centers.end_update(used, lr)
 
 
+def gradient_norm(head, grad_scale: float | Tensor) -> Tensor:
+    """See PartialFC.gradient_norm."""
+    used = head._used
+    passes = [_pass(head, kept, used, grad_scale) for kept in head._forwards]
+    total = torch.zeros((), dtype=torch.float64, device=head.device)
+    for number, selected in enumerate(head._way.chunks(used.count)):
+        rows = head._centers.take(used, selected, head._buffers, moments=False)
+        gradient, bias_gradient = softmax.row_gradients(rows, number, passes, head._way, head._buffers)
+        if rows.inverse_norm is not None:  # what is along w has still to be taken out
+            along = torch.linalg.vecdot(gradient, rows.weight.value) * rows.inverse_norm * rows.inverse_norm
+            gradient.addcmul_(rows.weight.value, along.unsqueeze(1), value=-1)
+        total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+        if bias_gradient is not None:
+            total += torch.linalg.vector_norm(bias_gradient, dtype=torch.float64).square()
+    total = distributed.all_reduce_sum(total)
+    if head.margin.learn_scale:  # equal on all ranks
+        total = total + _scale_gradient(head, grad_scale).square()
+    return total.sqrt()
+
+
+def _scale_gradient(head, grad_scale: float | Tensor) -> Tensor:
+    return sum(kept.grad / grad_scale * kept.by_scale for kept in head._forwards)
+
+
 def _update_scale(head, lr: float, grad_scale: float | Tensor) -> None:
     """The optimizer's step on the learned scale, which stays at least 1."""
     optimizer = head._scale_optimizer
     names = ["scale", *(f"scale_{moment}" for moment in optimizer.moments)]
     scale, *moments = (head.statistics[name].clone() for name in names)
-    gradient = sum(kept.grad / grad_scale * kept.by_scale for kept in head._forwards)
+    gradient = _scale_gradient(head, grad_scale)
     optimizer.update(Learned(scale, tuple(moments)), gradient, *optimizer.rates(lr, head._centers.updates + 1))
     head.statistics = head.statistics | dict(zip(names, (scale.clamp_min(1), *moments), strict=True))
 

@@ -91,7 +91,7 @@ def _tables(runs: Sequence[Run]) -> list[dict]:
     for name in _set_names(runs):
         rows, notes, about = [], [], []
         for color, run in _evaluated(runs):
-            for model, results in _models(run, ("untrained", "trained")):
+            for model, results in _models(run, ("untrained", "trained", "averaged")):
                 if name not in results:
                     continue
                 result = results[name]

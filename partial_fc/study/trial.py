@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from partial_fc.config import environment, save_config
+from partial_fc.config import save_config
+from partial_fc.environment import environment
 from partial_fc.study import ledger
 from partial_fc.study.plan import TUNING, Trial, config_of
 

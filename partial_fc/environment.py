@@ -1,0 +1,39 @@
+"""What a run was made with: git commit, versions."""
+
+import platform
+import subprocess
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+
+
+def environment() -> dict[str, str]:
+    """git commit and versions; what cannot be told is said to be unknown."""
+    packages = ("partial_fc", "torch", "numpy", "opencv-python-headless", "webdataset", "safetensors", "timm")
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):  # timm is optional
+            found[name] = version(name)
+    return {"git_commit": _git_commit(), "python": platform.python_version(), **found}
+
+
+def _git_commit() -> str:
+    folder = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return commit.stdout.strip() or "unknown"
+
+
+def read_environment(path: Path) -> dict[str, str]:
+    """What `config.save_config` noted beside the settings; empty without such a file."""
+    return (yaml.safe_load(path.read_text()) or {}).get("environment", {}) if path.exists() else {}

@@ -1,0 +1,232 @@
+"""Options of the backbone's training through the real train(): accumulation, precision, clipping, AdamW, averages."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from partial_fc import checkpoint
+from partial_fc.build import build
+from partial_fc.config import Engine
+from partial_fc.data.reader import Batch
+from partial_fc.evaluate.runs import evaluate_run
+from partial_fc.parallel import distributed
+from partial_fc.report.page import write_report
+from partial_fc.train import micro_batches
+from tests.conftest import run_ranks
+from tests.test_train import (
+    checksums,
+    config_for,
+    curve,
+    damaged,
+    rows,
+    train_and_catch,
+    train_here,
+)
+
+SHORT = ("run.steps=8", "checkpoint.every=4", "optim.schedule=constant", "optim.warmup_steps=2")
+
+
+def states(run: Path) -> dict[str, torch.Tensor]:
+    """Backbone and class centers of the latest checkpoint."""
+    found = checkpoint.find_latest(run)
+    centers = [checkpoint.load_file(found.path / e["name"])["weight"] for e in found.files() if "classes" in e]
+    return checkpoint.read_backbone(found) | {"centers": torch.cat(centers)}
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    assert curve(run) == pytest.approx(curve(other), rel=2e-5)
+    for name, value in states(run).items():
+        wanted = states(other)[name]
+        assert (value - wanted).abs().max() <= 1e-4 * wanted.abs().max(), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_micro_batches_equal_one_batch(glyphs_ci, tmp_path, world_size):
+    """48 samples in 5 pieces: no number of ranks cuts them evenly; some of them cannot be decoded."""
+    data = damaged(glyphs_ci / "train", tmp_path / "data", range(0, 8000, 40))
+    options = (*SHORT, "data.max_undecodable=0.5")
+    run_ranks(train_here, world_size, tmp_path / "whole", data, *options)
+    run_ranks(train_here, world_size, tmp_path / "pieces", data, *options, "data.accumulate=5")
+    assert rows(tmp_path / "pieces")[-1]["undecodable"] > 0
+    assert_same_run(tmp_path / "pieces", tmp_path / "whole")
+
+
+def pieces_of(counts: list[int], pieces: int) -> list[tuple[int, float]]:
+    count = counts[distributed.rank()]
+    batch = Batch(torch.zeros(count, 3, 4, 4, dtype=torch.uint8), torch.arange(count), 0, count, [])
+    return [(len(labels), float(weight)) for _, labels, weight in micro_batches(batch, pieces, torch.device("cpu"))]
+
+
+def test_weights_of_micro_batches_are_their_shares():
+    for sizes in run_ranks(pieces_of, 2, [7, 4], 3):
+        assert [weight for _, weight in sizes] == pytest.approx([3 / 11, 3 / 11, 5 / 11])
+    assert [count for count, _ in run_ranks(pieces_of, 2, [7, 4], 3)[0]] == [2, 2, 3]
+    assert run_ranks(pieces_of, 2, [0, 0], 2) == [[(0, 0.0)] * 2] * 2
+    assert run_ranks(pieces_of, 2, [3, 1], 1) == [[(3, 1.0)], [(1, 1.0)]]
+
+
+def test_micro_batches_must_not_be_empty(glyphs_ci, tmp_path):
+    messages = run_ranks(train_and_catch, 2, tmp_path / "run", glyphs_ci / "train", "data.accumulate=25")
+    assert "data.accumulate 25 leaves micro-batches empty: a rank has 24 samples of a step" in messages[0]
+    assert messages[0] == messages[1]
+
+
+# a small batch: a CPU has no float16 units
+FLOAT16 = ("engine.precision=fp16", "data.global_batch_size=8", "head.sample_rate=1")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_head_and_backbone_skip_together(glyphs_ci, tmp_path, optimizer):
+    """A loss scale of 2^22 overflows until it has been halved often enough; the updates of both are counted."""
+    rate = () if optimizer == "sgd" else ("optim.lr=0.001",)
+    scale = (f"engine.loss_scale={2.0**22}", "run.steps=16")
+    overrides = (*SHORT, *FLOAT16, *scale, f"optim.name={optimizer}", *rate, "head.optim.name=adamw")
+    run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train", *overrides)
+    last = rows(tmp_path / "run")[-1]
+    assert 4 < last["skipped_steps"] < 13 and last["engine.loss_scale"] == 2.0 ** (22 - last["skipped_steps"])
+    found = checkpoint.find_latest(tmp_path / "run")
+    updates = checkpoint.load_file(found.path / "history.safetensors")["updates"].item()
+    assert updates == found.step - last["skipped_steps"]
+    if optimizer == "adamw":
+        state = checkpoint.load_file(found.path / "optimizer.safetensors")
+        assert {v.item() for name, v in state.items() if name.endswith(".step")} == {updates}
+    skipped = [r["skipped_steps"] for r in rows(tmp_path / "run")]
+    assert skipped[3] == 4 and len(set(skipped[-3:])) == 1  # skips first, then trains
+
+
+def test_a_scale_that_never_fits_ends_the_run(glyphs_ci, tmp_path):
+    overrides = (*FLOAT16, f"engine.loss_scale={2.0**100}", "run.steps=60")
+    messages = run_ranks(train_and_catch, 2, tmp_path / "run", glyphs_ci / "train", *overrides)
+    assert messages[0] == messages[1]
+    assert "the gradients of 30 successive steps, the last one 29, were not finite" in messages[0]
+
+
+@pytest.mark.parametrize("clip", [(), ("optim.clip=0.5",), ("optim.clip=0.5", "optim.clip_jointly=true")], ids=len)
+def test_the_loss_scale_drops_out(glyphs_ci, tmp_path, clip):
+    """From backbone and class centers: runs at two scales that fit differ by what float16 rounds away near 0."""
+    for scale in (64.0, 1024.0):
+        overrides = (*SHORT, *FLOAT16, f"engine.loss_scale={scale}", *clip)
+        run_ranks(train_here, 2, tmp_path / f"{scale}", glyphs_ci / "train", *overrides)
+        assert rows(tmp_path / f"{scale}")[-1]["skipped_steps"] == 0
+    one, other = (states(tmp_path / f"{scale}") for scale in (64.0, 1024.0))
+    for name, value in other.items():
+        assert (one[name] - value).norm() <= 1e-2 * value.norm(), name
+
+
+RESUMED = {
+    "adamw, cosine": ("optim.name=adamw", "optim.lr=0.001"),
+    "fp16": (*FLOAT16, f"engine.loss_scale={2.0**19}", "optim.clip=0.5", "optim.clip_jointly=true"),
+    "bf16, average": ("engine.precision=bf16", "engine.ema=0.9"),
+    "pieces, clipped jointly": ("data.accumulate=3", "optim.clip=0.5", "optim.clip_jointly=true"),
+    "channels last, activations": ("engine.channels_last=true", "engine.checkpoint_activations=true"),
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_options_resume_bit_for_bit(glyphs_ci, tmp_path, kind):
+    """At two ranks, from the middle; with fp16 while the scale is still falling."""
+    overrides = (*SHORT, *RESUMED[kind])
+    if "cosine" in kind:
+        overrides = (*overrides, "optim.schedule=cosine")
+    run_ranks(train_here, 2, tmp_path / "whole", glyphs_ci / "train", *overrides)
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000008")
+    run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train", *overrides)
+    assert checksums(tmp_path / "run") == checksums(tmp_path / "whole")
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    if "fp16" in kind:
+        assert 4 < rows(tmp_path / "whole")[-1]["skipped_steps"] < 8
+    for name in ("engine.loss_scale", "engine.gradient_norm"):
+        found, wanted = ([row.get(name) for row in rows(tmp_path / run)] for run in ("run", "whole"))
+        assert found == wanted
+
+
+SAME = {  # what changes speed or memory and not the run
+    "checkpointed activations": ("engine.checkpoint_activations=true",),
+    "channels last": ("engine.channels_last=true",),
+    "average": ("engine.ema=0.99",),
+    "a norm that is never reached": ("optim.clip=1e9", "optim.clip_jointly=true"),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(glyphs_ci, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("plain") / "run"
+    run_ranks(train_here, 2, run, glyphs_ci / "train", *SHORT)
+    return run
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_the_run_stays_the_same(glyphs_ci, tmp_path, plain, kind):
+    run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train", *SHORT, *SAME[kind])
+    assert_same_run(tmp_path / "run", plain)
+
+
+def test_clipping_shortens_the_steps(glyphs_ci, tmp_path, plain):
+    run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train", *SHORT, "optim.clip=0.01")
+    assert all(row["engine.gradient_norm"] > 0.01 for row in rows(tmp_path / "run"))
+    assert curve(tmp_path / "run") != curve(plain)
+
+
+def test_the_stated_batch_scales_both_rates(glyphs_ci, tmp_path, plain, capfd):
+    options = ("optim.lr=0.04", "optim.lr_batch=96", "head.optim.lr=0.04")
+    train_here(tmp_path / "run", glyphs_ci / "train", *SHORT, *options)
+    assert curve(tmp_path / "run", "lr") == curve(plain, "lr")
+    assert_same_run(tmp_path / "run", plain)
+    wanted = "learning rate at its peak: 0.02 = optim.lr 0.04, stated for batches of 96, x 48 / 96"
+    assert wanted in capfd.readouterr().out
+
+
+def test_the_average_is_kept_and_evaluated_beside(glyphs_ci, tmp_path, capfd):
+    run = tmp_path / "run"
+    train_here(run, glyphs_ci / "train", *SHORT, "engine.ema=0.9")
+    found = checkpoint.find_latest(run)
+    average, backbone = checkpoint.read_backbone(found, averaged=True), checkpoint.read_backbone(found)
+    assert list(average) == list(backbone) and not torch.equal(average["linear.weight"], backbone["linear.weight"])
+    evaluate_run(run, torch.device("cpu"))
+    assert set(json.loads((run / "evaluation.json").read_text())["models"]) == {"trained", "averaged", "untrained"}
+    assert "averaged" in capfd.readouterr().out
+    write_report([str(run)], str(tmp_path / "report.html"))
+    assert '<tr class="averaged">' in (tmp_path / "report.html").read_text()
+    # without an average: none; with one again: it begins at the backbone
+    train_here(run, glyphs_ci / "train", *SHORT, "run.steps=12")
+    assert checkpoint.read_backbone(checkpoint.find_latest(run), averaged=True) is None
+    parts = build(config_for(run, glyphs_ci / "train", *SHORT, "engine.ema=0.9"), torch.device("cpu"))
+    assert all(torch.equal(v, parts.engine.average[k]) for k, v in parts.engine.backbone.state_dict().items())
+
+
+def test_another_optimizer_of_the_backbone_is_an_error(glyphs_ci, tmp_path, plain):
+    shutil.copytree(plain, tmp_path / "run")
+    overrides = (*SHORT, "run.steps=12", "optim.name=adamw", "head.optim.name=sgd")
+    messages = run_ranks(train_and_catch, 2, tmp_path / "run", glyphs_ci / "train", *overrides)
+    assert messages[0] == messages[1] and "optimizer was written with momentum_buffer, this run's keeps" in messages[0]
+
+
+@pytest.mark.parametrize("override", ["engine.precision=tf32", "engine.sync_batchnorm=true"])
+def test_what_a_cpu_does_not_have_is_one_error(glyphs_ci, tmp_path, override):
+    messages = run_ranks(train_and_catch, 2, tmp_path / "run", glyphs_ci / "train", override)
+    assert messages[0] == messages[1] and override.partition("=")[0] in messages[0]
+
+
+def test_a_transformer_trains_and_resumes(glyphs_ci, tmp_path):
+    options = (
+        *SHORT,
+        "backbone.name=timm/test_vit",
+        "optim.name=adamw",
+        "optim.lr=0.001",
+        "head.optim.name=adamw",
+        "engine.checkpoint_activations=true",
+    )
+    run_ranks(train_here, 2, tmp_path / "whole", glyphs_ci / "train", *options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000008")
+    run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train", *options)
+    assert checksums(tmp_path / "run") == checksums(tmp_path / "whole")
+    assert curve(tmp_path / "run")[-1] < curve(tmp_path / "run")[0]
+
+
+def test_defaults_change_nothing():
+    assert Engine() == Engine(precision="fp32", compile=False, channels_last=False, ema=None)
