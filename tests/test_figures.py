@@ -278,7 +278,7 @@ def test_without_apt_the_error_says_what_does_instead(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("PARTIAL_FC_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(OSError) as error:
         fetch_fashion_mnist()
     assert "Fashion-MNIST comes from Debian's packages, and this system has no apt-get and no dpkg" in str(error.value)
     assert "--fashion-mnist /folder" in str(error.value) and not (tmp_path / "cache").exists()

@@ -56,7 +56,7 @@ def test_an_unknown_set_is_an_error_that_names_the_sets(tmp_path):
 
 
 def test_without_apt_the_error_says_what_does_instead(tmp_path, no_programs):
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(OSError) as error:
         fetch_fonts("small", tmp_path / "cache")
     assert "no apt-get and no dpkg" in str(error.value)
     assert "partial-fc prepare glyphs /folder OUT" in str(error.value)
@@ -75,7 +75,7 @@ def test_a_set_of_other_packages_is_not_complete(tmp_path, no_programs):
     marker = tmp_path / "small" / "complete.txt"
     marker.parent.mkdir()
     marker.write_text("".join(f"{package}\n" for package in FONT_SETS["small"][1:]))
-    with pytest.raises(RuntimeError, match="no apt-get"):
+    with pytest.raises(OSError, match="no apt-get"):
         fetch_fonts("small", tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_without_package_lists_apt_gets_its_own_and_a_missing_package_is_named(t
     configuration.write_text(f'Dir::State::lists "{tmp_path / "nothing"}";\n')
     monkeypatch.setenv("APT_CONFIG", str(configuration))
     use_packages(monkeypatch, PACKAGE, "fonts-there-is-none-such")
-    with pytest.raises(RuntimeError, match="Unable to locate package fonts-there-is-none-such"):
+    with pytest.raises(OSError, match="Unable to locate package fonts-there-is-none-such"):
         fetch_fonts("small", tmp_path / "cache")
     cache = tmp_path / "cache"
     assert any((cache / "apt" / "lists").iterdir())

@@ -52,7 +52,7 @@ def write(glyphs_ci, tmp_path):
         values["data"] = values["data"] | {"train": str(glyphs_ci / "train")}
         values["evaluate"] = {"sets": {"seen": {"data": str(glyphs_ci / "test_seen")}}}
         (tmp_path / "base.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-        tuning = {"seed": 0, "shorter": 2.5, "sets": {"seen": str(glyphs_ci / "test_seen")}, "grids": GRIDS}
+        tuning = {"seed": 0, "shorter": 2.5, "sets": {"seen": str(glyphs_ci / "test_unseen")}, "grids": GRIDS}
         plan = {"base": "base.yaml", "reference": "softmax", "seeds": [1, 2], "tuning": tuning, "rows": ROWS} | given
         (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
         return tmp_path / "plan.yaml"
@@ -185,6 +185,55 @@ def test_the_plans_of_the_repository_are_sound(path, monkeypatch):
         first = {name: values[0] for name, values in row.grid.items()}
         trials += [*plan.tuning_trials(row), *plan.final_trials(row, first)]
     assert len({trial.digest for trial in trials}) == len(trials), "two rows are the same run"
+
+
+def test_tuning_sees_no_test_set_and_has_a_seed_of_its_own(write, glyphs_ci):
+    tuning = {"seed": 0, "shorter": 3, "sets": {"seen": str(glyphs_ci / "test_seen")}, "grids": GRIDS}
+    with pytest.raises(ValueError, match="tuning sees .*test_seen, which is a test set: take validation sets"):
+        load_plan(write(tuning=tuning))
+    with pytest.raises(ValueError, match="seed 0 is of tuning and of the final runs: take another one"):
+        load_plan(write(seeds=[0, 1]))
+
+
+def test_a_tuned_value_at_the_edge_of_its_grid_is_said(write, tmp_path):
+    """Of two values both are at the edge: they are not said."""
+    grids = {"scaled": {"optim.lr": [0.1, 0.2, 0.4], "head.margin.scale": [16, 32]}}
+    tuning = {"seed": 0, "shorter": 3, "sets": {"seen": "data/validation"}, "grids": grids}
+    rows = {name: {"head.margin.name": "cosface", "head.margin.margin": m} for name, m in (("a", 0.2), ("b", 0.3))}
+    path = write(tuning=tuning, rows=rows, reference="a")
+    facts = {"data/validation": ["v", 10]}
+    plan = load_plan(path, facts)
+    entries = tuned_entries(plan, {"a": [1, 0, 0, 0, 0, 0], "b": [0, 0, 0, 1, 0, 0]})
+    file = tmp_path / "ledger.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in entries.values()))
+    table = study_table(path, file)
+    assert "a: lr 0.1 is at the edge of its grid" in table and table.count("edge") == 1
+
+
+def test_a_tuned_value_that_the_row_gives_itself_is_not_shown(write, tmp_path):
+    write()
+    own = {"other": ROWS["am"] | {"head.margin.scale": 8, "tuned_as": "am"}}
+    (tmp_path / "own.yaml").write_text(
+        yaml.safe_dump({"base": "base.yaml", "seeds": [1], "tuned_in": "plan.yaml", "rows": own})
+    )
+    entries = tuned_entries(load_plan(tmp_path / "plan.yaml"), {"softmax": [0.3, 0.4], "am": [0.2, 0.1]})
+    file = tmp_path / "ledger.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in entries.values()))
+    table = study_table(tmp_path / "own.yaml", file)
+    assert "lr 0.05" in table and "scale" not in table
+
+
+def test_the_committed_ledger_belongs_to_the_plans():
+    """A change of the digest would lose every run of it."""
+    folder = REPOSITORY / "configs" / "study"
+    entries = ledger.read(folder / "ledger.jsonl")
+    plan = load_plan(folder / "table1.yaml", ledger.recorded_data(entries))
+    rows = {row.name: row for row in plan.rows}
+    assert entries and {one["row"] for one in entries.values()} <= set(rows)
+    for found, one in entries.items():
+        row = rows[one["row"]]
+        trials = plan.tuning_trials(row) if one["stage"] == "tuning" else plan.final_trials(row, one["tuned"])
+        assert found in {trial.digest for trial in trials}, one["row"]
 
 
 # ---- the ledger
@@ -340,10 +389,12 @@ def test_the_table_needs_no_data_where_the_ledger_has_its_fingerprints(write, tm
     path = write(seeds=[1])
     plan = load_plan(path)
     entries = tuned_entries(plan, {"softmax": [0.3, 0.4], "am": [0.2, 0.1]})
+    final = plan.final_trials(plan.rows[0], {"optim.lr": 0.1})[0]
+    entries[final.digest] = entry(final, 0.5, commit="0123456789abcdef-dirty")
     file = tmp_path / "ledger.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in entries.values()))
     wanted = study_table(path, file)
-    assert "lr 0.05, scale 16" in wanted
+    assert "lr 0.05, scale 16" in wanted and "commits (trials): 0123456789ab (4), 0123456789ab-dirty (1)" in wanted
 
     def gone(folder):
         raise FileNotFoundError(f"{folder} is no data set")

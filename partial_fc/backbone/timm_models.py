@@ -20,7 +20,7 @@ def timm_model(name: str, embedding_dim: int, image_size: tuple[int, int]) -> Em
     except ImportError as error:
         raise ValueError(
             f"backbone.name {PREFIX}{name} needs timm, which cannot be imported ({error}): "
-            "pip install 'partial_fc[timm]'"
+            "pip install -e '.[timm]' in the checkout"
         ) from None
     if not timm.is_model(name):
         raise ValueError(

@@ -24,7 +24,7 @@ def require_packages(formats: list[str]) -> None:
         raise ValueError(f"got the format {unknown[0]!r}, wanted some of {', '.join(FORMATS)}")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if "onnx" in formats and missing:
-        raise ValueError(f"the format onnx needs {', '.join(missing)}: pip install 'partial_fc[export]'")
+        raise ValueError(f"the format onnx needs {', '.join(missing)}: pip install -e '.[export]' in the checkout")
 
 
 @torch.no_grad()

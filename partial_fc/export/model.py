@@ -51,6 +51,10 @@ class Embedder(nn.Module):
                 f"got {images.dtype} images, wanted torch.uint8 of values 0 to 255, RGB: the model normalizes pixels "
                 "itself"
             )
+        if tuple(images.shape[1:]) != (3, *self.image_size):
+            raise ValueError(
+                f"got images of shape {tuple(images.shape)}, wanted (b, 3, {', '.join(map(str, self.image_size))})"
+            )
         images = (images.float() - self.mean) / self.std
         embeddings = self.backbone(images).float()
         if self.flip:
@@ -178,12 +182,15 @@ def _folder(source: str | os.PathLike, revision: str | None) -> Path:
     text = os.fspath(source)
     if path.is_absolute() or text.startswith(".") or text.count("/") != 1:
         raise ValueError(f"{text} is no folder, nor a hub repository as owner/name")
+    if path.parent.is_dir():
+        raise ValueError(f"{text} is no folder, but {path.parent} is: wanted a run or an exported folder in it")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise ValueError(
-            f"{text} is no folder here; to load it from the Hugging Face hub: pip install 'partial_fc[export]'"
+            f"{text} is no folder here; to load it from the Hugging Face hub: pip install -e '.[export]' in the "
+            "checkout"
         ) from None
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=["config.json", "model.safetensors"]))

@@ -133,7 +133,7 @@ def _boundaries(sources: Sources) -> tuple[Figure, str]:
     margins = sources.margins(boundaries.DEFAULT)
     sentence = (
         "Angles to the centers of two classes: where the loss takes a sample for class 1, for class 2, and the margin "
-        "between (CosFace and ArcFace)."
+        f"between (CosFace and ArcFace), at {TYPICAL}. What a margin does to negatives is not drawn."
     )
     if not all(one.margin.normalize_centers for one in margins):
         sentence += " Dashed: class 1's boundary with one center 1.25 times as long as the other."

@@ -26,7 +26,7 @@ INSTEAD = "Any folder with its four files (train-images-idx3-ubyte.gz, …) does
 
 
 def fetch_fashion_mnist() -> Path:
-    """The folder with the four files, fetched (31 MB) unless it is there. Raises RuntimeError where apt cannot."""
+    """The folder with the four files, fetched (31 MB) unless it is there. Raises OSError where apt cannot."""
     fetched = fetch_packages([PACKAGE], cache_folder("datasets") / "fashion-mnist", "Fashion-MNIST", INSTEAD)
     return fetched / PACKAGE / "usr" / "share" / "datasets" / "fashion-mnist"
 

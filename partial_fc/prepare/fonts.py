@@ -40,7 +40,7 @@ def fetch_fonts(name: str, cache: Path) -> Path:
 
     Raises:
         ValueError: there is no such set.
-        RuntimeError: apt-get or dpkg is missing, or a package could not be downloaded or unpacked.
+        OSError: apt-get or dpkg is missing, or a package could not be downloaded or unpacked.
     """
     if name not in FONT_SETS:
         raise ValueError(f"no font set is named {name!r}; got {name!r}, want one of {', '.join(FONT_SETS)}. {INSTEAD}")

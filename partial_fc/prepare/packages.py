@@ -31,7 +31,7 @@ def fetch_packages(packages: Sequence[str], folder: Path, what: str, instead: st
     names the set in messages, `instead` says what does without it.
 
     Raises:
-        RuntimeError: apt-get or dpkg is missing, or a package could not be downloaded or unpacked.
+        OSError: apt-get or dpkg is missing, or a package could not be downloaded or unpacked.
     """
     folder = Path(folder).resolve()
     marker = folder / "complete.txt"
@@ -41,7 +41,7 @@ def fetch_packages(packages: Sequence[str], folder: Path, what: str, instead: st
 
     missing = [program for program in ("apt-get", "dpkg") if shutil.which(program) is None]
     if missing:
-        raise RuntimeError(
+        raise OSError(
             f"{what} comes from Debian's packages, and this system has no {' and no '.join(missing)}. {instead}"
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class _Apt:
         """Put the package's .deb into `folder`; apt checks its size and hash against the signed lists."""
         try:
             self._apt_get(["download", package], folder)
-        except RuntimeError:  # no lists (a fresh container), none with this package, or too old to match the archive
+        except OSError:  # no lists (a fresh container), none with this package, or too old to match the archive
             self.use_own_lists = True
             (self.own_lists / "partial").mkdir(parents=True, exist_ok=True)
             self._apt_get(["update"], folder)
@@ -117,7 +117,7 @@ def _run(command: list[str], what: str, instead: str, cwd: Path | None = None) -
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
     if done.returncode != 0:
         said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-        raise RuntimeError(f"{what} failed with status {done.returncode}:\n{said}\n{instead}")
+        raise OSError(f"{what} failed with status {done.returncode}:\n{said}\n{instead}")
 
 
 @contextmanager

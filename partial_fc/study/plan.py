@@ -165,6 +165,12 @@ def load_plan(path: Path, recorded: dict[str, list] | None = None) -> Plan:
     tuned_in = None if given.tuned_in is None else load_plan(path.parent / given.tuned_in, recorded)
     if tuned_in is not None and given.tuning is not None:
         raise ValueError(f"{path} has both tuning and tuned_in: take one of them away")
+    if given.tuning is not None:
+        test = {one["data"] for one in base["evaluate"]["sets"].values()}
+        if both := sorted(test & set(given.tuning.sets.values())):
+            raise ValueError(f"{path}: tuning sees {', '.join(both)}, which is a test set: take validation sets")
+        if given.tuning.seed in given.seeds:
+            raise ValueError(f"{path}: seed {given.tuning.seed} is of tuning and of the final runs: take another one")
     if unknown := [name for name in given.first if name not in given.rows]:
         raise ValueError(f"{path}: first names {', '.join(unknown)}, which is no row")
     rows = []

@@ -1,5 +1,6 @@
 """partial-fc study table: mean and range over the seeds, and paired differences from one row."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class Line:
     """What is known of a row: the values of every column by seed, and how far it is."""
 
     name: str
-    tuned: dict[str, Any] | None
+    tuned: dict[str, Any] | None  # what it has from tuning
     values: dict[str, dict[int, float]]  # column: seed: value
     state: str  # "" for a complete row
     against: str | None
@@ -30,8 +31,9 @@ def study_table(path: Path, ledger_file: Path, markdown: bool = False) -> str:
     """The table of a plan as far as its ledger goes.
 
     Each cell: mean (lowest–highest) of the seeds, the value itself for one seed. Below, the same of the differences
-    from the row that each is compared with, taken seed by seed. A range that holds 0 shows no difference. Data sets
-    that are not here are taken to be those of the ledger.
+    from the row that each is compared with, taken seed by seed. A range that holds 0 shows no difference; one that does
+    not may still be chance (1 in 4, of three seeds without a difference). Data sets that are not here are taken to be
+    those of the ledger.
     """
     entries = ledger.read(ledger_file)
     plan = load_plan(path, ledger.recorded_data(entries))
@@ -44,7 +46,11 @@ def study_table(path: Path, ledger_file: Path, markdown: bool = False) -> str:
     by_name = {line.name: line for line in lines}
     pairs = [(line, by_name[line.against]) for line in lines if line.against in by_name and line.against != line.name]
     if pairs:
-        text += ["", "differences, seed by seed; a range that holds 0 shows none", ""]
+        text += [
+            "",
+            "differences, seed by seed; a range that holds 0 shows none, by chance 1 in 4 without any does not",
+            "",
+        ]
         rows = [
             [line.name, other.name, *(cell(differences(line, other, column), signed=True) for column in columns)]
             for line, other in pairs
@@ -94,7 +100,8 @@ def _line(plan: Plan, row: Row, entries: dict[str, dict]) -> Line:
         parts = [] if len(seeds) == len(plan.seeds) else [f"{len(seeds)} of {len(plan.seeds)} seeds"]
         parts += [f"seed {seed} failed" for seed in failed]
         state = ", ".join(parts)
-    return Line(row.name, tuned, values, state, row.against)
+    own = None if tuned is None else {name: value for name, value in tuned.items() if name not in row.overrides}
+    return Line(row.name, own, values, state, row.against)
 
 
 def _tuned(line: Line) -> str:
@@ -103,6 +110,7 @@ def _tuned(line: Line) -> str:
 
 def _notes(plan: Plan, lines: list[Line], entries: dict[str, dict]) -> list[str]:
     notes = [f"{line.name}: {line.state}" for line in lines if line.state]
+    notes += [f"{line.name}: {name} {value} is at the edge of its grid" for line, name, value in _edges(plan, lines)]
     found = ended(plan, entries)
     notes += [f"failed: {trial}: {entry['error']}" for trial, entry in found if entry["status"] == ledger.FAILED]
     if plan.tuning is not None:
@@ -113,9 +121,27 @@ def _notes(plan: Plan, lines: list[Line], entries: dict[str, dict]) -> list[str]
         )
     if found:
         hours = sum(entry["seconds"] for _, entry in found) / 3600
-        commits = sorted({entry["commit"][:12] for _, entry in found})
-        notes.append(f"{len(found)} trials, {hours:.1f} hours of one process each; commits {', '.join(commits)}")
+        commits = Counter(_commit(entry["commit"]) for _, entry in found)
+        said = ", ".join(f"{commit} ({count})" for commit, count in commits.items())
+        notes.append(f"{len(found)} trials, {hours:.1f} hours of one process each; commits (trials): {said}")
     return notes
+
+
+def _edges(plan: Plan, lines: list[Line]) -> list[tuple[Line, str, Any]]:
+    """Tuned values at the end of three or more numbers that were tried: a better one may lie beyond."""
+    found = []
+    for row, line in zip(plan.rows, lines, strict=True):
+        for name, value in (line.tuned or {}).items():
+            tried = row.grid.get(name, [])
+            if len(tried) > 2 and value in (min(tried), max(tried)):
+                found.append((line, name.rpartition(".")[2], value))
+    return found
+
+
+def _commit(text: str) -> str:
+    """Short, but it says where the code was not that of the commit."""
+    commit, dirty, _ = text.partition("-dirty")
+    return commit[:12] + dirty
 
 
 def _format(head: list[str], rows: list[list[str]], markdown: bool) -> list[str]:
