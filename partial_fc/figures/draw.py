@@ -1,7 +1,7 @@
 """partial-fc figures: which figures there are, what each is drawn of, and the page that shows them."""
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -152,6 +152,7 @@ def _plane(sources: Sources) -> tuple[Figure, str]:
     return features.draw_plane(toys, images.test_labels.numpy(), images.names), (
         "Test images of eight classes of Fashion-MNIST in two dimensions: features, and how many point where (square "
         f"roots), with the class centers as lines (CosFace). Below: {SPREAD}. Left out: {' and '.join(ALIKE)}."
+        f"{_scales(toy.margin for _, toy in toys)}"
     )
 
 
@@ -160,15 +161,17 @@ def _sphere(sources: Sources) -> tuple[Figure, str]:
     return features.draw_sphere(toys, images.test_labels.numpy(), images.names), (
         "Directions of Fashion-MNIST's test images in three dimensions, seen from both sides, with the class centers "
         f"circled (AM-Softmax, Fig. 5). Below: {SPREAD}. Spheres are turned to lie alike."
+        f"{_scales(toy.margin for _, toy in toys)}"
     )
 
 
 def _gradient(sources: Sources) -> tuple[Figure, str]:
-    figure = gradient.draw_gradient(sources.margins(gradient.DEFAULT), seed=sources.seed)
+    margins = sources.margins(gradient.DEFAULT)
+    figure = gradient.draw_gradient(margins, seed=sources.seed)
     return figure, (
         "The gradient that an embedding receives, over its length, for a sample at two angles to its center among "
         f"{gradient.CLASSES:,} random centers in {gradient.DIM} dimensions: normalized, it falls as 1/|x| "
-        "(after AM-Softmax, Fig. 4)."
+        f"(after AM-Softmax, Fig. 4).{_scales(one.margin for one in margins)}"
     )
 
 
@@ -216,9 +219,17 @@ def _cosines(sources: Sources) -> tuple[Figure, str]:
         trainings = [(run.resolve().name, checkpoints.run_cosines(run, seed=sources.seed)) for run in sources.runs]
         whose = "checkpoints that the runs have left (checkpoint.keep says how many)"
     else:
-        trainings = [(label, toy.cosines) for label, toy in sources.toys(cosines.DEFAULT, cosines.DIM)]
+        toys = sources.toys(cosines.DEFAULT, cosines.DIM)
+        trainings = [(label, toy.cosines) for label, toy in toys]
         whose = f"small networks trained on Fashion-MNIST in {cosines.DIM} dimensions"
+        whose += _scales(toy.margin for _, toy in toys).removesuffix(".")
     return cosines.draw_cosines(trainings), f"Cosines of training images with class centers, over steps: {whose}."
+
+
+def _scales(margins: Iterable[Margin]) -> str:
+    """A sentence, or nothing where no margin has a scale."""
+    scales = sorted({margin.scale for margin in margins if margin.scale is not None})
+    return f" s = {', '.join(f'{scale:g}' for scale in scales)}." if scales else ""
 
 
 FIGURES: dict[str, Callable[[Sources], tuple[Figure, str]]] = {
