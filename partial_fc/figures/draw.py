@@ -217,13 +217,13 @@ def _roc(sources: Sources) -> tuple[Figure, str]:
 def _cosines(sources: Sources) -> tuple[Figure, str]:
     if sources.runs:
         trainings = [(run.resolve().name, checkpoints.run_cosines(run, seed=sources.seed)) for run in sources.runs]
-        whose = "checkpoints that the runs have left (checkpoint.keep says how many)"
+        whose = "checkpoints that the runs have left (checkpoint.keep says how many)."
     else:
         toys = sources.toys(cosines.DEFAULT, cosines.DIM)
         trainings = [(label, toy.cosines) for label, toy in toys]
         whose = f"small networks trained on Fashion-MNIST in {cosines.DIM} dimensions"
-        whose += _scales(toy.margin for _, toy in toys).removesuffix(".")
-    return cosines.draw_cosines(trainings), f"Cosines of training images with class centers, over steps: {whose}."
+        whose += "." + _scales(toy.margin for _, toy in toys)
+    return cosines.draw_cosines(trainings), f"Cosines of training images with class centers, over steps: {whose}"
 
 
 def _scales(margins: Iterable[Margin]) -> str:
