@@ -8,6 +8,7 @@ from partial_fc.parallel.distributed import RunError
 
 SKIPS_IN_A_ROW = 10  # steps without a finite loss after which a run stops
 OVERFLOWS_IN_A_ROW = 30  # steps that halve the loss scale, from 65536 to 6e-5: then it is not the scale
+DIVERGED = "training has diverged"  # in every message about it: a study tells by it what is a result of the settings
 TOLERATED_UNDECODABLE = 10  # samples; below it data.max_undecodable is not asked, a run has seen too few
 
 
@@ -53,16 +54,16 @@ class Progress:
             )
         if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
             raise RunError(
-                f"the loss was not finite in {SKIPS_IN_A_ROW} successive steps, the last one {step}: an embedding is "
-                "NaN or infinite. Lower optim.lr or raise optim.warmup_steps; the same command goes on from the latest "
-                "checkpoint, which was not written in these steps"
+                f"{DIVERGED}: the loss was not finite in {SKIPS_IN_A_ROW} successive steps, the last one {step}: an "
+                "embedding is NaN or infinite. Lower optim.lr or raise optim.warmup_steps; the same command goes on "
+                "from the latest checkpoint, which was not written in these steps"
             )
 
         if self.overflows_in_a_row >= OVERFLOWS_IN_A_ROW:
             raise RunError(
-                f"with engine.precision=fp16 the gradients of {OVERFLOWS_IN_A_ROW} successive steps, the last one "
-                f"{step}, were not finite, though the loss scale was halved in each: lower optim.lr, or take bf16 or "
-                "fp32. The same command goes on from the latest checkpoint"
+                f"{DIVERGED}: with engine.precision=fp16 the gradients of {OVERFLOWS_IN_A_ROW} successive steps, the "
+                f"last one {step}, were not finite, though the loss scale was halved in each: lower optim.lr, or take "
+                "bf16 or fp32. The same command goes on from the latest checkpoint"
             )
 
     def mean_loss(self) -> float | None:

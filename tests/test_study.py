@@ -1,7 +1,10 @@
 """A study: its plan, its ledger, what is chosen, the table's arithmetic, and a real one that is killed and goes on."""
 
+import fcntl
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from partial_fc.study.choice import choose, judge, to_do, untunable
 from partial_fc.study.plan import digest, load_plan
 from partial_fc.study.run import asked_to_stop, run_study
 from partial_fc.study.table import cell, study_table
+from partial_fc.study.trial import Process, the_only_study_in
 from partial_fc.train import train
 from tests.conftest import REPOSITORY
 
@@ -267,6 +271,39 @@ def test_a_line_that_is_no_entry_is_named(tmp_path, line):
         ledger.read(path)
 
 
+def replace_by_a_copy(path: Path) -> None:
+    """As git does with a file that it checks out."""
+    shutil.copy(path, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize("lose", [replace_by_a_copy, Path.unlink])
+def test_a_ledger_that_was_replaced_gets_no_lines_that_nobody_sees(tmp_path, lose):
+    path = tmp_path / "ledger.jsonl"
+    with ledger.opened(path) as book:
+        book.append({"digest": "a"})
+        lose(path)
+        with pytest.raises(OSError, match="was replaced or deleted while the study ran"):
+            book.append({"digest": "b"})
+        assert list(book.entries) == ["a"]
+
+
+def test_a_full_disk_leaves_no_torn_line(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ledger.opened(path) as book:
+        book.append({"digest": "a"})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))  # the write is cut short there
+        try:
+            with pytest.raises(OSError, match="the disk is full"):
+                book.append({"digest": "b"})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_text() == '{"digest": "a"}\n'
+        book.append({"digest": "c"})
+    assert list(ledger.read(path)) == ["a", "c"]
+
+
 # ---- what comes next, and what is chosen
 
 
@@ -486,7 +523,7 @@ def test_a_study_that_is_killed_and_stopped_goes_on_to_the_same_table(write, tmp
     process = start(path, runs, "--jobs", "2")  # the tuning of both rows, then the final run
     wait_for(lambda: book.exists() and len(book.read_text().splitlines()) == 2, process)
     assert "from " + str(run) in (run / "log.txt").read_text(), "it went on from what the killed study left"
-    assert not (run / "checkpoints").exists()
+    wait_for(lambda: not (run / "checkpoints").exists(), process)  # they go once the entry is written
     wait_for(lambda: any(steps(one) >= 3 for one in runs.glob("softmax_final_*")), process)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
@@ -512,7 +549,7 @@ def test_a_study_that_is_killed_and_stopped_goes_on_to_the_same_table(write, tmp
 def test_a_study_stops_when_its_time_is_up_or_it_is_told_to(write, tmp_path, capsys):
     assert not run_study(write(), ledger_file=tmp_path / "l.jsonl", runs=tmp_path / "runs", hours=0)
     assert "The 0 hours are up: 4 trials could start next; the same command goes on" in capsys.readouterr().out
-    assert not (tmp_path / "runs").exists() and ledger.read(tmp_path / "l.jsonl") == {}
+    assert [one.name for one in (tmp_path / "runs").iterdir()] == ["lock"] and ledger.read(tmp_path / "l.jsonl") == {}
     before = signal.getsignal(signal.SIGINT)
     with asked_to_stop(None) as asked:
         assert asked() is None
@@ -521,6 +558,96 @@ def test_a_study_stops_when_its_time_is_up_or_it_is_told_to(write, tmp_path, cap
     assert signal.getsignal(signal.SIGINT) is before
     with pytest.raises(ValueError, match="got 0 jobs"):
         run_study(write(), jobs=0)
+
+
+def test_an_error_that_is_no_divergence_is_not_entered_and_ends_the_study(write, tmp_path, capsys):
+    """Another process trains in the run folder, whose checkpoints stay; an earlier piece of the run diverged."""
+    path, runs = write(), tmp_path / "runs"
+    plan = load_plan(path)
+    trial = plan.tuning_trials(plan.rows[0])[0]
+    run = runs / f"softmax_tuning_seed0_{trial.digest}"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "log.txt").write_text("error: training has diverged: earlier\n")
+    with open(run / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        why = "error: .*another process trains in this folder.*, see .*log.txt. Mend its cause"
+        with pytest.raises(ValueError, match=f"softmax, tuning lr=0.05 seed 0 ended with an error.*: {why}"):
+            run_study(path, ledger_file=tmp_path / "l.jsonl", runs=runs)
+    assert ledger.read(tmp_path / "l.jsonl") == {}
+    assert {one.name for one in runs.iterdir()} == {"lock", run.name}, "no other trial was started"
+    assert (run / "checkpoints").exists()
+    assert "not entered: softmax, tuning lr=0.05 seed 0: error: " in capsys.readouterr().out
+
+
+def test_two_studies_do_not_share_a_folder_of_runs(write, tmp_path):
+    wanted = "another study trains in .*runs: wait for it, or give another --runs"
+    with the_only_study_in(tmp_path / "runs"), pytest.raises(ValueError, match=wanted):
+        run_study(write(), ledger_file=tmp_path / "l.jsonl", runs=tmp_path / "runs", hours=0)
+    assert not run_study(write(), ledger_file=tmp_path / "l.jsonl", runs=tmp_path / "runs", hours=0)
+
+
+def test_a_trial_that_diverges_at_its_end_has_failed(write, tmp_path):
+    """Too late for ten steps without a finite loss: the evaluation sees it."""
+    diverging = {"head.margin.name": "softmax", "optim.lr": 1e30, "optim.warmup_steps": 0}
+    plan = load_plan(write(base={"run": {"epochs": 0.02}}, rows={"bad": diverging}, reference=None, tuning=None))
+    (trial, _) = plan.final_trials(plan.rows[0], {})
+    process = Process(trial, tmp_path / "runs")
+    process.process.wait()
+    found = process.end()
+    assert not process.broken() and found["status"] == ledger.FAILED
+    assert "is not finite: training has diverged" in found["error"]
+
+
+def test_a_trial_that_finished_without_an_entry_is_entered_and_not_trained_again(write, tmp_path):
+    grids = {"one": {"head.init_std": [0.1]}}
+    tuning = {"seed": 0, "shorter": 1, "grids": grids, "sets": load_tuning_sets(write)}
+    path = write(rows={"softmax": ROWS["softmax"] | {"grid": "one"}}, seeds=[1], tuning=tuning)
+    book, runs = tmp_path / "ledger.jsonl", tmp_path / "runs"
+    (trial,) = load_plan(path).tuning_trials(load_plan(path).rows[0])
+    run = runs / f"softmax_tuning_seed0_{trial.digest}"
+
+    process = start(path, runs)
+    wait_for(lambda: steps(run) >= 3, process)
+    replace_by_a_copy(book)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 1 and "was replaced or deleted while the study ran" in said
+    assert ledger.read(book) == {} and (run / "evaluation.json").exists()
+
+    trained = (run / "metrics.jsonl").read_text()
+    assert (log := (run / "log.txt").read_text()).count("step 44/44") == 1
+    process = start(path, runs)
+    wait_for(lambda: book.read_text().endswith("\n"), process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert ledger.read(book)[trial.digest]["status"] == ledger.DONE
+    assert (run / "metrics.jsonl").read_text() == trained
+    assert (run / "log.txt").read_text().count("step 44/44") == 1 and len((run / "log.txt").read_text()) > len(log)
+    assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("values", [None, [None, None]])
+def test_rows_that_wait_for_tuning_are_missing(write, tmp_path, capsys, values):
+    """Those whose tuning failed altogether are not."""
+    table = load_plan(write())
+    rows = {"0.1": {"head.margin.name": "cosface", "head.margin.margin": 0.1, "tuned_as": "am"}}
+    plan = {"base": "base.yaml", "seeds": [1], "tuned_in": "plan.yaml", "rows": rows}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(plan))
+    entries = {} if values is None else tuned_entries(table, {"softmax": [0.3, 0.4], "am": values})
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(one) + "\n" for one in entries.values()))
+    done = run_study(tmp_path / "sweep.yaml", ledger_file=tmp_path / "l.jsonl", runs=tmp_path / "runs")
+    said = capsys.readouterr().out
+    if values is None:
+        assert not done and "0.1 waits for the tuning of am: run" in said
+    else:
+        assert done and "0.1: every tuning trial of am failed, so it has no final runs" in said
+
+
+@pytest.mark.parametrize("commit", ["0123abc", "0123abc-dirty", "unknown"])
+def test_a_commit_that_pins_no_code_is_warned_of(write, tmp_path, capsys, monkeypatch, commit):
+    monkeypatch.setattr("partial_fc.study.run.environment", lambda: {"git_commit": commit})
+    run_study(write(), ledger_file=tmp_path / "l.jsonl", runs=tmp_path / "runs", hours=0)
+    warning = f"warning: git says {commit}: the commit in the ledger will not pin the code"
+    assert (warning in capsys.readouterr().out) == (commit != "0123abc")
 
 
 def load_tuning_sets(write) -> dict[str, str]:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from partial_fc.data.reader import images_in_order, normalize
 from partial_fc.data.shards import Index
 from partial_fc.parallel.distributed import all_gather, part, rank, together, world_size
+from partial_fc.progress import DIVERGED
 
 
 @torch.no_grad()
@@ -70,9 +71,7 @@ def embed(
                 finite = embeddings.isfinite().all(dim=1)
                 if not finite.all():
                     sample = mine[int(finite.long().argmin())]
-                    raise ValueError(
-                        f"the embedding of sample {index.key(sample)} is not finite: training has diverged"
-                    )
+                    raise ValueError(f"the embedding of sample {index.key(sample)} is not finite: {DIVERGED}")
     finally:
         for module, mode in training.items():
             module.training = mode

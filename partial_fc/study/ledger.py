@@ -57,7 +57,9 @@ def opened(path: Path) -> Iterator["Ledger"]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another study writes to {path}: wait for it, or give another --ledger") from None
+            raise ValueError(
+                f"another study writes to {path}: wait for it, or give another --ledger and --runs"
+            ) from None
         entries = read(path)
         os.ftruncate(descriptor, path.read_bytes().rfind(b"\n") + 1)
         yield Ledger(path, descriptor, entries)
@@ -73,8 +75,23 @@ class Ledger:
         self._descriptor = descriptor
 
     def append(self, entry: dict) -> None:
+        """Raises OSError, with the file as it was, where the line cannot be written."""
         line = json.dumps(entry, allow_nan=False).encode() + b"\n"
+        before = os.fstat(self._descriptor)
+        if not self._is_at_its_path(before):
+            raise OSError(
+                f"{self.path} was replaced or deleted while the study ran, as git checkout, stash and pull do: nothing "
+                "more is written to it. Start the same command again: a trial that has finished meanwhile is entered "
+                "from its run folder and not trained again"
+            )
         if os.write(self._descriptor, line) != len(line):
-            raise OSError(f"{self.path}: the disk is full: the last line is torn; free some space and start again")
+            os.ftruncate(self._descriptor, before.st_size)  # the next line would go behind a torn one
+            raise OSError(f"{self.path}: the disk is full: the entry is not written; free some space and start again")
         os.fsync(self._descriptor)
         self.entries[entry["digest"]] = entry
+
+    def _is_at_its_path(self, ours: os.stat_result) -> bool:
+        try:
+            return os.path.samestat(ours, os.stat(self.path))
+        except FileNotFoundError:
+            return False

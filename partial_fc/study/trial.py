@@ -1,6 +1,7 @@
 """One trial as a process of its own: launch/train.py on one core, resumable like any run."""
 
 import ctypes
+import fcntl
 import json
 import os
 import re
@@ -9,15 +10,30 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from partial_fc.config import save_config
 from partial_fc.environment import environment
+from partial_fc.progress import DIVERGED
 from partial_fc.study import ledger
 from partial_fc.study.plan import TUNING, Trial, config_of
 
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = REPOSITORY / "launch" / "train.py"
+
+
+@contextmanager
+def the_only_study_in(runs: Path) -> Iterator[None]:
+    """Holds the folder of run folders: two studies, of two ledgers, have the same folder for equal trials."""
+    runs.mkdir(parents=True, exist_ok=True)
+    with open(runs / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another study trains in {runs}: wait for it, or give another --runs") from None
+        yield
 
 
 class Process:
@@ -35,6 +51,7 @@ class Process:
         self.samples_before = self.samples_done()  # of earlier pieces
         self.started = time.monotonic()
         with open(self.run / "log.txt", "a") as log:
+            self.log_start = log.tell()  # of this piece
             # a session of its own: Ctrl-C in a terminal is for the study alone, which asks its trials to save and stop
             self.process = subprocess.Popen(
                 [sys.executable, str(LAUNCH), str(config)],
@@ -65,16 +82,15 @@ class Process:
         return 0.0 if row is None else min(row["epoch"] / self.trial.epochs, 1.0) * self.trial.samples
 
     def end(self) -> dict | None:
-        """The entry of a trial that has finished or failed; None if it was stopped or killed by a signal."""
+        """The entry of a trial that has finished or diverged; None if it was stopped, killed by a signal or broken."""
         seconds = _add_seconds(self.run, time.monotonic() - self.started)
         code = self.process.returncode
-        if code < 0 or (code == 0 and (self.run / "preempted").exists()):
+        if code < 0 or (code == 0 and (self.run / "preempted").exists()) or self.broken():
             return None
         if code == 0:
             outcome = {"status": ledger.DONE, **_outcome(self.run)}
         else:
-            outcome = {"status": ledger.FAILED, "error": _error(self.run)}
-        clean_up(self.run, self.trial)
+            outcome = {"status": ledger.FAILED, "error": self._error()}
         return {
             "digest": self.trial.digest,
             "row": self.trial.row,
@@ -90,16 +106,31 @@ class Process:
             "versions": {name: version for name, version in self.versions.items() if name != "git_commit"},
         }
 
+    def broken(self) -> bool:
+        """Whether it ended with an error that says nothing about its settings: a full disk, a missing package."""
+        return self.process.returncode > 0 and DIVERGED not in self._error()
+
     def why(self) -> str:
         """Of a trial that ended without an entry."""
         code = self.process.returncode
+        if code > 0:
+            return f"{self._error()}, see {self.run / 'log.txt'}"
         return f"signal {-code} ended it" if code < 0 else "it was asked to stop"
 
+    def clean_up(self) -> None:
+        """Once it is entered: a tuning run's checkpoints are of no more use; those of final runs stay, for figures."""
+        if self.trial.stage == TUNING:
+            shutil.rmtree(self.run / "checkpoints", ignore_errors=True)
 
-def clean_up(run: Path, trial: Trial) -> None:
-    """A tuning run's checkpoints are of no more use; those of final runs stay, for figures."""
-    if trial.stage == TUNING:
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    def _error(self) -> str:
+        """The line of this piece's log that says why, or its last one."""
+        with open(self.run / "log.txt", "rb") as log:
+            log.seek(self.log_start)
+            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error: ")]
+        # a path of this machine is of no use in a ledger that is read elsewhere
+        error = (errors or lines or ["it said nothing"])[-1]
+        return error.replace(str(REPOSITORY), "").replace(str(self.run), self.run.name)
 
 
 def _in_a_path(row: str) -> str:
@@ -124,14 +155,6 @@ def _outcome(run: Path) -> dict:
         "loss": row.get("loss"),
         "target_cosine": row.get("target_cosine"),
     }
-
-
-def _error(run: Path) -> str:
-    """The line that says why, or the last one."""
-    lines = [line for line in (run / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error: ")]
-    # a path of this machine is of no use in a ledger that is read elsewhere
-    return (errors or lines or ["it said nothing"])[-1].replace(str(REPOSITORY), "").replace(str(run), run.name)
 
 
 def _last_row(run: Path) -> dict | None:
