@@ -20,18 +20,21 @@ def environment() -> dict[str, str]:
 
 
 def _git_commit() -> str:
+    commit = _git("rev-parse", "HEAD")
+    # a study appends to its ledger while it runs
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)configs/study/*.jsonl")
+    return commit + "-dirty" * bool(changed) if commit else "unknown"
+
+
+def _git(*arguments: str) -> str:
+    """What git says in this folder; nothing where it fails or is not there."""
     folder = Path(__file__).parent
     try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return commit.stdout.strip() or "unknown"
+        return ""
 
 
 def read_environment(path: Path) -> dict[str, str]:
