@@ -89,7 +89,7 @@ def test_without_probes_there_is_an_error():
 
 
 def naive_dir(embeddings, labels, far, seed):
-    """Every threshold that a score gives is tried, probe by probe; returns (DIR, FAR reached)."""
+    """Every threshold that a score gives is tried, probe by probe; returns (DIR, FAR reached, threshold)."""
     known = set(choose_known(labels, seed).tolist())
     samples = [i for i, label in enumerate(labels) if label in known]
     gallery = [samples[g] for g in choose_gallery(labels[samples], seed)[0]]
@@ -105,7 +105,7 @@ def naive_dir(embeddings, labels, far, seed):
     candidates = sorted({np.nextafter(s, np.inf) for s in best_of_unknown} | {-2.0})
     rates = [sum(s >= t for s in best_of_unknown) / len(best_of_unknown) for t in candidates]
     threshold, reached = next((t, r) for t, r in zip(candidates, rates, strict=True) if r <= far)
-    return sum(o >= threshold and o > r for o, r in zip(own, rival, strict=True)) / len(probes), reached
+    return sum(o >= threshold and o > r for o, r in zip(own, rival, strict=True)) / len(probes), reached, threshold
 
 
 def open_case(n, identities, seed, chunk):
@@ -121,8 +121,8 @@ FARS = (0.0, 0.01, 0.1, 0.3, 0.9)
 @pytest.mark.parametrize(("n", "identities"), [(90, 12), (91, 30), (9, 2)])
 def test_dir_is_the_naive_search(n, identities):
     embeddings, labels = embeddings_and_labels(n, 6, identities, 3)
-    rates, reached, _, (num_gallery, num_known, num_unknown) = open_case(n, identities, 3, chunk=7)
-    assert list(zip(rates, reached, strict=True)) == [naive_dir(embeddings, labels, far, 3) for far in FARS]
+    rates, reached, thresholds, (num_gallery, num_known, num_unknown) = open_case(n, identities, 3, chunk=7)
+    assert list(zip(rates, reached, thresholds, strict=True)) == [naive_dir(embeddings, labels, far, 3) for far in FARS]
     assert all(got <= wanted for got, wanted in zip(reached, FARS, strict=True))
     assert num_gallery + num_known + num_unknown == n
     assert num_gallery == np.count_nonzero(np.unique(labels, return_counts=True)[1] > 1) // 2

@@ -130,6 +130,8 @@ def test_the_digest_knows_data_by_its_fingerprint():
     assert digest(values | {"data": {"train": "moved", "workers": 3}}, fingerprints.get) == before
     for name in "abc":
         assert digest(values, (fingerprints | {name: "other"}).get) != before
+    flipped = values | {"evaluate": values["evaluate"] | {"flip": True}}
+    assert digest(flipped, fingerprints.get) != before
     lr, same, other = ({**values, "optim": {"lr": rate}} for rate in (1, 1.0, 2))
     assert digest(lr, fingerprints.get) == digest(same, fingerprints.get) != digest(other, fingerprints.get)
 
@@ -592,7 +594,7 @@ def test_a_trial_that_diverges_at_its_end_has_failed(write, tmp_path):
     plan = load_plan(write(base={"run": {"epochs": 0.02}}, rows={"bad": diverging}, reference=None, tuning=None))
     (trial, _) = plan.final_trials(plan.rows[0], {})
     process = Process(trial, tmp_path / "runs")
-    process.process.wait()
+    process.process.wait(timeout=120)
     found = process.end()
     assert not process.broken() and found["status"] == ledger.FAILED
     assert "is not finite: training has diverged" in found["error"]
