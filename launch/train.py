@@ -5,7 +5,7 @@ import argparse
 import os
 import sys
 
-from partial_fc.config import describe, load_config
+from partial_fc.config_file import describe, load_config
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.parallel import distributed
 from partial_fc.report.page import write_report

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from partial_fc import backbone, checkpoint
-from partial_fc.config import Config, save_config
+from partial_fc.config import Config
+from partial_fc.config_file import save_config
 from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index

@@ -38,5 +38,5 @@ def _git(*arguments: str) -> str:
 
 
 def read_environment(path: Path) -> dict[str, str]:
-    """What `config.save_config` noted beside the settings; empty without such a file."""
+    """What `config_file.save_config` noted beside the settings; empty without such a file."""
     return (yaml.safe_load(path.read_text()) or {}).get("environment", {}) if path.exists() else {}

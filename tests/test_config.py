@@ -9,7 +9,8 @@ import yaml
 
 import partial_fc
 from partial_fc import Margin, backbone
-from partial_fc.config import Config, describe, load_config, save_config
+from partial_fc.config import Config
+from partial_fc.config_file import describe, load_config, save_config
 from partial_fc.environment import environment
 from partial_fc.head.embedding_losses import CenterLoss, TripletLoss, build_embedding_loss
 from partial_fc.head.margins import BY_NAME, build_margin

@@ -17,6 +17,7 @@ MODULES = sorted(path.relative_to(REPOSITORY) for path in PACKAGE.rglob("*.py"))
 FLOORS = [
     {"seeds", "environment"},
     {"config"},
+    {"config_file"},
     {"parallel", "backbone", "optim"},
     {"data", "head"},
     {"checkpoint", "prepare", "progress"},
@@ -31,7 +32,7 @@ DOORS = {
     "torch.distributed": {"parallel/distributed.py"},
     "webdataset": {"data/shards.py"},
     "wandb": {"metrics.py"},
-    "yaml": {"config.py", "environment.py", "report/runs.py", "study/plan.py"},
+    "yaml": {"config_file.py", "environment.py", "report/runs.py", "study/plan.py"},
     "safetensors": {"checkpoint.py", "export/model.py"},
     "onnxruntime": {"export/formats.py"},
     "huggingface_hub": {"export/model.py"},

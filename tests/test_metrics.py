@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from partial_fc.config import load_config
+from partial_fc.config_file import load_config
 from partial_fc.metrics import console_line, cut_back, wandb_mode
 from tests.conftest import REPOSITORY
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from partial_fc import CosFace, PartialFC
-from partial_fc.config import load_config
+from partial_fc.config_file import load_config
 from partial_fc.head import sampling
 from partial_fc.head.sampling import HardNegatives, draw_negatives, nearest_classes
 from partial_fc.parallel import distributed

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from partial_fc.build import with_label_noise
-from partial_fc.config import load_config
+from partial_fc.config_file import load_config
 from partial_fc.data.shards import load_index
 from partial_fc.study import ledger
 from partial_fc.study.choice import choose, judge, to_do, untunable

@@ -17,7 +17,7 @@ import torch
 
 from partial_fc import checkpoint
 from partial_fc.build import build
-from partial_fc.config import load_config
+from partial_fc.config_file import load_config
 from partial_fc.data.order import Order
 from partial_fc.data.shards import load_index
 from partial_fc.metrics import cut_back

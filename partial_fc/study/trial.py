@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from partial_fc.config import save_config
+from partial_fc.config_file import save_config
 from partial_fc.environment import environment
 from partial_fc.progress import DIVERGED
 from partial_fc.study import ledger
