@@ -246,6 +246,19 @@ class Track(Section):
     """Unset: online where a key is set, else offline."""
     project: str = "partial_fc"
     """wandb project."""
+    tensorboard: bool = False
+    """The same numbers for TensorBoard, in <run.dir>/tensorboard; wants the extra tensorboard."""
+    profile: tuple[int, int] | None = None
+    """Steps, as [100, 105], that the torch profiler records on every rank, the last one excluded; unset: none."""
+
+    @model_validator(mode="after")
+    def _steps_to_profile(self):
+        if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
+            raise ValueError(
+                f"track.profile {list(self.profile)}: give the first step, counted from 0, and the one after the "
+                "last, as [100, 105]"
+            )
+        return self
 
 
 class EvaluationSet(Section):

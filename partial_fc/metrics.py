@@ -1,41 +1,52 @@
-"""What a run says while it runs: console lines, metrics.jsonl, wandb. On rank 0 only."""
+"""What a run says while it runs: console lines, metrics.jsonl, and the trackers. On rank 0 only."""
 
 import json
 import math
-import os
 import resource
-import secrets
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import wandb
+from torch import Tensor
 
 from partial_fc.config import Config
+from partial_fc.parallel import distributed
+from partial_fc.phases import NAMES, Phases, slowest_rank
 from partial_fc.progress import Progress
+from partial_fc.trackers import start_tensorboard, start_wandb
+
+NOTABLE = 0.1  # of a step that ranks wait for the slowest: then the console names it
+
+
+class RankTimes(NamedTuple):
+    """What the ranks took since the last row."""
+
+    seconds: Tensor  # (W, len(NAMES)) in each phase
+    data_wait: float  # seconds that rank 0's program waited for batches
+    memory: int  # bytes at the peak, of the rank that has most
+
+    @classmethod
+    def gather(cls, phases: Phases) -> "RankTimes":
+        """A collective: one of a few numbers."""
+        mine = torch.cat([phases.read(), torch.tensor([phases.data_wait(), float(_memory())], dtype=torch.float64)])
+        everyone = distributed.all_gather(mine.to(phases.device)).cpu()
+        return cls(everyone[:, :-2], everyone[0, -2].item(), int(everyone[:, -1].max()))
 
 
 class Metrics:
-    """Collects the steps between two log rows and writes the row. Close it at the end of the run."""
+    """Writes a row of numbers every few steps. Close it at the end of the run."""
 
     def __init__(self, config: Config, run: Path, *, start_step: int, total_steps: int, steps_per_epoch: int):
         self.run, self.total_steps, self.steps_per_epoch = run, total_steps, steps_per_epoch
         self.global_batch_size = config.data.global_batch_size
         cut_back(run / "metrics.jsonl", start_step)
         self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open for the whole run
-        self.wandb = _start_wandb(config, run)
+        self.wandb = start_wandb(config, run)
+        self.tensorboard = start_tensorboard(config, run, start_step)
         self.started = time.monotonic()
-        self.first_step = start_step
-        self._reset()
-
-    def _reset(self) -> None:
-        self.since, self.steps, self.data_wait = time.monotonic(), 0, 0.0
-
-    def step(self, data_wait: float) -> None:
-        """Notes one step that waited `data_wait` seconds for its batch."""
-        self.steps += 1
-        self.data_wait += data_wait
+        self.first_step = self.last_step = start_step
 
     def row(
         self,
@@ -43,30 +54,38 @@ class Metrics:
         *,
         loss: float | None,
         lr: float,
-        target_cosine: float,
-        head: dict,
-        engine: dict,
+        batch: dict[str, float],
+        head: dict[str, float],
+        engine: dict[str, float],
+        ranks: RankTimes,
         progress: Progress,
     ) -> None:
         """Writes the row of the steps since the last one; `step` counts the run's finished steps, `loss` is their mean.
 
-        head, engine: their numbers that change in training, by name.
+        batch, head, engine: numbers of the last batch, and what changes in training of head and backbone, by name.
 
         A disk that is full costs rows, not the run.
         """
-        seconds = time.monotonic() - self.since
+        steps, self.last_step = step - self.last_step, step
+        seconds = ranks.seconds.mean(dim=0) / steps
+        step_time = seconds.sum().item()
+        samples_per_second = self.global_batch_size / step_time
+        slowest, lag, phase = slowest_rank(ranks.seconds / steps)
         row = {
             "step": step,
             "epoch": step / self.steps_per_epoch,
             "loss": loss,
             "lr": lr,
-            "samples_per_second": self.steps * self.global_batch_size / seconds,
-            "step_time": seconds / self.steps,
-            "data_wait": self.data_wait / self.steps,
-            "target_cosine": target_cosine if math.isfinite(target_cosine) else None,
+            "samples_per_second": samples_per_second,
+            "samples_per_second_per_device": samples_per_second / len(ranks.seconds),
+            "step_time": step_time,
+            "data_wait": ranks.data_wait / steps,
+            **{f"phase.{name}": value for name, value in zip(NAMES, seconds.tolist(), strict=True)},
+            **({"slowest_rank": slowest, "slowest_lag": lag, "slowest_phase": phase} if len(ranks.seconds) > 1 else {}),
+            **{name: _finite(value) for name, value in batch.items()},
             **{f"head.{name}": value for name, value in head.items()},
-            **{f"engine.{name}": value if math.isfinite(value) else None for name, value in engine.items()},
-            "memory": _memory(),
+            **{f"engine.{name}": _finite(value) for name, value in engine.items()},
+            "memory": ranks.memory,
             "skipped_steps": progress.skipped_steps,
             "undecodable": progress.undecodable,
         }
@@ -75,14 +94,19 @@ class Metrics:
         except OSError as error:
             print(f"metrics.jsonl: step {step} is not written: {error}", file=sys.stderr)
         self.wandb.log(row, step=step)
+        if self.tensorboard is not None:
+            for name, value in row.items():
+                if isinstance(value, int | float) and name != "step":
+                    self.tensorboard.add_scalar(name.replace(".", "/"), value, step)
         elapsed = time.monotonic() - self.started
         left = elapsed / (step - self.first_step) * (self.total_steps - step)
         print(console_line(row, self.total_steps, left), flush=True)
-        self._reset()
 
     def close(self) -> None:
         self.file.close()
         self.wandb.finish()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
 
 def console_line(row: dict, total_steps: int, seconds_left: float) -> str:
@@ -99,6 +123,8 @@ def console_line(row: dict, total_steps: int, seconds_left: float) -> str:
         f"{row['memory'] / 2**30:.2f} GiB",
         f"{_clock(seconds_left)} left",
     ]
+    if row.get("slowest_lag", 0) > NOTABLE * row["step_time"]:
+        fields.append(f"rank {row['slowest_rank']} last by {row['slowest_lag'] * 1000:.0f} ms ({row['slowest_phase']})")
     fields += [f"{name} {row[key]}" for name, key in (("skipped", "skipped_steps"), ("undecodable",) * 2) if row[key]]
     return " | ".join(fields)
 
@@ -120,48 +146,8 @@ def cut_back(path: Path, step: int) -> None:
     temporary.rename(path)
 
 
-def wandb_mode(config: Config) -> str:
-    """The mode of the config; unset: the environment's WANDB_MODE, else online where a key is set, else offline."""
-    if config.track.wandb is not None:
-        return config.track.wandb
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    # without a key an online init fails: choose before it is tried
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or (netrc.exists() and "wandb.ai" in netrc.read_text())
-    return "online" if has_key else "offline"
-
-
-def _start_wandb(config: Config, run: Path) -> wandb.Run:
-    """One wandb run a run folder; offline where online does not work."""
-    options = dict(
-        project=config.track.project,
-        name=run.name,
-        id=_wandb_id(run),
-        resume="allow",
-        dir=run,
-        config=config.model_dump(mode="json"),
-        settings=wandb.Settings(console="off", silent=True, init_timeout=30),
-    )
-    mode = wandb_mode(config)
-    try:
-        started = wandb.init(mode=mode, **options)
-    except wandb.Error as error:
-        if mode != "online":
-            raise
-        print(f"wandb: online did not work ({error}), so offline")
-        mode = "offline"
-        started = wandb.init(mode=mode, **options)
-    print(f"wandb: {mode}" + (f"; upload it with: wandb sync {run}/wandb/offline-run-*" if mode == "offline" else ""))
-    return started
-
-
-def _wandb_id(run: Path) -> str:
-    """One wandb run a run folder: a restarted job goes on under the same id."""
-    path = run / "wandb_id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n")
-    return path.read_text().strip()
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _memory() -> int:

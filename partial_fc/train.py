@@ -3,9 +3,8 @@
 import fcntl
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -16,9 +15,11 @@ from partial_fc.build import Parts, build, micro_batch_size, settings
 from partial_fc.config import Config
 from partial_fc.data.reader import Batch, loader, normalize
 from partial_fc.head.side_stream import upload
-from partial_fc.metrics import Metrics
+from partial_fc.metrics import Metrics, RankTimes
 from partial_fc.optim import learning_rate
 from partial_fc.parallel import distributed
+from partial_fc.phases import Phases
+from partial_fc.profiler import Profiler
 from partial_fc.seeds import seed_for
 
 
@@ -44,35 +45,46 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
     with distributed.together("opening the data"):
         batches = read_batches(config, parts)
 
-    with preemption() as asked_to_stop, metrics_of(config, run, parts) as metrics:
+    phases = Phases(device)
+    phase = head.begin_phase = phases.begin
+    profiler = Profiler(config.track.profile, run / "profile", device, phases)
+
+    with preemption() as asked_to_stop, metrics_of(config, run, parts) as metrics, closing(profiler):
         for step in range(parts.start_step, parts.total_steps):
             # data: this rank's images (b, 3, H, W) uint8 and labels (b,)
-            waiting = time.monotonic()
+            profiler.begin_step(step)
+            phase("data")
             batch = next_batch(batches)
-            waited = time.monotonic() - waiting
+            phase("forward")
             torch.manual_seed(seed_for("step", config.run.seed, step, rank))
 
             # forward and backward of each micro-batch: embeddings (b, D), loss () equal on all ranks
             loss = 0.0
             for piece, (images, labels, weight) in enumerate(pieces := micro_batches(batch, accumulate, device)):
                 embeddings = engine(normalize(images, config.data.mean, config.data.std))
+                phase("head")
                 if piece == 0:  # beside the device's forward
                     head.begin_step(step, parts.labels(step))
                 part = weight * head(embeddings, labels, largest_piece)
                 loss = loss + part.detach()
                 if piece == len(pieces) - 1:
                     shared = share(loss, asked_to_stop(), len(batch.bad))
+                phase("backward")
                 engine.backward(part)
+                phase("forward")
 
             # the one host read of a step, before either update; with fp16 engine.finite() is the second
+            phase("wait")
             loss_now, preempted, bad = shared()
 
             # update of head and backbone, or of neither
             lr = learning_rate(step, parts.total_steps, parts.peak_rate, config.optim)
             applied = math.isfinite(loss_now) and engine.finite()
+            phase("update")
             if applied:
                 of_the_head = head.gradient_norm(engine.grad_scale) if config.optim.clip_jointly else None
                 head.step(lr * parts.head_rate, engine.clip(of_the_head))
+                phase("optimizer")
                 engine.step(lr)
             else:
                 head.skip_step()
@@ -81,24 +93,25 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
             progress.check(step, config.data.max_undecodable)
 
             # log and save: `done` steps are finished
+            phase("log")
             done = step + 1
             last = done == parts.total_steps
-            if metrics is not None:
-                metrics.step(waited)
             if done % config.track.log_every == 0 or last:
-                loss_of_row = progress.mean_loss()
+                loss_of_row, ranks = progress.mean_loss(), RankTimes.gather(phases)
                 if metrics is not None:
                     metrics.row(
                         done,
                         loss=loss_of_row,
                         lr=lr,
-                        target_cosine=head.target_cosine.item(),
+                        batch=head.observed.numbers(),
                         head=head.changing(),
                         engine=engine.changing(),
+                        ranks=ranks,
                         progress=progress,
                     )
             due = done % config.checkpoint.every == 0 or preempted
             if last or (due and progress.skipped_in_a_row == 0):  # else the state may be what makes the loss NaN
+                phase("save")
                 checkpoint.save(
                     run,
                     done,

@@ -1,12 +1,20 @@
 """What a run says."""
 
 import json
+import math
 
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from partial_fc.config_file import load_config
-from partial_fc.metrics import console_line, cut_back, wandb_mode
-from tests.conftest import REPOSITORY
+from partial_fc.head.margins import CosFace
+from partial_fc.head.observed import Observed
+from partial_fc.head.partial_fc import PartialFC
+from partial_fc.metrics import console_line, cut_back
+from partial_fc.parallel import distributed
+from partial_fc.trackers import start_tensorboard, wandb_mode
+from tests.conftest import REPOSITORY, run_ranks
 
 ROW = {
     "step": 40, "epoch": 0.25, "loss": 12.3456, "lr": 0.05, "samples_per_second": 1234.5, "step_time": 0.2,
@@ -63,3 +71,62 @@ def test_wandb_key_in_netrc(monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert wandb_mode(load_config(REPOSITORY / "configs" / "glyphs_ci.yaml")) == "online"
+
+
+def test_the_console_names_the_slowest_rank_where_it_matters():
+    row = ROW | {"slowest_rank": 3, "slowest_lag": 0.05, "slowest_phase": "data"}
+    assert console_line(row, 1200, 5).endswith("0:00:05 left | rank 3 last by 50 ms (data)")
+    assert "rank 3" not in console_line(row | {"slowest_lag": 0.01}, 1200, 5)
+
+
+def test_the_numbers_of_a_batch():
+    cosine = torch.linspace(0, 1, 11, dtype=torch.float64)
+    lengths = torch.arange(12.0, dtype=torch.float64)
+    real = torch.tensor([True] * 11 + [False])
+    seen = Observed(torch.cat([cosine, torch.tensor([5.0])]), lengths, 2 * lengths, real)
+    assert seen.numbers() == pytest.approx(
+        {
+            "target_cosine": 0.5,
+            "center_norm": 5.0,
+            "embedding_norm": 10.0,
+            "target_cosine_q10": 0.1,
+            "target_cosine_q50": 0.5,
+            "target_cosine_q90": 0.9,
+        }
+    )
+    assert seen.mean_cosine().item() == pytest.approx(0.5)
+    nobody = seen._replace(real=torch.zeros(12, dtype=torch.bool))
+    assert all(math.isnan(value) for value in nobody.numbers().values()) and nobody.mean_cosine() == 0
+
+
+def test_what_a_head_observes_is_true_at_two_ranks():
+    for seen, cosine, norm, length in run_ranks(observed, 2):
+        assert seen["target_cosine"] == pytest.approx(cosine, abs=1e-6)
+        assert seen["center_norm"] == pytest.approx(norm, abs=1e-6)
+        assert seen["embedding_norm"] == pytest.approx(length, abs=1e-5)
+
+
+def observed():
+    rank = distributed.rank()
+    head = PartialFC(7, 4, CosFace(scale=8, margin=0.1), init_std=0.3)
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 1, 2, 3, 6, 6])
+    cut = slice(0, 2) if rank == 0 else slice(2, 6)
+    head(x[cut].clone().requires_grad_(), labels[cut])
+    w = head.full_weight()[labels]
+    cosine = torch.nn.functional.cosine_similarity(x, w).mean().item()
+    return head.observed.numbers(), cosine, w.norm(dim=1).mean().item(), x.norm(dim=1).mean().item()
+
+
+def test_tensorboard_of_a_resumed_run_shows_every_step_once(tmp_path):
+    config = load_config(REPOSITORY / "configs" / "glyphs_ci.yaml", ["track.tensorboard=true"])
+    for start, steps in ((0, range(1, 8)), (4, range(5, 11))):  # the first is killed after 7, its checkpoint is of 4
+        writer = start_tensorboard(config, tmp_path, start)
+        for step in steps:
+            writer.add_scalar("loss", start + step, step)
+        writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    seen = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert seen == [(step, step if step <= 4 else 4 + step) for step in range(1, 11)]
+    assert start_tensorboard(load_config(REPOSITORY / "configs" / "glyphs_ci.yaml"), tmp_path, 0) is None

@@ -13,6 +13,7 @@ import yaml
 
 from partial_fc.data.shards import load_index
 from partial_fc.evaluate.protocol import evaluate_sets
+from partial_fc.phases import NAMES
 from partial_fc.report import plots
 from partial_fc.report.page import write_report
 from tests.test_embed import OPTIONS, backbone, write_images
@@ -97,6 +98,7 @@ def test_a_complete_run(run, tmp_path):
     assert "11 distractors" in page.text
     for title in ("Loss", "Learning rate", "Samples per second", "Share of the step", "P1 and P3, trained"):
         assert title in page.text
+    assert "mathdefault" not in page.text and "10⁻²" in page.text  # axes of powers of ten
     assert "Target cosine" not in page.text  # the metrics have none
     assert "<script>" not in page.source  # what a config says is text
     assert "alert(1)" in page.text
@@ -203,7 +205,8 @@ def test_a_data_set_that_is_gone_is_said(run, tmp_path):
 def test_values_that_a_set_cannot_show_are_dashes_with_the_reason(run, tmp_path):
     page = report([run], tmp_path / "report.html")
     assert "the 2,484 impostor pairs are too few" in page.text
-    assert page.source.count("<td>–</td>") == 2 * 2 * 2  # 1e-4 and 1e-5, trained and untrained, two sets
+    assert page.source.count("<td>–</td>") == 3 * 2 * 2  # 1e-4, 1e-5 and DIR, trained and untrained, two sets
+    assert "for the DIR: it needs 100 probes" in page.text
 
 
 def test_broken_inputs_are_errors_that_name_the_file(run, tmp_path):
@@ -236,3 +239,17 @@ def test_plots_take_what_a_broken_or_short_run_logs():
     assert "<svg" in plots.roc("c", [plots.Series("x", np.array([0.0, 1.0]), one.repeat(2), None)])
     edges, counts = np.linspace(-1, 1, 5), np.array([0.0, 0, 0, 9])
     assert "<svg" in plots.histogram("d", edges, counts, counts, [])
+
+
+def test_where_the_time_of_a_step_goes(run, tmp_path):
+    assert "Where a step" not in report([run], tmp_path / "without.html").text
+    write_run(tmp_path / "timed", None, lr=0.1)
+    rows = [
+        {"step": step, "loss": 1.0} | {f"phase.{name}": 0.01 for name in NAMES} | {"phase.backward": 0.09}
+        for step in (10, 20)
+    ]
+    (tmp_path / "timed" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = report([tmp_path / "timed"], tmp_path / "report.html")
+    # ten phases: nine of 10 ms, the backward of 90; head and update are one color, so are wait, optimizer, log, save
+    for label in ("backward 50%", "head 11%", "gather 6%", "data 6%", "the rest 22%"):
+        assert label in page.text, label

@@ -1,5 +1,6 @@
 """The real train() on real shards: the same run at any number of ranks, resumed anywhere, stopped cleanly."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from partial_fc import checkpoint
 from partial_fc.build import build
@@ -23,6 +25,7 @@ from partial_fc.data.shards import load_index
 from partial_fc.metrics import cut_back
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
+from partial_fc.phases import ALONE, NAMES
 from partial_fc.train import read_batches, train
 from tests.conftest import REPOSITORY, run_ranks
 
@@ -79,6 +82,33 @@ def test_the_loss_falls_and_the_row_is_complete(reference):
     for name in ("lr", "samples_per_second", "data_wait", "step_time", "memory"):
         assert last[name] > 0, name
     assert -1 <= last["target_cosine"] <= 1 and last["skipped_steps"] == last["undecodable"] == 0
+
+
+def test_a_row_says_where_the_time_went(reference):
+    for row in rows(reference):
+        assert sum(row[f"phase.{name}"] for name in NAMES) == pytest.approx(row["step_time"])
+        assert row["phase.data"] > 0 and row["phase.backward"] > 0 and row["phase.gather"] > 0
+        assert row["slowest_rank"] in (0, 1) and row["slowest_lag"] >= 0 and row["slowest_phase"] in ALONE
+        assert row["target_cosine_q10"] <= row["target_cosine_q50"] <= row["target_cosine_q90"]
+        assert row["center_norm"] > 0 and row["embedding_norm"] > 0
+        assert row["samples_per_second"] == pytest.approx(2 * row["samples_per_second_per_device"])
+
+
+def test_a_profile_and_tensorboard_on_request_and_the_run_stays_as_it_is(reference, glyphs_ci, tmp_path):
+    run = tmp_path / "run"
+    run_ranks(train_here, 2, run, glyphs_ci / "train", "track.profile=[4,6]", "track.tensorboard=true")
+    assert checksums(run) == checksums(reference)
+    for rank in (0, 1):
+        with gzip.open(run / "profile" / f"trace_rank{rank}.json.gz") as file:
+            names = [event.get("name") for event in json.load(file)["traceEvents"]]
+        assert names.count("optimizer") == names.count("gather") == 2, "two steps"
+        assert "aten::convolution_backward" in (run / "profile" / f"operators_rank{rank}.txt").read_text()
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (row["step"], pytest.approx(row["loss"])) for row in rows(run)
+    ]
+    assert "phase/backward" in events.Tags()["scalars"]
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

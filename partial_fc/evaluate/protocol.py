@@ -21,6 +21,7 @@ FOLDS = 10
 PAIRS_PER_FOLD = 300  # of either kind, as in LFW
 HISTOGRAM_BINS = 128
 EXAMPLES = 6  # pairs of either kind in each group
+COLUMNS = ("10-fold", "TAR@1e-3", "TAR@1e-4", "TAR@1e-5", "rank-1", "DIR@1%")
 
 
 def evaluate_sets(
@@ -189,22 +190,28 @@ def _pick(pairs: np.ndarray, score: np.ndarray, same: np.ndarray, order: np.ndar
 
 def format_table(models: Mapping[str, Mapping[str, Mapping]]) -> str:
     """The results as text: for each set a row untrained, trained and averaged. `models` as in evaluation.json."""
-    lines = [f"{'':<16}{'':<11}{'10-fold':>8}{'TAR@1e-3':>10}{'TAR@1e-4':>10}{'TAR@1e-5':>10}{'rank-1':>8}"]
+    widths = [max(len(column), 6) + 2 for column in COLUMNS]
+    lines = [" " * 27 + "".join(f"{column:>{width}}" for column, width in zip(COLUMNS, widths, strict=True))]
     names = sorted(models, key=["untrained", "trained", "averaged"].index)
     sets = list(dict.fromkeys(name for model in names for name in models[model]))
     notes = []
     for name in sets:
         rows = [(model, models[model][name]) for model in names if name in models[model]]
         for model, result in rows:
-            tars = [result["tar_at_far"][far] for far in FARS]
-            cells = [result["fold_accuracy"], *(at and at["tar"] for at in tars), result["rank1"]]
             text = "".join(
                 f"{'–' if value is None else f'{value:.4f}':>{width}}"
-                for value, width in zip(cells, (8, 10, 10, 10, 8), strict=True)
+                for value, width in zip(measures(result), widths, strict=True)
             )
             lines.append(f"{name if model == rows[0][0] else '':<16}{model:<11}{text}")
         notes += [f"{name}: {note}" for note in missing(rows[0][1])]
     return "\n".join(lines + notes)
+
+
+def measures(result: Mapping) -> list[float | None]:
+    """The values of a result under COLUMNS; None where the set does not give one."""
+    tars = [result["tar_at_far"][far] for far in FARS]
+    detected = result.get("dir_at_far", {}).get(DIR_FARS[0])  # early evaluations have none
+    return [result["fold_accuracy"], *(at and at["tar"] for at in tars), result["rank1"], detected and detected["dir"]]
 
 
 def missing(result: Mapping) -> list[str]:
@@ -216,6 +223,8 @@ def missing(result: Mapping) -> list[str]:
         notes.append(
             f"– where the {result['num_impostor']:,} impostor pairs are too few to show that FAR (wanted {wanted})."
         )
+    if "dir_at_far" in result and result["dir_at_far"][DIR_FARS[0]] is None:
+        notes.append(f"– for the DIR: it needs {1 / float(DIR_FARS[0]):.0f} probes of identities that it leaves out.")
     if 0 < result.get("num_fold_pairs", 0) < 2 * FOLDS * PAIRS_PER_FOLD:
         notes.append(f"the 10-fold accuracy is over {result['num_fold_pairs']:,} pairs: the set has no more.")
     if result["fold_accuracy"] is None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from partial_fc.checkpoint import Checkpoint
 from partial_fc.config import Config
-from partial_fc.evaluate.protocol import FARS, missing
+from partial_fc.evaluate.protocol import COLUMNS, measures, missing
 from partial_fc.export.formats import TOLERANCE
 from partial_fc.export.model import Embedder
 
@@ -91,14 +91,10 @@ def _evaluation(evaluation: dict | None) -> str:
     if evaluation is None:
         return "None was made of this checkpoint."
     results = evaluation["models"]["trained"]
-    lines = [
-        "| set | identities | 10-fold | " + " | ".join(f"TAR@FAR {float(far):.0e}" for far in FARS) + " | rank-1 |"
-    ]
-    lines += ["|---" * (4 + len(FARS)) + "|"]
+    lines = [f"| set | identities | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|"]
     notes = []
     for name, result in results.items():
-        values = [result["fold_accuracy"], *((at := result["tar_at_far"][far]) and at["tar"] for far in FARS)]
-        cells = ["–" if value is None else f"{value:.4f}" for value in (*values, result["rank1"])]
+        cells = ["–" if value is None else f"{value:.4f}" for value in measures(result)]
         lines.append(f"| {name} | {result['num_identities']:,} | {' | '.join(cells)} |")
         notes += [f"{name}: {note}" for note in (result.get("note"), *missing(result)) if note]
     return "\n".join(lines + [""] * bool(notes) + [f"- {note}" for note in notes])

@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from partial_fc.figures.margins import LATE, Named, typical_statistics
-from partial_fc.figures.style import label_ends, line_of, new_figure, power_of_ten
+from partial_fc.figures.style import label_ends, line_of, new_figure
 from partial_fc.head.margin import Margin
 from partial_fc.head.partial_fc import PartialFC
+from partial_fc.report.plots import power_of_ten
 from partial_fc.seeds import seed_for
 
 DEFAULT = "softmax;normsoftmax:scale=30;cosface:scale=30;arcface:scale=30;magface:scale=30"

@@ -1,6 +1,5 @@
 """How the figures look: the report's colors on a light page, text to read at 800 pixels, labels at the curves."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -145,11 +144,6 @@ def spread(heights: Sequence[float], sizes: Sequence[float]) -> list[float]:
             placed[member] = top + sizes[member] / 2
             top += sizes[member]
     return placed
-
-
-def power_of_ten(value: float, _: object = None) -> str:
-    """A tick's label: 0.001 as 10 with a raised -3. matplotlib's own would need its mathematical text."""
-    return "10" + f"{round(math.log10(value))}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from partial_fc.figures.style import label_ends, line_of, new_figure, power_of_ten
+from partial_fc.figures.style import label_ends, line_of, new_figure
+from partial_fc.report.plots import power_of_ten
 from partial_fc.report.runs import Run
 
 

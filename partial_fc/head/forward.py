@@ -13,6 +13,7 @@ from partial_fc.head.attach import Forward
 from partial_fc.head.centers import InUse
 from partial_fc.head.elementwise import Negatives
 from partial_fc.head.margin import Sample
+from partial_fc.head.observed import Observed
 from partial_fc.head.softmax import LARGEST, LARGEST_INVERSE, LOG2_E
 from partial_fc.head.targets import Target, find_targets, regularized, target_part, unit
 from partial_fc.parallel import distributed
@@ -113,7 +114,7 @@ def forward(
         head.embedding_loss = shares.sum()
         loss = loss + head.embedding_loss
     loss = loss.to(head.dtype)
-    head.target_cosine = torch.where(real, cosine, zero).sum() / count
+    head.observed = Observed(cosine, w_length, length, real)
     if not training:
         return loss, None, None
     psi_prime, psi_by_length = margin.derivatives(sample)

@@ -5,7 +5,7 @@ C_r classes of this rank, U rows in use.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -20,6 +20,7 @@ from partial_fc.head.forward import forward
 from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.margins import CosFace
 from partial_fc.head.matmul import Precision, precision_of
+from partial_fc.head.observed import Observed
 from partial_fc.head.optimizers import build_optimizer
 from partial_fc.head.partition import class_range
 from partial_fc.head.sampling import Sampler, negatives, random_negatives
@@ -154,7 +155,8 @@ class PartialFC:
                 )
         self.embedding_loss: Tensor | None = None  # () of the last forward's batch, as it is in the loss
         self._scale_optimizer = build_optimizer(optimizer, momentum, 0.0, betas, eps)
-        self.target_cosine: Tensor | None = None  # () mean over the last forward's batch
+        self.observed: Observed | None = None  # cosines and lengths of the last forward's batch
+        self.begin_phase: Callable[[str], None] = lambda name: None  # told when the gather begins, and when it ends
         self.set_statistics(self.first_statistics())
         self._buffers = Buffers(dtype, device)
         self._cache = softmax.Cache(cache_bytes, cache_dtype, device)
@@ -170,6 +172,11 @@ class PartialFC:
         self._side_stream.join()
         self._read = True
         return self._centers
+
+    @property
+    def target_cosine(self) -> Tensor | None:
+        """() the mean over the last forward's batch."""
+        return None if self.observed is None else self.observed.mean_cosine()
 
     @property
     def margin(self) -> Margin:
@@ -219,10 +226,12 @@ class PartialFC:
                 "whole global batch) before the forwards of a step, or evaluate under torch.no_grad()"
             )
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), precision_of(self._way.precision):
+            self.begin_phase("gather")
             padded_size = exchange.agree_on_size(
                 self._wrong_input(embeddings, labels), len(labels), padded_size, self.device
             )
             x, gathered = exchange.gather_batch(embeddings.detach(), labels, padded_size, self.dtype, self.device)
+            self.begin_phase("head")
             planned = self._step_labels if training else None
             if self.check_labels:
                 exchange.check_labels(gathered, self.num_classes, planned if self.sampled else None, padded_size)

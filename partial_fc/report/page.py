@@ -9,7 +9,8 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from partial_fc.evaluate.protocol import FARS, missing
+from partial_fc.evaluate.protocol import COLUMNS, FARS, measures, missing
+from partial_fc.phases import NAMES as PHASES
 from partial_fc.report import plots
 from partial_fc.report.examples import example_groups
 from partial_fc.report.plots import Series
@@ -25,6 +26,15 @@ FACTS = {  # dotted config name → how the page calls it
     "data.global_batch_size": "global batch",
     "optim.lr": "learning rate",
     "run.seed": "seed",
+}
+
+GROUPS = {  # of the phases of a step
+    "data": ("data",),
+    "forward": ("forward",),
+    "gather": ("gather",),
+    "head": ("head", "update"),
+    "backward": ("backward",),
+    "the rest": ("wait", "optimizer", "log", "save"),
 }
 
 
@@ -47,6 +57,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         several=len(loaded) > 1,
         palette=plots.SERIES,
         runs=[_run(run, color) for color, run in enumerate(loaded)],
+        columns=COLUMNS,
         tables=_tables(loaded),
         curves=_training_curves(loaded, names),
         rocs=_rocs(loaded, names),
@@ -95,9 +106,7 @@ def _tables(runs: Sequence[Run]) -> list[dict]:
                 if name not in results:
                     continue
                 result = results[name]
-                tars = [at and at["tar"] for at in (result["tar_at_far"][far] for far in FARS)]
-                values = [result["fold_accuracy"], *tars, result["rank1"]]
-                rows.append({"run": run.name, "color": color, "model": model, "values": values})
+                rows.append({"run": run.name, "color": color, "model": model, "values": measures(result)})
                 notes += [note for note in missing(result) if note not in notes]
                 about += [_about(result)] if _about(result) not in about else []
         if len(about) > 1:
@@ -131,6 +140,9 @@ def _training_curves(runs: Sequence[Run], names: Iterator[str]) -> list[dict]:
             lambda row: row["data_wait"] / row["step_time"],
             {"percent": True},
         ),
+        ("Length of the embeddings", lambda row: row["embedding_norm"], {}),
+        ("Length of the batch's class centers", lambda row: row["center_norm"], {}),
+        ("Norm of the backbone's gradient", lambda row: row["engine.gradient_norm"], {}),
         ("Memory, GiB", lambda row: row["memory"] / 2**30, {}),
     )
     drawn = []
@@ -143,7 +155,21 @@ def _training_curves(runs: Sequence[Run], names: Iterator[str]) -> list[dict]:
                 series.append(Series(run.name, x, y, color))
         if series:
             drawn.append({"title": title, "svg": Markup(plots.curves(next(names), series, **options))})
+    several = len(runs) > 1
+    for run in runs:
+        rows = [row for row in run.metrics if f"phase.{PHASES[0]}" in row]  # early runs did not measure them
+        if rows:
+            seconds = np.array([[row[f"phase.{name}"] for name in PHASES] for row in rows])
+            svg = plots.shares(next(names), np.array([row["step"] for row in rows]), *_in_groups(seconds))
+            title = f"Where a step's time goes{f', {run.name}' if several else ''}"
+            drawn.append({"title": title, "svg": Markup(svg)})
     return drawn
+
+
+def _in_groups(seconds: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """(rows, phases) to (rows, groups), a color of the page each, and the groups' names."""
+    columns = [[PHASES.index(name) for name in phases] for phases in GROUPS.values()]
+    return np.stack([seconds[:, column].sum(axis=1) for column in columns], axis=1), [*GROUPS]
 
 
 def _has(row: dict, value) -> bool:

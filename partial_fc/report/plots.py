@@ -1,6 +1,7 @@
 """Plots as SVG text that lives inside the page: it takes colors and fonts from the page, in light and in dark."""
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,6 +93,31 @@ def curves(name: str, series: Sequence[Series], *, log: bool = False, percent: b
         return _svg(figure, name)
 
 
+def shares(name: str, steps: np.ndarray, parts: np.ndarray, labels: Sequence[str]) -> str:
+    """Shares of a whole over steps (n,), one above the other: parts (n, SERIES at most), each labeled at its end."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure()
+        thin = np.stack([_thinned(steps, part)[1] for part in parts.T])
+        thin = thin / thin.sum(axis=0)
+        tops = np.cumsum(thin, axis=0)
+        x = _thinned(steps, parts[:, 0])[0]
+        if len(x) == 1:  # an area wants two ends
+            x, thin, tops = np.array([x[0] - 1, x[0]]), np.repeat(thin, 2, axis=1), np.repeat(tops, 2, axis=1)
+        ends = []
+        whole = parts.sum(axis=0) / parts.sum()
+        for color, (part, top, label) in enumerate(zip(thin, tops, labels, strict=True)):
+            axes.fill_between(x, top - part, top, color=_color(color), linewidth=0, alpha=0.75)
+            ends.append((x[-1], top[-1] - part[-1] / 2, f"{label} {whole[color]:.0%}", color))
+        axes.set_ylim(0, 1)
+        axes.margins(x=0)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axes.set_xlabel("step; beside it the mean of the run")
+        _label_ends(axes, ends)
+        return _svg(figure, name)
+
+
 def roc(name: str, series: Sequence[Series]) -> str:
     """TAR over FAR (logarithmic); each curve is labeled where it passes one half, or starts if that is above."""
     with matplotlib.rc_context(_STYLE):
@@ -104,6 +130,7 @@ def roc(name: str, series: Sequence[Series]) -> str:
             labels.append((x[middle], y[middle], one, middle == 0))
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(numticks=6))
+        axes.xaxis.set_major_formatter(power_of_ten)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(right=1)
         axes.set_ylim(-0.02, 1.04)
@@ -143,6 +170,7 @@ def histogram(
         axes.set_ylim(floor, 9)  # above 1, room for the labels
         axes.set_xlim(low, high)
         axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        axes.yaxis.set_major_formatter(power_of_ten)
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("cosine score")
         for label, at in thresholds:
@@ -222,6 +250,11 @@ def _short(value: float) -> str:
 
 def _clipped(label: str, length: int = 16) -> str:
     return label if len(label) <= length else label[: length - 1] + "…"
+
+
+def power_of_ten(value: float, _: object = None) -> str:
+    """A tick's label: 0.001 as 10 with a raised -3. matplotlib's own would need its mathematical text."""
+    return "10" + f"{round(math.log10(value))}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _svg(figure: Figure, name: str) -> str:
