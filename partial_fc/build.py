@@ -11,6 +11,7 @@ from torch import Tensor
 from partial_fc import backbone, checkpoint
 from partial_fc.config import Config
 from partial_fc.config_file import save_config
+from partial_fc.data.groups import Groups, build_order
 from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
@@ -31,7 +32,7 @@ class Parts:
     """What a run is built of."""
 
     index: Index
-    order: Order
+    order: Order | Groups
     head: PartialFC
     engine: DDPEngine
     total_steps: int
@@ -55,13 +56,7 @@ def build(config: Config, device: torch.device) -> Parts:
         margin = build_margin(config.head.margin.name, config.head.margin.parameters)
         index = with_label_noise(load_index(config.data.train), config.data.label_noise, config.run.seed)
         size = image_size(index)
-        order = Order(
-            index.samples_per_shard,
-            config.data.global_batch_size,
-            config.data.streams,
-            config.run.seed,
-            config.data.shuffle_window,
-        )
+        order = build_order(config.data, index, config.run.seed)
         smallest_part = order.global_batch_size // distributed.world_size()
         if 0 < smallest_part < config.data.accumulate:  # of less than one sample a rank the reader speaks
             raise ValueError(
@@ -183,7 +178,11 @@ def order_settings(config: Config, index: Index) -> dict:
         "data.global_batch_size": config.data.global_batch_size,
         "data.streams": config.data.streams,
         "data.shuffle_window": config.data.shuffle_window,
-        "data.label_noise": config.data.label_noise or None,  # checkpoints without it had none
+        # checkpoints without these had none, and one
+        "data.label_noise": config.data.label_noise or None,
+        "data.samples_per_identity": None
+        if config.data.samples_per_identity == 1
+        else config.data.samples_per_identity,
         "data set": index.fingerprint,
     }
 
@@ -226,7 +225,12 @@ def changes(before: dict, now: dict, prefix: str = "") -> list[str]:
 
 
 def print_summary(
-    config: Config, index: Index, order: Order, head: PartialFC, total_steps: int, found: checkpoint.Checkpoint | None
+    config: Config,
+    index: Index,
+    order: Order | Groups,
+    head: PartialFC,
+    total_steps: int,
+    found: checkpoint.Checkpoint | None,
 ) -> None:
     world_size = distributed.world_size()
     compiled = ", compiled" if head.compiled else ""

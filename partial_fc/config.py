@@ -51,9 +51,11 @@ class Data(Section):
     train: str
     """Folder of training shards with their index, as `partial-fc prepare` writes it."""
     global_batch_size: int = Field(ge=1)
-    """Samples of a step over all ranks; a multiple of data.streams."""
+    """Samples of a step over all ranks; a multiple of data.streams x data.samples_per_identity."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches, one after another, that a rank's part of a step is cut into; only one's activations are kept."""
+    samples_per_identity: int = Field(1, ge=1)
+    """Samples of each identity in a step, for triplet and contrastive loss; all but one of them are read at random."""
     streams: int = Field(8, ge=1)
     """Runs of the epoch's sample sequence that are read side by side; need not fit the ranks."""
     shuffle_window: int = Field(8192, ge=1)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from partial_fc import backbone, checkpoint
 from partial_fc.config import Config
-from partial_fc.data.order import Order
+from partial_fc.data.groups import build_order
 from partial_fc.data.reader import image_size, loader, normalize
 from partial_fc.data.shards import Index, load_index
 from partial_fc.head.margins import build_margin
@@ -46,13 +46,7 @@ def benchmark_sampler(
     found, config, index = _open(path)
     head, net = _load(found, config, index, device)
     centers = unit(head.full_weight().double())[0]
-    order = Order(
-        index.samples_per_shard,
-        config.data.global_batch_size,
-        config.data.streams,
-        config.run.seed,
-        config.data.shuffle_window,
-    )
+    order = build_order(config.data, index, config.run.seed)
     rows, mass, hardest = torch.zeros(3, len(choices), dtype=torch.float64, device=device)
     samples = 0
     with tqdm(total=batches, desc="nearest classes", unit=" batches", leave=False) as bar:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from partial_fc.config import Affine
 from partial_fc.data.augment import augment
+from partial_fc.data.groups import Groups
 from partial_fc.data.order import Order
 from partial_fc.data.shards import Index
 from partial_fc.parallel.distributed import part
@@ -49,7 +50,7 @@ class Batch(NamedTuple):
 
 def loader(
     index: Index,
-    order: Order,
+    order: Order | Groups,
     *,
     rank: int,
     world_size: int,
@@ -130,7 +131,7 @@ class _Request(NamedTuple):
 class _Requests:
     """The batch sampler: one request a step."""
 
-    order: Order
+    order: Order | Groups
     positions: range
     steps: range
 
