@@ -59,15 +59,15 @@ def test_what_a_config_asks_for(glyphs_ci):
     assert isinstance(plain, Order)
     grouped = build_order(settings.model_copy(update={"samples_per_identity": 3}), index, seed=3)
     assert grouped.anchors.global_batch_size == 16 and grouped.steps_per_epoch == plain.steps_per_epoch
-    with pytest.raises(
-        ValueError, match="48 samples, 5 of an identity, and 4 streams, wanted a multiple of their prod"
-    ):
+    with pytest.raises(ValueError, match="48 samples, 5 of an identity, and 4 streams"):
         build_order(settings.model_copy(update={"samples_per_identity": 5}), index, seed=3)
 
 
 TRIPLETS = (
     "data.samples_per_identity=4",
     "data.streams=4",
+    "run.steps=8",
+    "checkpoint.every=4",
     "head.embedding_losses={triplet: {weight: 0.1}, contrastive: {weight: 0.1}}",
 )
 
@@ -78,7 +78,7 @@ def test_a_run_with_triplets_is_the_same_at_any_number_of_ranks_and_resumed(glyp
     run_ranks(train_here, 3, three, glyphs_ci / "train", *TRIPLETS)
     assert curve(three) == pytest.approx(curve(two), rel=2e-5)
     assert all(row["head.embedding_loss"] > 0 for row in rows(two)), "no positives in the batches"
-    interrupted(two, resumed, 20)
+    interrupted(two, resumed, 4)
     run_ranks(train_here, 2, resumed, glyphs_ci / "train", *TRIPLETS)
     assert checksums(resumed) == checksums(two)
 
