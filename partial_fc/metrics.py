@@ -15,6 +15,8 @@ import wandb
 from partial_fc.config import Config
 from partial_fc.progress import Progress
 
+KEPT = ("metrics.jsonl", "wandb_id")  # of a run folder: with them a run's curves go on on another machine
+
 
 class Metrics:
     """Collects the steps between two log rows and writes the row. Close it at the end of the run."""

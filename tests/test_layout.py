@@ -15,11 +15,11 @@ MODULES = sorted(path.relative_to(REPOSITORY) for path in PACKAGE.rglob("*.py"))
 
 # A module imports from lower floors, or from its own package.
 FLOORS = [
-    {"seeds", "environment"},
+    {"seeds", "environment", "storage"},
     {"config"},
     {"config_file"},
     {"parallel", "backbone", "optim"},
-    {"data", "head"},
+    {"data", "head", "checkpoint_files"},
     {"checkpoint", "prepare", "progress"},
     {"metrics", "evaluate"},
     {"build", "benchmark", "export"},
@@ -32,6 +32,7 @@ DOORS = {
     "torch.distributed": {"parallel/distributed.py"},
     "webdataset": {"data/shards.py"},
     "wandb": {"metrics.py"},
+    "fsspec": {"storage.py"},
     "yaml": {"config_file.py", "environment.py", "report/runs.py", "study/plan.py"},
     "safetensors": {"checkpoint.py", "export/model.py"},
     "onnxruntime": {"export/formats.py"},
