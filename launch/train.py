@@ -28,7 +28,7 @@ def main() -> None:
     with distributed.job() as device:
         finished = train(config, device)
         if finished and config.evaluate.sets:
-            evaluate_run(config.run.dir, device, config.evaluate)
+            evaluate_run(config.run.dir, device, config.evaluate, checkpoints=config.checkpoint.dir)
         with distributed.together("writing the report"):
             if finished and distributed.rank() == 0:
                 write_report([config.run.dir], f"{config.run.dir}/report.html")

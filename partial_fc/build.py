@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from partial_fc import backbone, checkpoint
+from partial_fc import backbone, checkpoint, storage
 from partial_fc.config import Config
 from partial_fc.config_file import save_config
 from partial_fc.data.groups import Groups, build_order
@@ -20,11 +20,13 @@ from partial_fc.head.embedding_losses import build_embedding_loss
 from partial_fc.head.margins import build_margin
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.sampling import HardNegatives
+from partial_fc.metrics import KEPT
 from partial_fc.optim import build_optimizer, peak_rate
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine, check_engine
 from partial_fc.progress import Progress
 from partial_fc.seeds import seed_for
+from partial_fc.storage import Place
 
 
 @dataclass
@@ -64,9 +66,17 @@ def build(config: Config, device: torch.device) -> Parts:
                 "samples of a step; lower it, or raise data.global_batch_size"
             )
         net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
-        found = checkpoint.find_latest(run)
+        where = checkpoints_of(config)
+        if storage.remote(where):  # said now, not at the first save
+            storage.check_writable(where, f"written_by_rank_{distributed.rank()}")
+        found = checkpoint.find_latest(where)
         if found is not None:
             check_unchanged(found, config, index)
+        elif config.checkpoint.dir and checkpoint.find_latest(run / "checkpoints") is not None:
+            raise ValueError(
+                f"{where} holds no complete checkpoint, {run}/checkpoints does: copy those there, or unset "
+                "checkpoint.dir, or start anew in another run.dir"
+            )
         open_sets(config.evaluate.sets, size)  # what is wrong with them is said now, not after the training
         hard = config.head.hard_negatives
         head = PartialFC(
@@ -106,20 +116,35 @@ def build(config: Config, device: torch.device) -> Parts:
     images = micro_batch_size(config) if config.engine.compile else 2
     engine.warm_up(torch.zeros(images, 3, *size, device=device))
     if found is not None:
-        checkpoint.load(found, head=head, engine=engine)
+        checkpoint.load(found, head=head, engine=engine, near=run)
     total_steps = config.run.steps or max(round(config.run.epochs * order.steps_per_epoch), 1)
     start_step = 0 if found is None else found.step
     with distributed.together("preparing the run"):
         if distributed.rank() == 0:
             run.mkdir(parents=True, exist_ok=True)
             (run / "preempted").unlink(missing_ok=True)
-            if start_step < total_steps:
+            if config.checkpoint.dir and found is not None:
+                restore_beside(found, run)
+            if start_step < total_steps or not (run / "config.yaml").exists():
                 save_config(config, run / "config.yaml")
             print_summary(config, index, order, head, total_steps, found)
     progress = Progress() if found is None else Progress(**found.manifest["settings"]["progress"])
     peak, _ = peak_rate(config.optim, order.global_batch_size)
     head_rate = _first(config.head.optim.lr, config.optim.lr) / config.optim.lr
     return Parts(index, order, head, engine, total_steps, start_step, progress, peak, head_rate)
+
+
+def checkpoints_of(config: Config) -> Place:
+    """The folder or URL of the run's checkpoints."""
+    return storage.place(config.checkpoint.dir or Path(config.run.dir) / "checkpoints")
+
+
+def restore_beside(found: checkpoint.Checkpoint, run: Path) -> None:
+    """Puts the files that a checkpoint brought along into the run folder: another machine's, or older here."""
+    for name in KEPT:
+        data = found.read(name)
+        if data is not None:
+            (run / name).write_bytes(data)
 
 
 def with_label_noise(index: Index, probability: float, seed: int) -> Index:
@@ -157,7 +182,8 @@ def agree_on_start(config: Config, index: Index, found: checkpoint.Checkpoint | 
             if theirs[name] != everyone[0][name]:
                 raise distributed.RunError(
                     f"ranks 0 and {other} see different things: {name}. All ranks must be given the same config and "
-                    "see the same data.train and run.dir: put both on a shared file system"
+                    "see the same data.train and run.dir: put both on a shared file system, or checkpoints in an "
+                    "object store (checkpoint.dir)"
                 )
 
 

@@ -7,27 +7,32 @@ checkpoints/step_00001200/
     classes.txt
     manifest.json                                   written last; without it there is no checkpoint
 checkpoints/latest                                  the newest one's name
+
+With checkpoint.dir set the step folders are in that folder or at that URL, and also hold config.yaml, metrics.jsonl and
+wandb_id. Files on their way to a URL, or from it, are in a local scratch folder in between.
 """
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from partial_fc import checkpoint_files, storage
+from partial_fc.config_file import saved_checkpoint_dir
 from partial_fc.head.centers import MissedUpdates, catch_up
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.sampling import tables
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
+from partial_fc.storage import Place
 
 FORMAT, VERSION = "partial_fc-checkpoint", 1
 STATISTICS = "statistics."  # before a name in history.safetensors: the margin's
@@ -36,9 +41,9 @@ PART_BYTES = 1 << 30  # a part of the centers; a reader at another world size op
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its folder and its manifest."""
+    """A complete checkpoint: its folder or URL, and its manifest."""
 
-    path: Path
+    path: Place
     manifest: dict
 
     @property
@@ -51,28 +56,56 @@ class Checkpoint:
 
     def classes(self) -> list[str]:
         """The class map: the name of every class, as the data had it."""
-        return (self.path / "classes.txt").read_bytes().decode("utf-8").split("\n")[:-1]
+        return self.read("classes.txt").decode("utf-8").split("\n")[:-1]
+
+    def read(self, name: str) -> bytes | None:
+        """One of its small files, of a URL verified; None if it has none of that name."""
+        entry = next((entry for entry in self.files() if entry["name"] == name), None)
+        if entry is None:
+            return None
+        data = storage.read(storage.join(self.path, name))
+        return checkpoint_files.check(data, self.path, entry) if storage.remote(self.path) else data
 
 
-def find_latest(run: Path) -> Checkpoint | None:
-    """The newest complete checkpoint of a run folder, or None. Raises ValueError for a newer format."""
-    folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
-    complete = (folder for folder in folders if (folder / "manifest.json").exists())
-    return next((open_checkpoint(folder) for folder in complete), None)
+def complete(path: Place) -> list[Place]:
+    """The complete checkpoints of a run, oldest first.
+
+    path: the run folder, whose config.yaml may name another place (checkpoint.dir), or that place itself.
+    """
+    if storage.remote(path):
+        return checkpoint_files.complete(path)
+    elsewhere = saved_checkpoint_dir(path)
+    if elsewhere is not None:
+        return checkpoint_files.complete(storage.place(elsewhere))
+    return checkpoint_files.complete(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in the folder `path`, or the newest of the run folder `path`. Raises ValueError without one."""
-    found = open_checkpoint(path) if (path / "manifest.json").exists() else find_latest(path)
+def find_latest(path: Place) -> Checkpoint | None:
+    """The newest complete checkpoint of a run; None without one. `path` is what `complete` takes.
+
+    Raises ValueError for a newer format.
+    """
+    found = complete(path)
+    return open_checkpoint(found[-1]) if found else None
+
+
+def find_checkpoint(path: Place) -> Checkpoint:
+    """The checkpoint that `path` itself is, a folder or URL, or the newest of the run `path`, as in `complete`.
+
+    Raises ValueError without one.
+    """
+    found = (
+        open_checkpoint(path) if storage.exists(storage.join(path, checkpoint_files.MANIFEST)) else find_latest(path)
+    )
     if found is None:
         raise ValueError(f"{path} holds no complete checkpoint; give a run folder or the folder of a checkpoint")
     return found
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Place) -> Checkpoint:
     """Reads and checks a manifest. Raises ValueError for what is no checkpoint, or one of a newer format."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads(storage.read(storage.join(path, checkpoint_files.MANIFEST)))
     except FileNotFoundError:
         raise ValueError(f"{path} holds no manifest.json, so it is no complete checkpoint; name another one") from None
     if manifest.get("format") != FORMAT:
@@ -84,28 +117,31 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, manifest)
 
 
-def save(run: Path, step: int, *, head: PartialFC, engine: DDPEngine, classes: Path, settings: dict, keep: int) -> Path:
+def save(
+    run: Path,
+    step: int,
+    *,
+    head: PartialFC,
+    engine: DDPEngine,
+    classes: Path,
+    settings: dict,
+    keep: int,
+    where: Place | None = None,
+    beside: list[Path] | None = None,
+) -> Place:
     """Writes the checkpoint of `step` from all ranks, then deletes all but the newest `keep`. A collective.
 
-    settings: what the run must not change on resume (seed, data set, order), kept in the manifest. A failure on any
+    settings: what the run must not change on resume (seed, data set, order), kept in the manifest. where: the folder or
+    URL that checkpoints go into; None: run/checkpoints. beside: files that go along where they exist. A failure on any
     rank is raised on all of them, and leaves the checkpoints that were there.
     """
-    folder = run / "checkpoints" / f"step_{step:08d}"
+    folder = storage.join(run / "checkpoints" if where is None else where, f"step_{step:08d}")
     with distributed.together(f"saving {folder}"):
         if distributed.rank() == 0:
-            _remove_incomplete(folder.parent)  # what killed saves left
-            _remove(folder)
-            folder.mkdir(parents=True)
-    written: list[dict] = []
+            checkpoint_files.begin(folder)
     state = engine.state()
-    with distributed.together(f"saving {folder}"):
-        written = _write_centers(folder, head)
-        if distributed.rank() == 0:
-            written += [_write(folder / f"{name}.safetensors", tensors) for name, tensors in state.items()]
-            written.append(_write(folder / "history.safetensors", _history(head)))
-            shutil.copyfile(classes, folder / "classes.txt")
-            written.append(_entry(folder / "classes.txt"))
-    files = [entry for entries in distributed.gather_objects(written) for entry in entries]
+    copies = {"classes.txt": classes, **{path.name: path for path in beside or []}}
+    written = _of_all_ranks(_write_all(run, folder, head, state, copies), folder)
     with distributed.together(f"saving {folder}"):
         if distributed.rank() == 0:
             manifest = {
@@ -118,18 +154,19 @@ def save(run: Path, step: int, *, head: PartialFC, engine: DDPEngine, classes: P
                 "center_state": _kinds(head),
                 "sub_centers": head.sub_centers,
                 "settings": settings,
-                "files": files,
+                "files": written,
             }
-            _write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1))
-            _write_atomically(folder.parent / "latest", folder.name + "\n")
-            complete = sorted(f for f in folder.parent.glob("step_*") if (f / "manifest.json").exists())
-            for old in complete[:-keep]:
-                _remove(old)
+            checkpoint_files.finish(folder, json.dumps(manifest, indent=1), written)
+            for old in checkpoint_files.complete(storage.parent(folder))[:-keep]:
+                checkpoint_files.remove(old)
     return folder
 
 
-def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
+def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine, near: Path | None = None) -> None:
     """Restores head and engine at this number of ranks, whatever number wrote it. A collective.
+
+    From a URL a rank fetches the parts that hold classes of its own, and what all ranks need, into `near` for the time
+    of the call; None: where temporary files go.
 
     Raises RunError on all ranks for a damaged file, another class count, embedding size or dtype.
     """
@@ -156,25 +193,34 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
                     "and config that it was written with, or give another run.dir"
                 )
         _check_parts(checkpoint, head.num_classes)
-        for entry in checkpoint.files()[distributed.rank() :: distributed.world_size()]:
-            _verify(path, entry)
-    with distributed.together(f"loading {path}"):
-        history = load_file(path / "history.safetensors")
+        if not storage.remote(path):  # each file by one rank; of a URL each rank verifies what it fetches
+            for entry in checkpoint.files()[distributed.rank() :: distributed.world_size()]:
+                checkpoint_files.verify(path, entry)
+    rows: dict[str, Tensor] = {}
+    wanted = _needed(checkpoint, head.classes)
+    with (
+        distributed.together(f"loading {path}"),
+        checkpoint_files.at_hand(path, wanted, near=near, verified=True) as here,
+    ):
+        history = load_file(here / "history.safetensors")
         known = head.first_statistics()
         statistics = {
             name.removeprefix(STATISTICS): history.pop(name) for name in [*history] if name.startswith(STATISTICS)
         }
-        head.centers.load(lambda name, out: _read_rows(checkpoint, name, head.classes, out), **history)
+        head.centers.load(lambda name, out: _read_rows(here, wanted, name, head.classes, out), **history)
         for name, tensor in _feature_centers(head).items():  # without them they begin where a new run's do
-            _read_rows(checkpoint, name, head.classes, tensor)
+            _read_rows(here, wanted, name, head.classes, tensor)
         head.set_statistics(known | {name: value for name, value in statistics.items() if name in known})
-        for name, table in tables(head).items():  # every rank reads all of it
-            if not _read_rows(checkpoint, name, range(head.num_classes), table):
-                table.fill_(-1)  # written with another sampler: nothing until the next refresh
+        for name, table in tables(head).items():
+            rows[name] = table[head.classes.start : head.classes.stop].clone()
+            if not _read_rows(here, wanted, name, head.classes, rows[name]):
+                rows[name].fill_(-1)  # written with another sampler: nothing until the next refresh
         head.step_count = checkpoint.step
         names = {entry["name"] for entry in checkpoint.files()}
         kept = (name for name in engine.state() if f"{name}.safetensors" in names)
-        engine.load({name: load_file(path / f"{name}.safetensors") for name in kept})
+        engine.load({name: load_file(here / f"{name}.safetensors") for name in kept})
+    for name, table in tables(head).items():  # every rank keeps all of it
+        table.copy_(torch.cat(distributed.gather_objects(rows[name])))
 
 
 def _history(head: PartialFC) -> dict[str, Tensor]:
@@ -193,43 +239,78 @@ def _kinds(head: PartialFC) -> list[str]:
     return sorted(name for name in head.centers.state() if name != "last_update")
 
 
-def _remove(folder: Path) -> None:
-    """Deletes a checkpoint, its manifest first: half deleted it must not look complete. Leftovers are no error."""
-    (folder / "manifest.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+def _write_all(
+    run: Path, folder: Place, head: PartialFC, state: dict[str, dict[str, Tensor]], copies: dict[str, Path]
+) -> Generator[dict, None, None]:
+    """Writes this rank's files one after the other, as they are asked for; yields their manifest entries."""
+    with checkpoint_files.scratch(run) if storage.remote(folder) else nullcontext(folder) as local:
+        for (first, last), part in _parts(head):
+            path = local / f"centers_{first:012d}_{last:012d}.safetensors"
+            _write(path, part)
+            yield checkpoint_files.settle(path, folder) | {"classes": [first, last]}
+        if distributed.rank() > 0:
+            return
+        for name, tensors in (state | {"history": _history(head)}).items():
+            _write(local / f"{name}.safetensors", tensors)
+            yield checkpoint_files.settle(local / f"{name}.safetensors", folder)
+        for name, path in copies.items():
+            if path.exists() or name == "classes.txt":
+                shutil.copyfile(path, local / name)
+                yield checkpoint_files.settle(local / name, folder)
 
 
-def _remove_incomplete(folder: Path) -> None:
-    for found in folder.glob("step_*"):
-        if not (found / "manifest.json").exists():
-            _remove(found)
+def _of_all_ranks(entries: Generator[dict, None, None], folder: Place) -> list[dict]:
+    """What the iterators of all ranks give. A collective.
+
+    For a URL the ranks meet after every file, so that none waits for longer than another uploads one.
+    """
+    at_once = 1 if storage.remote(folder) else None
+    written: list[dict] = []
+    try:
+        while True:
+            ours: list[dict] = []
+            with distributed.together(f"saving {folder}"):
+                ours = list(islice(entries, at_once))
+            theirs = [entry for one in distributed.gather_objects(ours) for entry in one]
+            if not theirs:
+                return written
+            written += theirs
+    finally:
+        entries.close()  # and with it the scratch folder
 
 
-def _write_centers(folder: Path, head: PartialFC) -> list[dict]:
+def _parts(head: PartialFC) -> Iterator[tuple[tuple[int, int], dict[str, Tensor]]]:
+    """This rank's classes in parts of PART_BYTES: the half-open range of each, and its rows."""
     mine = slice(head.classes.start, head.classes.stop)
     state = head.centers.state() | _feature_centers(head) | {name: table[mine] for name, table in tables(head).items()}
     bytes_per_row = sum(tensor[:1].numel() * tensor.element_size() for tensor in state.values())
     rows_per_part = max(PART_BYTES // max(bytes_per_row, 1), 1)
-    entries = []
     for start in range(0, len(head.classes), rows_per_part):
         stop = min(start + rows_per_part, len(head.classes))
-        first, last = head.classes.start + start, head.classes.start + stop
         part = {name: tensor[start:stop] for name, tensor in state.items()}
-        entry = _write(folder / f"centers_{first:012d}_{last:012d}.safetensors", part)
-        entries.append(entry | {"classes": [first, last]})
-    return entries
+        yield (head.classes.start + start, head.classes.start + stop), part
 
 
-def _read_rows(checkpoint: Checkpoint, name: str, classes: range, out: Tensor) -> bool:
+def _needed(checkpoint: Checkpoint, classes: range) -> list[dict]:
+    """The entries of the parts that hold some of `classes`, and of what does not belong to classes."""
+    return [
+        entry
+        for entry in checkpoint.files()
+        if entry["name"].endswith(".safetensors")
+        and ("classes" not in entry or max(entry["classes"][0], classes.start) < min(entry["classes"][1], classes.stop))
+    ]
+
+
+def _read_rows(folder: Path, entries: list[dict], name: str, classes: range, out: Tensor) -> bool:
     """Fills `out` with the rows `classes` of one state tensor; False where it has none of that name and width."""
-    for entry in checkpoint.files():
+    for entry in entries:
         if "classes" not in entry:
             continue
         first, last = entry["classes"]
         start, stop = max(first, classes.start), min(last, classes.stop)
         if start >= stop:
             continue
-        with safe_open(checkpoint.path / entry["name"], framework="pt") as part:
+        with safe_open(folder / entry["name"], framework="pt") as part:
             if name not in part.keys():  # noqa: SIM118 - no mapping, it only has keys()
                 return False
             rows = part.get_slice(name)
@@ -248,43 +329,8 @@ def _check_parts(checkpoint: Checkpoint, num_classes: int) -> None:
         )
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> dict:
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
-    return _entry(path)
-
-
-def _entry(path: Path) -> dict:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _verify(folder: Path, entry: dict) -> None:
-    path = folder / entry["name"]
-    advice = f"delete {folder} to go on from the checkpoint before it"
-    if not path.exists():
-        raise ValueError(f"{path} is missing; {advice}")
-    if path.stat().st_size != entry["bytes"]:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}; {advice}")
-    if _sha256(path) != entry["sha256"]:
-        raise ValueError(f"{path} is damaged: its SHA-256 is not the manifest's; {advice}")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 
 def read_backbone(checkpoint: Checkpoint, averaged: bool = False) -> dict[str, Tensor] | None:
@@ -293,22 +339,26 @@ def read_backbone(checkpoint: Checkpoint, averaged: bool = False) -> dict[str, T
     entry = next((entry for entry in checkpoint.files() if entry["name"] == name), None)
     if entry is None:
         return None
-    _verify(checkpoint.path, entry)
-    return load_file(checkpoint.path / entry["name"])
+    with checkpoint_files.at_hand(checkpoint.path, [entry]) as here:
+        return load_file(here / entry["name"])
 
 
 def read_centers(checkpoint: Checkpoint, classes_at_once: int) -> Iterator[Tensor]:
     """All class centers in order, caught up: joined they are what `PartialFC.full_weight` of the run gives.
 
     Yields (n, D), or (n, k, D) with k sub-centers, of at most `classes_at_once` classes, in the run's dtype; no more
-    is in memory, and no process group is needed. Every file is verified first. Raises ValueError for a damaged one.
+    is in memory, and no process group is needed. Every file is verified first. Those of a URL are together where
+    temporary files go (TMPDIR) until the last rows are read. Raises ValueError for a damaged one.
     """
-    manifest, path = checkpoint.manifest, checkpoint.path
+    wanted = _needed(checkpoint, range(checkpoint.manifest["num_classes"]))
+    wanted = [entry for entry in wanted if "classes" in entry or entry["name"] == "history.safetensors"]
+    _check_parts(checkpoint, checkpoint.manifest["num_classes"])
+    with checkpoint_files.at_hand(checkpoint.path, wanted, bar="verifying class centers") as here:
+        yield from _read_centers(here, wanted, checkpoint.manifest, classes_at_once)
+
+
+def _read_centers(path: Path, wanted: list[dict], manifest: dict, classes_at_once: int) -> Iterator[Tensor]:
     num_classes, k = manifest["num_classes"], manifest.get("sub_centers", 1)
-    _check_parts(checkpoint, num_classes)
-    wanted = [entry for entry in checkpoint.files() if "classes" in entry or entry["name"] == "history.safetensors"]
-    for entry in tqdm(wanted, desc="verifying class centers", unit=" files", mininterval=1, delay=2):
-        _verify(path, entry)
     per_class = () if k == 1 else (k,)
     slices = [
         range(start, min(start + classes_at_once, num_classes)) for start in range(0, num_classes, classes_at_once)
@@ -316,7 +366,7 @@ def read_centers(checkpoint: Checkpoint, classes_at_once: int) -> Iterator[Tenso
 
     def read(name: str, classes: range, *width: int, dtype: torch.dtype) -> Tensor | None:
         out = torch.empty(len(classes), *per_class, *width, dtype=dtype)
-        return out if _read_rows(checkpoint, name, classes, out) else None
+        return out if _read_rows(path, wanted, name, classes, out) else None
 
     # The least updated row tells how far the table of missed updates has to reach back; 4 bytes a row.
     missed = MissedUpdates()

@@ -19,8 +19,11 @@ from partial_fc.parallel import distributed
 from partial_fc.prepare.folder import prepare_folder
 from partial_fc.prepare.glyphs import prepare_glyphs
 from partial_fc.report.page import write_report
+from partial_fc.storage import place
 from partial_fc.study.run import default_ledger, run_study
 from partial_fc.study.table import study_table
+
+RUN = "run folder, folder of one checkpoint, or the URL of either"
 
 
 def main() -> None:
@@ -69,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate", help="verification and identification of a run, on all ranks of torchrun"
     )
-    evaluate.add_argument("path", type=Path, help="run folder, or the folder of one checkpoint")
+    evaluate.add_argument("path", type=place, help=RUN)
     evaluate.add_argument(
         "--data", action="append", default=[], metavar="NAME=DIR[,DISTRACTORS]", help="instead of the run's sets"
     )
@@ -88,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "--margins", metavar="NAME:PARAMETER=VALUE,...;...", help='"cosface:margin=0.35,scale=30;arcface;softmax"'
     )
     figures.add_argument(
-        "--runs", type=Path, nargs="+", default=[], metavar="RUN", help="run folders, for quality, cosines and roc"
+        "--runs", type=place, nargs="+", default=[], metavar="RUN", help="run folders, for quality, cosines and roc"
     )
     figures.add_argument("--fashion-mnist", type=Path, metavar="DIR", help="its four files; unset: fetched (31 MB)")
     figures.add_argument("--epochs", type=int, default=EPOCHS, help=f"of the small networks; unset: {EPOCHS}")
@@ -97,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     figures.set_defaults(run=_figures)
 
     export = commands.add_parser("export", help="a run's backbone in a folder that others can load")
-    export.add_argument("path", type=Path, help="run folder, or the folder of one checkpoint")
+    export.add_argument("path", type=place, help=RUN)
     export.add_argument("out", type=Path, help="new folder: model.safetensors, config.json, README.md")
     export.add_argument(
         "--formats", type=_names, default=["safetensors"], metavar="NAME,...", help=f"some of {','.join(FORMATS)}"
@@ -107,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
 
     embed = commands.add_parser("embed", help="embeddings of images into a file, on all ranks of torchrun")
-    embed.add_argument("model", help="exported folder, run folder, folder of a checkpoint, or owner/name on the hub")
+    embed.add_argument("model", help=f"exported folder, owner/name on the hub, {RUN}")
     embed.add_argument("source", type=Path, help="folder of images in any layout, or a prepared data set")
     embed.add_argument(
         "out", type=Path, help="new .safetensors or .npy; what the rows are goes into a .jsonl beside it"
@@ -143,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     head.set_defaults(run=_benchmark_head)
 
     sampler = parts.add_parser("sampler", help="how much of the full softmax's negatives samplers hold, in a run")
-    sampler.add_argument("path", type=Path, help="run folder, or the folder of one checkpoint; it stays as it is")
+    sampler.add_argument("path", type=place, help=f"{RUN}; it stays as it is")
     sampler.add_argument(
         "--random", type=_numbers(float), default=[0.05, 0.1, 0.2], metavar="R,...", help="rates, 0.05,0.1,0.2"
     )

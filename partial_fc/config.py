@@ -239,6 +239,8 @@ class Checkpoint(Section):
     """Steps between checkpoints; the last step writes one too."""
     keep: int = Field(2, ge=1)
     """Checkpoints that stay; older ones are deleted when a newer one is complete."""
+    dir: str | None = Field(None, min_length=1)
+    """Folder or URL, as s3://bucket/run, of this run's checkpoints and no other's; unset: <run.dir>/checkpoints."""
 
 
 class Track(Section):

@@ -83,3 +83,12 @@ def save_config(config: Config, path: Path) -> None:
     values = config.model_dump(mode="json")
     values["environment"] = environment()
     path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def saved_checkpoint_dir(run: Path) -> str | None:
+    """The checkpoint.dir of a run folder's config.yaml; None where that is unset or not there."""
+    try:
+        values = yaml.safe_load((run / "config.yaml").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return (values.get("checkpoint") or {}).get("dir")

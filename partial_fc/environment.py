@@ -37,6 +37,6 @@ def _git(*arguments: str) -> str:
         return ""
 
 
-def read_environment(path: Path) -> dict[str, str]:
-    """What `config_file.save_config` noted beside the settings; empty without such a file."""
-    return (yaml.safe_load(path.read_text()) or {}).get("environment", {}) if path.exists() else {}
+def read_environment(text: str) -> dict[str, str]:
+    """What `config_file.save_config` noted beside the settings, of the text of its file; empty without it."""
+    return (yaml.safe_load(text) or {}).get("environment", {})

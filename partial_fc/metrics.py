@@ -17,6 +17,7 @@ from partial_fc.phases import NAMES, Phases, slowest_rank
 from partial_fc.progress import Progress
 from partial_fc.trackers import start_tensorboard, start_wandb
 
+KEPT = ("metrics.jsonl", "wandb_id")  # of a run folder: with them a run's curves go on on another machine
 NOTABLE = 0.1  # of a step that ranks wait for the slowest: then the console names it
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from partial_fc import checkpoint
-from partial_fc.build import Parts, build, micro_batch_size, settings
+from partial_fc.build import Parts, build, checkpoints_of, micro_batch_size, settings
 from partial_fc.config import Config
 from partial_fc.data.reader import Batch, loader, normalize
 from partial_fc.head.side_stream import upload
-from partial_fc.metrics import Metrics, RankTimes
+from partial_fc.metrics import KEPT, Metrics, RankTimes
 from partial_fc.optim import learning_rate
 from partial_fc.parallel import distributed
 from partial_fc.phases import Phases
@@ -39,6 +39,7 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
     index, order, head, engine = parts.index, parts.order, parts.head, parts.engine
     rank = distributed.rank()
     largest_piece = micro_batch_size(config)
+    beside = [run / name for name in ("config.yaml", *KEPT)] if config.checkpoint.dir else []
     accumulate, progress = config.data.accumulate, parts.progress
     done = parts.start_step
     preempted = False
@@ -120,6 +121,8 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
                     classes=index.path / "classes.txt",
                     settings=settings(config, index, progress),
                     keep=config.checkpoint.keep,
+                    where=checkpoints_of(config),
+                    beside=beside,
                 )
             if preempted:
                 break

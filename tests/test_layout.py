@@ -15,11 +15,11 @@ MODULES = sorted(path.relative_to(REPOSITORY) for path in PACKAGE.rglob("*.py"))
 
 # A module imports from lower floors, or from its own package.
 FLOORS = [
-    {"seeds", "environment"},
+    {"seeds", "environment", "storage"},
     {"config"},
     {"config_file"},
     {"parallel", "backbone", "optim", "phases"},
-    {"data", "head"},
+    {"data", "head", "checkpoint_files"},
     {"checkpoint", "prepare", "progress", "profiler", "trackers"},
     {"metrics", "evaluate"},
     {"build", "benchmark", "export"},
@@ -33,6 +33,7 @@ DOORS = {
     "webdataset": {"data/shards.py"},
     "wandb": {"trackers.py"},
     "torch.utils.tensorboard": {"trackers.py"},
+    "fsspec": {"storage.py"},
     "yaml": {"config_file.py", "environment.py", "report/runs.py", "study/plan.py"},
     "safetensors": {"checkpoint.py", "export/model.py"},
     "onnxruntime": {"export/formats.py"},

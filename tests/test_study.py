@@ -142,6 +142,8 @@ def test_a_row_that_is_no_config_is_an_error(write):
     waiting = {"head.margin.name": "nosuchface"}
     with pytest.raises(ValueError, match="row new: head.margin.name: no margin is called 'nosuchface'"):
         load_plan(write(rows=ROWS | {"new": waiting}))
+    with pytest.raises(ValueError, match="row new: checkpoint.dir is set: .* go on from each other's checkpoints"):
+        load_plan(write(rows=ROWS | {"new": {"checkpoint.dir": "s3://bucket/all", "grid": "plain"}}))
 
 
 @pytest.mark.parametrize(

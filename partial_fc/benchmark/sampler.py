@@ -3,8 +3,6 @@
 Shapes: B samples of a batch, C classes, S samplers.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -21,16 +19,17 @@ from partial_fc.head.targets import unit
 from partial_fc.optim import build_optimizer
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
+from partial_fc.storage import Place
 
 
 @torch.no_grad()
 def benchmark_sampler(
-    path: Path, device: torch.device, *, random: list[float], hard: list[tuple[int, float]], batches: int = 10
+    path: Place, device: torch.device, *, random: list[float], hard: list[tuple[int, float]], batches: int = 10
 ) -> list[dict]:
     """Measures random negatives at each rate of `random` and hard ones at each (neighbours, rate) of `hard`.
 
-    path: a run folder, of which the newest checkpoint is taken, or the folder of one checkpoint; nothing is written
-    there. The batches are those that the run would see next, their backbone in training mode, their random negatives
+    path: a run, of which the newest checkpoint is taken, or one checkpoint, folders or URLs; nothing is written there.
+    The batches are those that the run would see next, their backbone in training mode, their random negatives
     the run's own; the table of nearest classes is made from the centers as they are. Prints a table and returns its
     lines: mean `rows` in use, their `fraction` of all classes, the mean over samples of the `mass` that they hold, and
     how often the `hardest` negative is in use. With z_ij = exp(s cos_ij),
@@ -140,7 +139,7 @@ def _check(random: list[float], hard: list[tuple[int, float]], batches: int) -> 
             raise ValueError(f"--hard: got {neighbours}:{rate:g}; give 1 neighbour or more, or the rate to --random")
 
 
-def _open(path: Path) -> tuple[checkpoint.Checkpoint, Config, Index]:
+def _open(path: Place) -> tuple[checkpoint.Checkpoint, Config, Index]:
     found = checkpoint.find_checkpoint(path)
     config = Config.model_validate(found.manifest["settings"]["config"])
     index = load_index(config.data.train)

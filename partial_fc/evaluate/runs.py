@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from partial_fc import backbone
+from partial_fc import backbone, storage
 from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone
 from partial_fc.config import Config, Evaluate, EvaluationSet
 from partial_fc.data.reader import image_size
@@ -25,16 +25,18 @@ def evaluate_run(
     *,
     sets: dict[str, EvaluationSet] | None = None,
     untrained: bool = False,
+    checkpoints: Path | str | None = None,
 ) -> dict:
-    """Evaluates the latest checkpoint of a run folder, or the checkpoint folder `path`, on all ranks. A collective.
+    """Evaluates the latest checkpoint of a run, or the checkpoint `path`, folders or URLs, on all ranks. A collective.
 
     settings: what to evaluate on and how; None: as the checkpoint's config says. sets: instead of its sets. untrained:
-    the backbone as it was initialized, too. Writes evaluation.json into `path` and prints the table. Raises RunError,
-    on all ranks, where there is no checkpoint or nothing to evaluate on.
+    the backbone as it was initialized, too. checkpoints: where the run's are, for ranks that do not see its config.
+    Writes evaluation.json into `path`, and beside checkpoints at a URL, and prints the table. Raises RunError, on all
+    ranks, where there is no checkpoint or nothing to evaluate on.
     """
-    path = Path(path)
+    path = storage.place(path)
     with distributed.together(f"evaluating {path}"):
-        found = find_checkpoint(path)
+        found = find_checkpoint(storage.place(checkpoints or path))
         config = Config.model_validate(found.manifest["settings"]["config"])
         settings = config.evaluate if settings is None else settings
         sets = settings.sets if sets is None else sets
@@ -67,9 +69,14 @@ def evaluate_run(
     evaluation = {"format": FORMAT, "version": VERSION, "step": found.step, "models": results}
     with distributed.together(f"writing {path}/evaluation.json"):
         if distributed.rank() == 0:
-            temporary = path / "evaluation.json.partial"
-            temporary.write_text(json.dumps(evaluation, indent=1))
-            temporary.rename(path / "evaluation.json")
+            text = json.dumps(evaluation, indent=1)
+            if not storage.remote(path):
+                temporary = path / "evaluation.json.partial"
+                temporary.write_text(text)
+                temporary.rename(path / "evaluation.json")
+            if storage.remote(found.path):  # a run folder may vanish with its machine
+                beside = path if storage.remote(path) else storage.parent(found.path)
+                storage.write(storage.join(beside, "evaluation.json"), text.encode())
             print(format_table(results), flush=True)
     return evaluation
 

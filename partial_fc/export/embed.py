@@ -35,7 +35,7 @@ def embed_images(
 ) -> int:
     """Writes the normalized embeddings of all images of `source` to `out` (.safetensors or .npy). A collective.
 
-    model: an exported folder, a hub repository, a run folder or the folder of a checkpoint. source: a folder of images
+    model: an exported folder, a hub repository, a run or a checkpoint, folders or URLs. source: a folder of images
     in any layout, cut and resized as `prepare folder` does, or a prepared data set. `out`, float32 (n, D), is the
     tensor "embeddings"; beside it a .jsonl says what each row is: name, and of a data set label and class. The files
     are the same at any number of ranks, which share a file system, and appear when they are complete. No rank keeps

@@ -1,6 +1,5 @@
 """Class centers as a gallery: one normalized embedding a class, or one a sub-center."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,5 +33,5 @@ def write_gallery(found: Checkpoint, folder: Path) -> tuple[int, ...]:
 
     metadata = {"format": "pt", "normalized": "true", "step": str(found.step)}
     write_rows(folder / "class_centers.safetensors", "class_centers", shape, normalized(), metadata)
-    shutil.copyfile(found.path / "classes.txt", folder / "classes.txt")
+    (folder / "classes.txt").write_bytes(found.read("classes.txt"))
     return shape

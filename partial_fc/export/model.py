@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from partial_fc import storage
 from partial_fc.backbone import build_seeded
 from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone
 from partial_fc.config import Backbone, Config
@@ -80,9 +81,9 @@ def load_backbone(source: str | os.PathLike, revision: str | None = None) -> Emb
 
 
 def open_model(source: str | os.PathLike) -> Embedder:
-    """`load_backbone`, and the same of a run folder (its newest checkpoint) or of the folder of one checkpoint."""
-    path = Path(source)
-    if path.is_dir() and not (path / "config.json").exists():
+    """`load_backbone`, and the same of a run (its newest checkpoint) or of one checkpoint, each a folder or a URL."""
+    path = storage.place(source)
+    if storage.remote(path) or (path.is_dir() and not (path / "config.json").exists()):
         return from_checkpoint(find_checkpoint(path))
     return load_backbone(source)
 
@@ -91,7 +92,7 @@ def from_checkpoint(found: Checkpoint) -> Embedder:
     """The backbone of a checkpoint, with the pixel normalization and the flip that its config says."""
     config = Config.model_validate(found.manifest["settings"]["config"])
     classes = next(entry for entry in found.files() if entry["name"] == "classes.txt")
-    trained_with = read_environment(found.path.parent.parent / "config.yaml")
+    trained_with = read_environment(_config_text(found))
     description = {
         "format": FORMAT,
         "version": VERSION,
@@ -110,6 +111,15 @@ def from_checkpoint(found: Checkpoint) -> Embedder:
         "partial_fc_version": version("partial_fc"),
     }
     return _assemble(description, read_backbone(found))
+
+
+def _config_text(found: Checkpoint) -> str:
+    """The run's config.yaml: brought along by the checkpoint, or in its run folder; "" where there is none."""
+    brought = found.read("config.yaml")
+    if brought is not None or storage.remote(found.path):
+        return (brought or b"").decode()
+    file = found.path.parent.parent / "config.yaml"
+    return file.read_text() if file.exists() else ""
 
 
 def save_backbone(model: Embedder, folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from partial_fc import storage
 from partial_fc.checkpoint import Checkpoint, find_checkpoint
 from partial_fc.config import Config
 from partial_fc.data.shards import require_new
@@ -16,12 +17,13 @@ from partial_fc.export.formats import CHECKED, require_packages, write_onnx, wri
 from partial_fc.export.gallery import write_gallery
 from partial_fc.export.images import open_images, some_images
 from partial_fc.export.model import Embedder, from_checkpoint, load_backbone, save_backbone
+from partial_fc.storage import Place
 
 
 def export_run(
-    path: Path, out: Path, formats: list[str] | None = None, *, gallery: bool = False, images: Path | None = None
+    path: Place, out: Path, formats: list[str] | None = None, *, gallery: bool = False, images: Path | None = None
 ) -> None:
-    """Writes the newest checkpoint of a run folder, or the checkpoint folder `path`, to the new folder `out`.
+    """Writes the newest checkpoint of a run, or the checkpoint `path`, folders or URLs, to the new folder `out`.
 
     out/ config.json, model.safetensors, README.md (a model card); of `formats` onnx model.onnx and torch-export
     model.pt2, each checked on real images; of `gallery` class_centers.safetensors and classes.txt. The folder appears
@@ -31,7 +33,7 @@ def export_run(
     Raises FileExistsError if `out` exists, and ValueError for a missing package, where there are no images to check
     with, and where a file gives other embeddings than the eager model.
     """
-    path, out, formats = Path(path), Path(out), list(formats or [])
+    path, out, formats = storage.place(path), Path(out), list(formats or [])
     require_packages(formats)
     require_new(out)
     found = find_checkpoint(path)
@@ -60,13 +62,14 @@ def export_run(
     print(f"{out}: {model.config['backbone']['name']} of step {found.step:,}, {', '.join(_names(out))}")
 
 
-def read_evaluation(path: Path, found: Checkpoint) -> dict | None:
+def read_evaluation(path: Place, found: Checkpoint) -> dict | None:
     """evaluation.json of this very checkpoint, from its folder or from the run's; None if there is none."""
-    for folder in (found.path, path, found.path.parent.parent):
-        file = folder / "evaluation.json"
-        if not file.exists():
+    beside = storage.parent(found.path)  # of a run folder it is the folder `checkpoints`
+    for folder in dict.fromkeys((found.path, path, beside if storage.remote(beside) else beside.parent)):
+        file = storage.join(folder, "evaluation.json")
+        if not storage.exists(file):
             continue
-        evaluation = json.loads(file.read_text())
+        evaluation = json.loads(storage.read(file))
         if evaluation["version"] > runs.VERSION:
             raise ValueError(
                 f"{file} has the format version {evaluation['version']}, this partial_fc reads up to {runs.VERSION}: "

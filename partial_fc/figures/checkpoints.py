@@ -1,27 +1,27 @@
 """What the figures read of a run folder: its checkpoints' backbones and class centers, and some of its images."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from partial_fc import backbone, checkpoint
+from partial_fc import backbone, checkpoint, storage
 from partial_fc.checkpoint import Checkpoint
 from partial_fc.config import Config
 from partial_fc.data.reader import image_size, images_in_order, normalize
 from partial_fc.data.shards import Index, load_index
 from partial_fc.figures.cosines import ROWS, Counts, count_cosines, thinned
 from partial_fc.seeds import seed_for
+from partial_fc.storage import Place
 
 BATCH = 256
 
 
-def complete_checkpoints(run: Path) -> list[Checkpoint]:
-    """All complete checkpoints of a run folder, by step. Raises ValueError where there is none."""
-    folders = sorted(path.parent for path in (run / "checkpoints").glob("step_*/manifest.json"))
+def complete_checkpoints(run: Place) -> list[Checkpoint]:
+    """All complete checkpoints of a run folder or URL, by step. Raises ValueError where there is none."""
+    folders = checkpoint.complete(run)
     if not folders:
         raise ValueError(f"{run} holds no complete checkpoint; give the folder of a run that has saved one")
     return [checkpoint.open_checkpoint(folder) for folder in folders]
@@ -45,7 +45,7 @@ def load_centers(found: Checkpoint) -> tuple[Tensor, int]:
     return (centers, 1) if centers.ndim == 2 else (centers.flatten(0, 1), centers.shape[1])
 
 
-def run_cosines(run: Path, *, images: int = 1000, seed: int = 0) -> dict[int, Counts]:
+def run_cosines(run: Place, *, images: int = 1000, seed: int = 0) -> dict[int, Counts]:
     """Counts of cosines by step, of training images of a run with its class centers, for up to ROWS checkpoints.
 
     checkpoint.keep says how many of them a run leaves. Raises ValueError without checkpoints or training data.
@@ -58,9 +58,8 @@ def run_cosines(run: Path, *, images: int = 1000, seed: int = 0) -> dict[int, Co
     labels = torch.from_numpy(index.label[samples])
     steps = thinned([one.step for one in found], ROWS)
     counts = {}
-    for one in tqdm(
-        [one for one in found if one.step in steps], desc=f"checkpoints of {run.name}", mininterval=1, leave=False
-    ):
+    shown = f"checkpoints of {storage.last_name(run)}"
+    for one in tqdm([one for one in found if one.step in steps], desc=shown, mininterval=1, leave=False):
         embed = embedder(one)
         batches = [batch.images.numpy().transpose(0, 2, 3, 1) for batch in images_in_order(index, samples, BATCH, 0)]
         embeddings = torch.from_numpy(np.concatenate([embed(batch) for batch in batches]))

@@ -17,6 +17,7 @@ from partial_fc.figures.toy import EPOCHS, Images, Toy, as_input, choose, embed_
 from partial_fc.head.margin import Margin
 from partial_fc.prepare.fashion_mnist import CLASSES, fetch_fashion_mnist, load_fashion_mnist
 from partial_fc.report.runs import load_run
+from partial_fc.storage import Place, last_name
 
 SPREAD = "the median angle between an embedding and its own class center"
 ALIKE = ("coat", "shirt")  # left out in the plane: nearly pullovers and T-shirts, and eight directions are enough
@@ -31,7 +32,7 @@ class Sources:
     """What figures are drawn of. Networks are trained when the first figure asks for them, and once."""
 
     chosen: list[Named] | None
-    runs: list[Path]
+    runs: list[Place]
     folder: Path | None
     seed: int
     epochs: int
@@ -74,7 +75,7 @@ def draw_figures(
     *,
     only: Sequence[str] | None = None,
     margins: str | None = None,
-    runs: Sequence[Path] = (),
+    runs: Sequence[Place] = (),
     fashion_mnist: Path | None = None,
     seed: int = 0,
     epochs: int = EPOCHS,
@@ -180,7 +181,7 @@ def _quality(sources: Sources) -> tuple[Figure, str]:
         found = [checkpoints.complete_checkpoints(run)[-1] for run in sources.runs]
         images = [checkpoints.run_images(one, quality.IMAGES, sources.seed) for one in found]
         measured = [
-            (run.resolve().name, quality.lengths_by_quality(checkpoints.embedder(one), some))
+            (last_name(run), quality.lengths_by_quality(checkpoints.embedder(one), some))
             for run, one, some in zip(sources.runs, found, images, strict=True)
         ]
         examples, whose = images[0], "of the runs' evaluation images"
@@ -216,7 +217,7 @@ def _roc(sources: Sources) -> tuple[Figure, str]:
 
 def _cosines(sources: Sources) -> tuple[Figure, str]:
     if sources.runs:
-        trainings = [(run.resolve().name, checkpoints.run_cosines(run, seed=sources.seed)) for run in sources.runs]
+        trainings = [(last_name(run), checkpoints.run_cosines(run, seed=sources.seed)) for run in sources.runs]
         whose = "checkpoints that the runs have left (checkpoint.keep says how many)."
     else:
         toys = sources.toys(cosines.DEFAULT, cosines.DIM)

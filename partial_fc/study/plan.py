@@ -256,6 +256,10 @@ def _check_row(base: dict, row: Row) -> None:
         for name, value in (row.overrides | dict(zip(row.grid, point, strict=True))).items():
             put(values, name, value)
         config = check_config(values, "its config")
+        if config.checkpoint.dir:
+            raise ValueError(
+                "checkpoint.dir is set: a study's runs would go on from each other's checkpoints; unset it"
+            )
         build_margin(config.head.margin.name, config.head.margin.parameters)
         for loss in config.head.embedding_losses.items():
             build_embedding_loss(*loss)

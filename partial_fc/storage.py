@@ -1,0 +1,128 @@
+"""Files here or in an object store, by path or URL: the only speaker of fsspec.
+
+A place is a local Path, or a str with a protocol, as s3://bucket/run: `place` tells them apart. An object store has no
+folders, only names that begin alike, and no rename; an object is there as a whole or not at all.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fsspec.core import url_to_fs
+
+Place = Path | str
+T = TypeVar("T")
+
+RETRY_SECONDS = (1.0, 5.0, 20.0)  # pauses before another try, after those that the protocol's package makes itself
+PATIENCE = 120.0  # seconds after which there is none: the other ranks wait, and not for ever
+
+
+def place(where: str | Path) -> Place:
+    """The URL as it stands, anything else as a Path."""
+    text = str(where)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return text.rstrip("/") if "://" in text else Path(where)
+
+
+def remote(where: Place) -> bool:
+    return isinstance(where, str)
+
+
+def join(where: Place, name: str) -> Place:
+    return f"{where}/{name}" if remote(where) else where / name
+
+
+def parent(where: Place) -> Place:
+    return where.rpartition("/")[0] if remote(where) else where.parent
+
+
+def last_name(where: Place) -> str:
+    return where.rpartition("/")[2] if remote(where) else where.resolve().name
+
+
+def read(where: Place) -> bytes:
+    """Raises FileNotFoundError where there is none."""
+    if not remote(where):
+        return where.read_bytes()
+    return _try("read", where, lambda files, path: files.cat_file(path))
+
+
+def exists(where: Place) -> bool:
+    """Whether the file is there."""
+    if not remote(where):
+        return where.exists()
+    return _try("look for", where, lambda files, path: files.exists(path))
+
+
+def glob(where: Place, pattern: str) -> list[Place]:
+    """What is in the folder under names like `pattern`, which may have slashes; by name."""
+    if not remote(where):
+        return sorted(where.glob(pattern))
+    found = _try("list", where, lambda files, path: files.glob(f"{path}/{pattern}"))
+    depth = pattern.count("/") + 1
+    return sorted(join(where, "/".join(path.rstrip("/").split("/")[-depth:])) for path in found)
+
+
+def sizes(url: str) -> dict[str, int]:
+    """Bytes of every object right under the URL, by name."""
+    found = _try("list", url, lambda files, path: files.ls(path, detail=True))
+    return {entry["name"].rpartition("/")[2]: entry["size"] for entry in found}
+
+
+def write(url: str, data: bytes) -> None:
+    _try("write", url, lambda files, path: files.pipe_file(path, data))
+
+
+def upload(path: Path, url: str) -> None:
+    """Copies a file to the URL. Raises OSError where it does not get there at its whole size."""
+    size = path.stat().st_size
+
+    def put(files: Any, to: str) -> None:
+        files.put_file(str(path), to)
+        if (there := files.info(to)["size"]) != size:
+            raise OSError(f"it has {there} bytes there, {size} here")
+
+    _try("write", url, put)
+
+
+def download(url: str, path: Path) -> None:
+    """Raises FileNotFoundError where there is none."""
+    _try("read", url, lambda files, of: files.get_file(of, str(path)))
+
+
+def remove(url: str, *, folder: bool = False) -> None:
+    """Deletes the object, or all whose names begin with the URL and a slash; no error where there is none."""
+
+    def delete(files: Any, path: str) -> None:
+        if files.exists(path):
+            files.rm(path, recursive=folder)
+
+    _try("delete", url, delete)
+
+
+def check_writable(url: str, name: str) -> None:
+    """Writes and deletes the object `name` there. Raises OSError, or ValueError for a package that is not installed."""
+    write(join(url, name), b"partial_fc was here\n")
+    remove(join(url, name))
+
+
+def _try(verb: str, url: str, action: Callable[[Any, str], T]) -> T:
+    """What `action`(file system, its path) gives, tried again after RETRY_SECONDS."""
+    try:
+        files, path = url_to_fs(url)
+    except (ImportError, ValueError) as error:  # ValueError: of an unknown protocol
+        advice = "; in the checkout: pip install -e '.[s3]'" if url.startswith("s3") else ""
+        raise ValueError(f"cannot {verb} {url}: {error}{advice}") from None
+    began = time.monotonic()
+    for tries, pause in enumerate((*RETRY_SECONDS, None), 1):
+        files.invalidate_cache()  # of listings: other ranks write, too
+        try:
+            return action(files, path)
+        except (FileNotFoundError, PermissionError) as error:  # another try says the same
+            raise type(error)(f"cannot {verb} {url}: {error}") from error
+        except Exception as error:  # every package has its own kinds
+            if pause is None or time.monotonic() - began > PATIENCE:
+                raise OSError(f"cannot {verb} {url}, tried {tries} times: {type(error).__name__}: {error}") from error
+        time.sleep(pause)
