@@ -205,9 +205,14 @@ def _remove_incomplete(folder: Path) -> None:
             _remove(found)
 
 
-def _write_centers(folder: Path, head: PartialFC) -> list[dict]:
+def state_by_class(head: PartialFC) -> dict[str, Tensor]:
+    """What a checkpoint keeps by class: this rank's rows, (C_r, ...) each."""
     mine = slice(head.classes.start, head.classes.stop)
-    state = head.centers.state() | _feature_centers(head) | {name: table[mine] for name, table in tables(head).items()}
+    return head.centers.state() | _feature_centers(head) | {name: table[mine] for name, table in tables(head).items()}
+
+
+def _write_centers(folder: Path, head: PartialFC) -> list[dict]:
+    state = state_by_class(head)
     bytes_per_row = sum(tensor[:1].numel() * tensor.element_size() for tensor in state.values())
     rows_per_part = max(PART_BYTES // max(bytes_per_row, 1), 1)
     entries = []
