@@ -55,16 +55,9 @@ def build(config: Config, device: torch.device) -> Parts:
         torch.set_num_threads(config.run.threads)
     with distributed.together("preparing the run"):
         check_engine(config.engine, device)
-        margin = build_margin(config.head.margin.name, config.head.margin.parameters)
         index = with_label_noise(load_index(config.data.train), config.data.label_noise, config.run.seed)
         size = image_size(index)
-        order = build_order(config.data, index, config.run.seed)
-        smallest_part = order.global_batch_size // distributed.world_size()
-        if 0 < smallest_part < config.data.accumulate:  # of less than one sample a rank the reader speaks
-            raise ValueError(
-                f"data.accumulate {config.data.accumulate} leaves micro-batches empty: a rank has {smallest_part} "
-                "samples of a step; lower it, or raise data.global_batch_size"
-            )
+        order = order_of(config, index)
         net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
         where = checkpoints_of(config)
         if storage.remote(where):  # said now, not at the first save
@@ -78,30 +71,7 @@ def build(config: Config, device: torch.device) -> Parts:
                 "checkpoint.dir, or start anew in another run.dir"
             )
         open_sets(config.evaluate.sets, size)  # what is wrong with them is said now, not after the training
-        hard = config.head.hard_negatives
-        head = PartialFC(
-            index.num_classes,
-            config.backbone.embedding_dim,
-            margin,
-            config.head.sample_rate,
-            dropout=config.head.dropout,
-            embedding_losses=[build_embedding_loss(*loss) for loss in config.head.embedding_losses.items()],
-            optimizer=_first(config.head.optim.name, config.optim.name),
-            momentum=_first(config.head.optim.momentum, config.optim.momentum),
-            weight_decay=_first(config.head.optim.weight_decay, config.optim.weight_decay),
-            betas=_first(config.head.optim.betas, config.optim.betas),
-            eps=_first(config.head.optim.eps, config.optim.eps),
-            seed=config.run.seed,
-            sampler=None if hard is None else HardNegatives(hard.neighbours, hard.every),
-            init_std=config.head.init_std,
-            chunk=config.head.chunk,
-            cache_bytes=config.head.cache_bytes,
-            cache_dtype=getattr(torch, config.head.cache_dtype),
-            matmul_precision=config.head.matmul_precision,
-            compile=config.head.compile,
-            check_labels=False,  # all labels were checked when the index was loaded
-            device=device,
-        )
+        head = build_head(config, index.num_classes, device)
         net.to(device).train()
     agree_on_start(config, index, found)
     engine = DDPEngine(
@@ -145,6 +115,46 @@ def restore_beside(found: checkpoint.Checkpoint, run: Path) -> None:
         data = found.read(name)
         if data is not None:
             (run / name).write_bytes(data)
+
+
+def order_of(config: Config, index: Index) -> Order | Groups:
+    """Which sample comes when. Raises ValueError for a global batch that data, streams or ranks do not allow."""
+    order = build_order(config.data, index, config.run.seed)
+    smallest_part = order.global_batch_size // distributed.world_size()
+    if 0 < smallest_part < config.data.accumulate:  # of less than one sample a rank the reader speaks
+        raise ValueError(
+            f"data.accumulate {config.data.accumulate} leaves micro-batches empty: a rank has {smallest_part} "
+            "samples of a step; lower it, or raise data.global_batch_size"
+        )
+    return order
+
+
+def build_head(config: Config, num_classes: int, device: torch.device) -> PartialFC:
+    """The head as it is initialized. Raises ValueError for settings out of range."""
+    hard = config.head.hard_negatives
+    return PartialFC(
+        num_classes,
+        config.backbone.embedding_dim,
+        build_margin(config.head.margin.name, config.head.margin.parameters),
+        config.head.sample_rate,
+        dropout=config.head.dropout,
+        embedding_losses=[build_embedding_loss(*loss) for loss in config.head.embedding_losses.items()],
+        optimizer=_first(config.head.optim.name, config.optim.name),
+        momentum=_first(config.head.optim.momentum, config.optim.momentum),
+        weight_decay=_first(config.head.optim.weight_decay, config.optim.weight_decay),
+        betas=_first(config.head.optim.betas, config.optim.betas),
+        eps=_first(config.head.optim.eps, config.optim.eps),
+        seed=config.run.seed,
+        sampler=None if hard is None else HardNegatives(hard.neighbours, hard.every),
+        init_std=config.head.init_std,
+        chunk=config.head.chunk,
+        cache_bytes=config.head.cache_bytes,
+        cache_dtype=getattr(torch, config.head.cache_dtype),
+        matmul_precision=config.head.matmul_precision,
+        compile=config.head.compile,
+        check_labels=False,  # all labels were checked when the index was loaded
+        device=device,
+    )
 
 
 def with_label_noise(index: Index, probability: float, seed: int) -> Index:

@@ -279,10 +279,15 @@ def _of_all_ranks(entries: Generator[dict, None, None], folder: Place) -> list[d
         entries.close()  # and with it the scratch folder
 
 
+def state_by_class(head: PartialFC) -> dict[str, Tensor]:
+    """What a checkpoint keeps by class: this rank's rows, (C_r, ...) each."""
+    mine = slice(head.classes.start, head.classes.stop)
+    return head.centers.state() | _feature_centers(head) | {name: table[mine] for name, table in tables(head).items()}
+
+
 def _parts(head: PartialFC) -> Iterator[tuple[tuple[int, int], dict[str, Tensor]]]:
     """This rank's classes in parts of PART_BYTES: the half-open range of each, and its rows."""
-    mine = slice(head.classes.start, head.classes.stop)
-    state = head.centers.state() | _feature_centers(head) | {name: table[mine] for name, table in tables(head).items()}
+    state = state_by_class(head)
     bytes_per_row = sum(tensor[:1].numel() * tensor.element_size() for tensor in state.values())
     rows_per_part = max(PART_BYTES // max(bytes_per_row, 1), 1)
     for start in range(0, len(head.classes), rows_per_part):

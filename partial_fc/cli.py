@@ -9,6 +9,7 @@ from partial_fc.benchmark.head import README, ROWS, TARGETS, benchmark_head, swe
 from partial_fc.benchmark.measure import LABELS
 from partial_fc.benchmark.sampler import benchmark_sampler
 from partial_fc.config import EvaluationSet
+from partial_fc.doctor.run import doctor
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.export.embed import embed_images
 from partial_fc.export.formats import FORMATS
@@ -36,7 +37,8 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="partial-fc", description="Data, evaluation, reports, figures, exports, benchmarks, studies of partial_fc."
+        prog="partial-fc",
+        description="Data, checks, evaluation, reports, figures, exports, benchmarks, studies of partial_fc.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -78,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--untrained", action="store_true", help="the backbone as it was initialized, too")
     evaluate.set_defaults(run=_evaluate)
+
+    checks = commands.add_parser("doctor", help="what would go wrong in a run, on all ranks of torchrun")
+    checks.add_argument("config", nargs="?", type=Path, help="unset: the machines and their network alone")
+    checks.add_argument("overrides", nargs="*", metavar="section.key=value")
+    checks.set_defaults(run=_doctor)
 
     report = commands.add_parser("report", help="one HTML page about a run, or about several compared")
     report.add_argument("runs", type=Path, nargs="+", help="run folders")
@@ -256,6 +263,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         sets[name] = EvaluationSet(data=data, distractors=distractors or None)
     with distributed.job() as device:
         evaluate_run(arguments.path, device, sets=sets or None, untrained=arguments.untrained)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    with distributed.job(timeout_seconds=60) as device:
+        fine = doctor(arguments.config, arguments.overrides, device)
+    if not fine:
+        sys.exit(1)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ FLOORS = [
     {"checkpoint", "prepare", "progress", "profiler", "trackers"},
     {"metrics", "evaluate"},
     {"build", "benchmark", "export"},
-    {"train"},
+    {"train", "doctor"},
     {"report", "study"},
     {"figures"},
     {"cli", "launch"},

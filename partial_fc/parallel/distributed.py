@@ -39,15 +39,27 @@ def job(timeout_seconds: float = 600.0) -> Iterator[torch.device]:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            sys.exit(
+                f"error: LOCAL_RANK {device.index} on a machine of {torch.cuda.device_count()} CUDA devices: start one "
+                "rank a device (--nproc_per_node)"
+            )
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _die_with_parent()
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
-            device_id=device if device.type == "cuda" else None,
-        )
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                timeout=timedelta(seconds=timeout_seconds),
+                device_id=device if device.type == "cuda" else None,
+            )
+        except dist.DistError as error:
+            sys.exit(
+                f"error: rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at "
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {timeout_seconds:.0f} s "
+                f"({error}): were all started, and is that port open between the machines?"
+            )
     try:
         yield device
         barrier()
@@ -73,6 +85,14 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def backend() -> str:
+    """What carries the collectives."""
+    if not dist.is_initialized():
+        return "no process group"
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else ""
+    return dist.get_backend_config().replace("nccl", f"nccl {nccl}") if nccl else dist.get_backend()
 
 
 def part(n: int, rank: int, world_size: int) -> range:
@@ -129,7 +149,8 @@ def gather_objects(value: object) -> list:
     return values
 
 
-def _message(error: Exception) -> str:
+def message(error: Exception) -> str:
+    """The text of an error for people."""
     # what we raise ourselves reads as a sentence; of anything else the type says more than the text
     return str(error) if isinstance(error, ValueError | RunError) else f"{type(error).__name__}: {error}"
 
@@ -146,9 +167,9 @@ def together(what: str) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    messages = gather_objects(None if error is None else _message(error))
-    failed = [(r, message) for r, message in enumerate(messages) if message is not None]
+    messages = gather_objects(None if error is None else message(error))
+    failed = [(r, text) for r, text in enumerate(messages) if text is not None]
     if failed:
-        failed_rank, message = failed[0]
+        failed_rank, text = failed[0]
         where = f" on rank {failed_rank}" if len(messages) > 1 else ""
-        raise RunError(f"{what} failed{where}: {message}") from error
+        raise RunError(f"{what} failed{where}: {text}") from error

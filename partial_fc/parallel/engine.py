@@ -37,7 +37,8 @@ class DDPEngine:
 
     A step is `accumulate` times engine(images) and engine.backward(loss), then engine.step(lr) or engine.skip().
     Between them stand, where they are wanted, engine.finite() and engine.clip(), which tell the head what to do alike.
-    settings: see config.Engine. clip: the largest norm of the gradient; None: any.
+    settings: see config.Engine. clip: the largest norm of the gradient; None: any. joined: False for a backbone that
+    knows nothing of other ranks, to measure it.
 
     Raises ValueError for settings that this device does not have, RunError for activations that the backbone cannot
     checkpoint.
@@ -52,11 +53,12 @@ class DDPEngine:
         *,
         accumulate: int = 1,
         clip: float | None = None,
+        joined: bool = True,
     ):
         self.settings = settings = settings or Engine()
         self.accumulate, self.max_norm = accumulate, clip
         check_engine(settings, device)
-        if settings.sync_batchnorm:
+        if settings.sync_batchnorm and joined:
             backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # the same parameters
         if settings.channels_last:
             backbone.to(memory_format=torch.channels_last)
@@ -80,7 +82,7 @@ class DDPEngine:
         self._backwards = 0  # of this step
         self._buffers: list[Tensor] | None = None  # as they were before the step: a forward moves running statistics
         self._moved: list[Tensor] = []  # as the last forward left them: recomputing activations moves them again
-        if distributed.world_size() > 1:
+        if joined and distributed.world_size() > 1:
             ids = [device.index] if device.type == "cuda" else None
             # views save a copy of all gradients; zero_grad must then keep them
             self.model = DistributedDataParallel(backbone, device_ids=ids, gradient_as_bucket_view=True)

@@ -1,0 +1,102 @@
+"""What a config names: its data, the checkpoint it would go on from, the room for more."""
+
+import math
+import os
+import warnings
+
+import numpy as np
+import torch
+
+from partial_fc import checkpoint, storage
+from partial_fc.build import build_head, check_unchanged, checkpoints_of, order_of, with_label_noise
+from partial_fc.config import Config
+from partial_fc.data.reader import image_size, images_in_order
+from partial_fc.data.shards import Index, load_index
+from partial_fc.doctor.sheet import Found, size_text
+from partial_fc.evaluate.runs import open_sets
+from partial_fc.parallel import distributed
+from partial_fc.parallel.engine import DDPEngine
+
+DECODED = 32  # samples, over all shards
+COUNTED = 1024  # classes; a row's bytes do not depend on how many there are
+
+
+def data_set(config: Config) -> Found:
+    """Every shard is there in its full length, every label is a class."""
+    index = with_label_noise(load_index(config.data.train), config.data.label_noise, config.run.seed)
+    size = sum((index.path / name).stat().st_size for name in index.shard_names)
+    shards = f"{len(index.shard_names)} shard{'s' * (len(index.shard_names) > 1)}"
+    text = f"{index.num_samples:,} samples of {index.num_classes:,} identities in {shards} of {size_text(size)}"
+    return Found(f"{config.data.train}: {text}, all there, every label in range", value=index)
+
+
+def images(index: Index) -> Found:
+    """A few samples, from the first shard to the last, are images of the size that the index says."""
+    samples = np.unique(np.linspace(0, index.num_samples - 1, DECODED).astype(np.int64))
+    for _ in images_in_order(index, samples, len(samples), workers=0):
+        pass
+    return Found(f"{len(samples)} samples decoded, {' x '.join(map(str, image_size(index)))} pixels")
+
+
+def batches(config: Config, index: Index) -> Found:
+    """The global batch fits data, streams and ranks."""
+    order = order_of(config, index)
+    return Found(f"{order.steps_per_epoch:,} steps of {order.global_batch_size} samples an epoch", value=order)
+
+
+def latest_checkpoint(config: Config, index: Index) -> Found:
+    """It has the data's classes, the config's backbone and the data order."""
+    where = checkpoints_of(config)
+    if storage.remote(where):
+        storage.check_writable(where, f"written_by_rank_{distributed.rank()}")
+    found = checkpoint.find_latest(where)
+    if found is None:
+        return Found(f"none in {where}: a run would begin at step 0")
+    check_unchanged(found, config, index)
+    return Found(f"{found.path} fits: a run would go on from step {found.step:,}", value=found)
+
+
+def evaluation_sets(config: Config, index: Index) -> Found:
+    sets = open_sets(config.evaluate.sets, image_size(index))
+    return Found(", ".join(f"{name} {one.num_samples:,} samples" for name, (one, _) in sets.items()) or "none")
+
+
+def head_bytes(config: Config, num_classes: int, device: torch.device) -> Found:
+    """What a checkpoint keeps of the head, told from one with few classes."""
+    small = config.head.model_copy(update={"cache_bytes": 0, "compile": False})
+    with warnings.catch_warnings():  # cautions about margins are for the real number of classes
+        warnings.simplefilter("ignore")
+        head = build_head(config.model_copy(update={"head": small}), COUNTED, device)
+    of_a_class = sum(tensor.nbytes for tensor in checkpoint.state_by_class(head).values()) / max(len(head.classes), 1)
+    share = math.ceil(num_classes / distributed.world_size())
+    return Found(
+        f"{config.head.margin.name}, sample rate {config.head.sample_rate:g}, {of_a_class:,.0f} bytes a class with its "
+        f"optimizer's state: {size_text(of_a_class * share)} on a rank",
+        value=of_a_class * num_classes,
+    )
+
+
+def disk(config: Config, of_head: float, engine: DDPEngine) -> Found:
+    """Room for the checkpoints that stay, and the one that is being written beside them; of a URL it is not known.
+
+    of_head: bytes of the head in a checkpoint. engine: one that has made a step, so that its optimizer has its state.
+    """
+    where = checkpoints_of(config)
+    one = of_head + sum(tensor.nbytes for tensors in engine.state().values() for tensor in tensors.values())
+    if storage.remote(where):
+        return Found(f"a checkpoint takes about {size_text(one)} in {where}; here a file of it at a time")
+    folder = next(path for path in (where.absolute(), *where.absolute().parents) if path.exists())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return Found(f"{folder} cannot be written to: give another run.dir, or the right to write there", "problem")
+    there = sum(path.stat().st_size for path in where.glob("step_*/*"))
+    count = config.checkpoint.keep + 1
+    needed = max(count * one - there, 0)
+    stat = os.statvfs(folder)
+    free = stat.f_bavail * stat.f_frsize
+    text = (
+        f"a checkpoint takes about {size_text(one)}; {count} of them, checkpoint.keep and one being written, need "
+        f"{size_text(needed)}{' more' * bool(there)}, {size_text(free)} are free in {folder}"
+    )
+    if needed > free:
+        return Found(f"{text}: make room, lower checkpoint.keep, or give another run.dir", "problem")
+    return Found(text)
