@@ -49,9 +49,14 @@ def job(timeout_seconds: float = 600.0) -> Iterator[torch.device]:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _die_with_parent()
         try:
+            timeout = timedelta(seconds=timeout_seconds)
+            store, rank_here, ranks = next(dist.rendezvous("env://", timeout=timeout))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                timeout=timedelta(seconds=timeout_seconds),
+                store=_of_this_attempt(store),
+                rank=rank_here,
+                world_size=ranks,
+                timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
             )
         except dist.DistError as error:
@@ -69,6 +74,26 @@ def job(timeout_seconds: float = 600.0) -> Iterator[torch.device]:
         # every user of the group, DDP above all, is gone by now
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _of_this_attempt(store: dist.Store) -> dist.Store:
+    """The store without what an earlier attempt of torchrun --max-restarts left in it.
+
+    torchrun keeps one store for all attempts. The addresses of dead workers in it made gloo fail, or wait. The number
+    of restarts tells attempts apart on one node; each node counts its own, so on several nodes torchrun has to be told
+    to make a new store.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
+        return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    if os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0" and os.environ["RANK"] == "0":
+        print(
+            "warning: restarts on several nodes need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of each "
+            "torchrun",
+            flush=True,
+        )
+    return store
 
 
 def _die_with_parent() -> None:
