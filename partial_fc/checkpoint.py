@@ -27,7 +27,7 @@ from partial_fc.head.centers import MissedUpdates, catch_up
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.sampling import tables
 from partial_fc.parallel import distributed
-from partial_fc.parallel.engine import DDPEngine
+from partial_fc.parallel.base_engine import BaseEngine
 
 FORMAT, VERSION = "partial_fc-checkpoint", 1
 STATISTICS = "statistics."  # before a name in history.safetensors: the margin's
@@ -84,7 +84,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, manifest)
 
 
-def save(run: Path, step: int, *, head: PartialFC, engine: DDPEngine, classes: Path, settings: dict, keep: int) -> Path:
+def save(
+    run: Path, step: int, *, head: PartialFC, engine: BaseEngine, classes: Path, settings: dict, keep: int
+) -> Path:
     """Writes the checkpoint of `step` from all ranks, then deletes all but the newest `keep`. A collective.
 
     settings: what the run must not change on resume (seed, data set, order), kept in the manifest. A failure on any
@@ -128,7 +130,7 @@ def save(run: Path, step: int, *, head: PartialFC, engine: DDPEngine, classes: P
     return folder
 
 
-def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
+def load(checkpoint: Checkpoint, *, head: PartialFC, engine: BaseEngine) -> None:
     """Restores head and engine at this number of ranks, whatever number wrote it. A collective.
 
     Raises RunError on all ranks for a damaged file, another class count, embedding size or dtype.
@@ -173,7 +175,7 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine) -> None:
                 table.fill_(-1)  # written with another sampler: nothing until the next refresh
         head.step_count = checkpoint.step
         names = {entry["name"] for entry in checkpoint.files()}
-        kept = (name for name in engine.state() if f"{name}.safetensors" in names)
+        kept = (name for name in engine.files if f"{name}.safetensors" in names)
         engine.load({name: load_file(path / f"{name}.safetensors") for name in kept})
 
 

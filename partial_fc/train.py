@@ -64,7 +64,7 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
                     shared = share(loss, asked_to_stop(), len(batch.bad))
                 engine.backward(part)
 
-            # the one host read of a step, before either update; with fp16 engine.finite() is the second
+            # the one host read of a step, before either update; with fp16 or DeepSpeed engine.finite() is the second
             loss_now, preempted, bad = shared()
 
             # update of head and backbone, or of neither

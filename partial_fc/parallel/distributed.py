@@ -75,6 +75,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def joined() -> bool:
+    """Whether there is a process group, be it of one process."""
+    return dist.is_initialized()
+
+
 def part(n: int, rank: int, world_size: int) -> range:
     """The part of `range(n)` that belongs to `rank`: cut at floor(r n / W), so that parts differ by at most one."""
     return range(rank * n // world_size, (rank + 1) * n // world_size)
