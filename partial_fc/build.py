@@ -23,7 +23,8 @@ from partial_fc.head.sampling import HardNegatives
 from partial_fc.metrics import KEPT
 from partial_fc.optim import build_optimizer, peak_rate
 from partial_fc.parallel import distributed
-from partial_fc.parallel.engine import DDPEngine, check_engine
+from partial_fc.parallel.base_engine import BaseEngine
+from partial_fc.parallel.engine import build_engine, check_engine
 from partial_fc.progress import Progress
 from partial_fc.seeds import seed_for
 from partial_fc.storage import Place
@@ -36,7 +37,7 @@ class Parts:
     index: Index
     order: Order | Groups
     head: PartialFC
-    engine: DDPEngine
+    engine: BaseEngine
     total_steps: int
     start_step: int
     progress: Progress
@@ -74,7 +75,7 @@ def build(config: Config, device: torch.device) -> Parts:
         head = build_head(config, index.num_classes, device)
         net.to(device).train()
     agree_on_start(config, index, found)
-    engine = DDPEngine(
+    engine = build_engine(
         net,
         build_optimizer(net, config.optim),
         device,

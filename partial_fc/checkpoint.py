@@ -31,7 +31,7 @@ from partial_fc.head.centers import MissedUpdates, catch_up
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.sampling import tables
 from partial_fc.parallel import distributed
-from partial_fc.parallel.engine import DDPEngine
+from partial_fc.parallel.base_engine import BaseEngine
 from partial_fc.storage import Place
 
 FORMAT, VERSION = "partial_fc-checkpoint", 1
@@ -122,7 +122,7 @@ def save(
     step: int,
     *,
     head: PartialFC,
-    engine: DDPEngine,
+    engine: BaseEngine,
     classes: Path,
     settings: dict,
     keep: int,
@@ -162,7 +162,7 @@ def save(
     return folder
 
 
-def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine, near: Path | None = None) -> None:
+def load(checkpoint: Checkpoint, *, head: PartialFC, engine: BaseEngine, near: Path | None = None) -> None:
     """Restores head and engine at this number of ranks, whatever number wrote it. A collective.
 
     From a URL a rank fetches the parts that hold classes of its own, and what all ranks need, into `near` for the time
@@ -217,7 +217,7 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: DDPEngine, near: Pa
                 rows[name].fill_(-1)  # written with another sampler: nothing until the next refresh
         head.step_count = checkpoint.step
         names = {entry["name"] for entry in checkpoint.files()}
-        kept = (name for name in engine.state() if f"{name}.safetensors" in names)
+        kept = (name for name in engine.files if f"{name}.safetensors" in names)
         engine.load({name: load_file(here / f"{name}.safetensors") for name in kept})
     for name, table in tables(head).items():  # every rank keeps all of it
         table.copy_(torch.cat(distributed.gather_objects(rows[name])))

@@ -218,6 +218,14 @@ class Optim(Section):
 
 
 class Engine(Section):
+    name: Literal["ddp", "deepspeed"] = "ddp"
+    """torch's DistributedDataParallel, or DeepSpeed (pip install -e '.[deepspeed]'), which partitions the backbone."""
+    zero_stage: int = Field(0, ge=0, le=3)
+    """Of deepspeed: ranks share out the optimizer's state from 1, gradients from 2, parameters with 3; 0: nothing."""
+    offload: bool = False
+    """Of deepspeed from zero_stage 1 on: the optimizer's state and its step stay on the host."""
+    deepspeed: dict[str, Any] = {}
+    """More of DeepSpeed's own config, as {zero_optimization: {sub_group_size: 1000000}}; nothing that we set."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Of the backbone's products. bf16, fp16: autocast; parameters, the last layer and the head stay float32."""
     loss_scale: float = Field(65536.0, gt=0)
@@ -232,6 +240,24 @@ class Engine(Section):
     """BatchNorm sees the micro-batch of all ranks. For CUDA devices: torch's has nothing else."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay a step, as 0.9999, of a moving average of the backbone, kept in checkpoints and evaluated beside it."""
+
+    @model_validator(mode="after")
+    def _what_the_engine_has(self):
+        if self.name == "ddp":
+            given = [name for name in ("zero_stage", "offload", "deepspeed") if getattr(self, name)]
+            if given:
+                raise ValueError(f"engine.{given[0]} is DeepSpeed's: give engine.name=deepspeed too, or leave it out")
+            return self
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("engine.offload with engine.zero_stage 0, which does not have it: give 1, 2 or 3")
+        if self.ema is not None and self.zero_stage == 3:
+            raise ValueError(
+                "engine.ema with engine.zero_stage 3: an average wants whole parameters on every rank; give "
+                "engine.zero_stage=2, or engine.ema=null"
+            )
+        if self.compile:
+            raise ValueError("engine.compile is for engine.name=ddp alone: give engine.compile=false")
+        return self
 
 
 class Checkpoint(Section):

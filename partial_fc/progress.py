@@ -20,7 +20,7 @@ class Progress:
     undecodable: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0  # for a loss that was not finite
-    overflows_in_a_row: int = 0  # of a finite loss's gradients, with fp16: counted as skipped too
+    overflows_in_a_row: int = 0  # of a finite loss's gradients, with fp16 or DeepSpeed: counted as skipped too
     losses: list[float] = field(default_factory=list)
 
     def state(self) -> dict:
@@ -61,9 +61,9 @@ class Progress:
 
         if self.overflows_in_a_row >= OVERFLOWS_IN_A_ROW:
             raise RunError(
-                f"{DIVERGED}: with engine.precision=fp16 the gradients of {OVERFLOWS_IN_A_ROW} successive steps, the "
-                f"last one {step}, were not finite, though the loss scale was halved in each: lower optim.lr, or take "
-                "bf16 or fp32. The same command goes on from the latest checkpoint"
+                f"{DIVERGED}: the gradients of {OVERFLOWS_IN_A_ROW} successive steps, the last one {step}, were not "
+                "finite, though the loss was and engine.precision=fp16 halves its scale in each: lower optim.lr, or "
+                "take bf16 or fp32. The same command goes on from the latest checkpoint"
             )
 
     def mean_loss(self) -> float | None:

@@ -74,7 +74,7 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
                 engine.backward(part)
                 phase("forward")
 
-            # the one host read of a step, before either update; with fp16 engine.finite() is the second
+            # the one host read of a step, before either update; with fp16 or DeepSpeed engine.finite() is the second
             phase("wait")
             loss_now, preempted, bad = shared()
 

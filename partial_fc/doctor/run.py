@@ -15,7 +15,7 @@ from partial_fc.data.shards import Index
 from partial_fc.doctor import machine, ranks, run_folder, speed
 from partial_fc.doctor.sheet import Found, Sheet
 from partial_fc.parallel import distributed
-from partial_fc.parallel.engine import DDPEngine
+from partial_fc.parallel.base_engine import BaseEngine
 
 
 def doctor(path: Path | None, overrides: list[str], device: torch.device, seconds: float = 6.0) -> bool:
@@ -84,7 +84,7 @@ def _agreement(config: Config, index: Index, found: Checkpoint | None) -> Found:
 
 
 def _speed(
-    sheet: Sheet, config: Config, index: Index, order: Order, engine: DDPEngine, ranks_here: int, seconds: float
+    sheet: Sheet, config: Config, index: Index, order: Order, engine: BaseEngine, ranks_here: int, seconds: float
 ) -> None:
     """Both measurements run on all ranks at once, as in a run, and share what the ranks share."""
     speed.wait_for("measuring the reader", seconds)

@@ -15,7 +15,7 @@ from partial_fc.data.shards import Index, load_index
 from partial_fc.doctor.sheet import Found, size_text
 from partial_fc.evaluate.runs import open_sets
 from partial_fc.parallel import distributed
-from partial_fc.parallel.engine import DDPEngine
+from partial_fc.parallel.base_engine import BaseEngine
 
 DECODED = 32  # samples, over all shards
 COUNTED = 1024  # classes; a row's bytes do not depend on how many there are
@@ -76,7 +76,7 @@ def head_bytes(config: Config, num_classes: int, device: torch.device) -> Found:
     )
 
 
-def disk(config: Config, of_head: float, engine: DDPEngine) -> Found:
+def disk(config: Config, of_head: float, engine: BaseEngine) -> Found:
     """Room for the checkpoints that stay, and the one that is being written beside them; of a URL it is not known.
 
     of_head: bytes of the head in a checkpoint. engine: one that has made a step, so that its optimizer has its state.

@@ -16,7 +16,7 @@ from partial_fc.doctor.ranks import timed
 from partial_fc.doctor.sheet import Found
 from partial_fc.optim import build_optimizer
 from partial_fc.parallel import distributed
-from partial_fc.parallel.engine import DDPEngine
+from partial_fc.parallel.base_engine import BaseEngine
 
 PROBED = 2  # images of the first step, which sets things up
 STRAGGLER = 0.7  # of the ranks' median speed
@@ -33,8 +33,9 @@ def engine_of(config: Config, index: Index, device: torch.device) -> Found:
     size = image_size(index)
     net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
     net.to(device).train()
-    settings = config.engine.model_copy(update={"compile": False})  # it takes longer than all the rest here
-    engine = DDPEngine(net, build_optimizer(net, config.optim), device, settings, joined=False)
+    # compiling takes longer than all the rest here
+    settings = config.engine.model_copy(update={"compile": False, "sync_batchnorm": False})
+    engine = BaseEngine(net, build_optimizer(net, config.optim), device, settings)
     step(engine, config, torch.zeros(PROBED, 3, *size, dtype=torch.uint8, device=device))
     count = sum(parameter.numel() for parameter in net.parameters())
     return Found(
@@ -42,13 +43,13 @@ def engine_of(config: Config, index: Index, device: torch.device) -> Found:
     )
 
 
-def step(engine: DDPEngine, config: Config, images: torch.Tensor) -> None:
+def step(engine: BaseEngine, config: Config, images: torch.Tensor) -> None:
     """Forward, backward and an update of size 0."""
     engine.backward(engine(normalize(images, config.data.mean, config.data.std)).sum())
     engine.step(0.0)
 
 
-def backbone_speed(config: Config, engine: DDPEngine, size: tuple[int, int], seconds: float) -> Found:
+def backbone_speed(config: Config, engine: BaseEngine, size: tuple[int, int], seconds: float) -> Found:
     """Samples/s of this rank, at the config's images a micro-batch, or as many as the time allows."""
     device = engine.device
     wanted = micro_batch_size(config)

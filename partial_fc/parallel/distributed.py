@@ -120,6 +120,11 @@ def backend() -> str:
     return dist.get_backend_config().replace("nccl", f"nccl {nccl}") if nccl else dist.get_backend()
 
 
+def joined() -> bool:
+    """Whether there is a process group, be it of one process."""
+    return dist.is_initialized()
+
+
 def part(n: int, rank: int, world_size: int) -> range:
     """The part of `range(n)` that belongs to `rank`: cut at floor(r n / W), so that parts differ by at most one."""
     return range(rank * n // world_size, (rank + 1) * n // world_size)

@@ -1,270 +1,31 @@
 """The data-parallel backbone behind three methods: engine(images), engine.backward(loss), engine.step(lr)."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch import nn
 
 from partial_fc.config import Engine
-from partial_fc.parallel import distributed
-from partial_fc.parallel.precision import LossScale, autocast, products
+from partial_fc.parallel.base_engine import BaseEngine, check_device
+from partial_fc.parallel.ddp_engine import DDPEngine
+from partial_fc.parallel.deepspeed_engine import DeepSpeedEngine, check_deepspeed
 
-MOMENTS = {  # what torch's optimizers keep of a parameter
-    torch.optim.SGD: {"momentum_buffer"},
-    torch.optim.AdamW: {"exp_avg", "exp_avg_sq", "step"},
-}
+ENGINES: dict[str, type[BaseEngine]] = {"ddp": DDPEngine, "deepspeed": DeepSpeedEngine}
 
 
 def check_engine(settings: Engine, device: torch.device) -> None:
-    """Raises ValueError for settings that this device does not have."""
-    if device.type == "cuda":
-        return
-    if settings.precision == "tf32":
-        raise ValueError(
-            f"engine.precision tf32 is something that CUDA devices do; this run is on {device.type}: give fp32"
-        )
-    if settings.sync_batchnorm:
-        raise ValueError(
-            f"engine.sync_batchnorm is for CUDA devices, torch's SyncBatchNorm has nothing else; this run is on "
-            f"{device.type}: give engine.sync_batchnorm=false"
-        )
+    """Raises ValueError for settings that this device, process or installation does not have."""
+    check_device(settings, device)
+    if settings.name == "deepspeed":
+        check_deepspeed(settings, device)
 
 
-class DDPEngine:
-    """A backbone on every rank whose gradients DistributedDataParallel averages; in one process the plain module.
-
-    A step is `accumulate` times engine(images) and engine.backward(loss), then engine.step(lr) or engine.skip().
-    Between them stand, where they are wanted, engine.finite() and engine.clip(), which tell the head what to do alike.
-    settings: see config.Engine. clip: the largest norm of the gradient; None: any. joined: False for a backbone that
-    knows nothing of other ranks, to measure it.
-
-    Raises ValueError for settings that this device does not have, RunError for activations that the backbone cannot
-    checkpoint.
-    """
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-        settings: Engine | None = None,
-        *,
-        accumulate: int = 1,
-        clip: float | None = None,
-        joined: bool = True,
-    ):
-        self.settings = settings = settings or Engine()
-        self.accumulate, self.max_norm = accumulate, clip
-        check_engine(settings, device)
-        if settings.sync_batchnorm and joined:
-            backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # the same parameters
-        if settings.channels_last:
-            backbone.to(memory_format=torch.channels_last)
-        if settings.checkpoint_activations:
-            try:
-                backbone.checkpoint_activations()
-            except AssertionError as error:  # what timm's models say that cannot
-                raise distributed.RunError(
-                    f"engine.checkpoint_activations: this backbone cannot ({error}); give false, or "
-                    "another backbone.name"
-                ) from error
-        if settings.compile:
-            # a graph for each batch size: which one is used must not depend on the sizes that came before
-            backbone.compile(dynamic=False)
-        self.backbone, self.optimizer, self.device = backbone, optimizer, device
-        self.model: nn.Module = backbone
-        self.loss_scale = LossScale(settings.loss_scale) if settings.precision == "fp16" else None
-        self.grad_scale = 1.0  # what the gradients of this step were multiplied by
-        self.gradient_norm: Tensor | None = None  # () of the last step, if it was one, before it was clipped
-        self.average = None if settings.ema is None else {k: v.clone() for k, v in backbone.state_dict().items()}
-        self._backwards = 0  # of this step
-        self._buffers: list[Tensor] | None = None  # as they were before the step: a forward moves running statistics
-        self._moved: list[Tensor] = []  # as the last forward left them: recomputing activations moves them again
-        if joined and distributed.world_size() > 1:
-            ids = [device.index] if device.type == "cuda" else None
-            # views save a copy of all gradients; zero_grad must then keep them
-            self.model = DistributedDataParallel(backbone, device_ids=ids, gradient_as_bucket_view=True)
-
-    def warm_up(self, images: Tensor) -> None:
-        """One discarded forward and backward on `images` (b, 3, H, W), before any state is loaded.
-
-        DDP orders its gradient buckets anew after its first backward, so a resumed run would sum its first step in
-        another order than the run it continues (seen at 3 and 4 ranks, not at 2). Raises RunError, on all ranks, for
-        parameters that no embedding depends on: DDP would wait for their gradients.
-        """
-        self._backwards = self.accumulate - 1  # the one that ranks join their gradients in
-        self.backward(self(images).sum())
-        unused = [name for name, p in self.backbone.named_parameters() if p.requires_grad and p.grad is None]
-        if unused:
-            raise distributed.RunError(
-                f"no embedding depends on {len(unused)} of the backbone's parameters, {unused[0]} the first of them: "
-                "take another backbone.name"
-            )
-        self.skip()
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """(b, 3, H, W) to embeddings (b, D)."""
-        if self._buffers is None:
-            self._buffers = self._copy_buffers()
-        if self.settings.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        precision = self.settings.precision
-        with self._joining(), products(precision), autocast(precision, self.device):
-            embeddings = self.model(images)
-        if self.settings.checkpoint_activations:
-            self._moved = self._copy_buffers()
-        return embeddings
-
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of this micro-batch; the last one of a step joins those of all ranks."""
-        if self.loss_scale is not None:
-            self.grad_scale = self.loss_scale.value
-            loss = loss * self.grad_scale
-        with self._joining(), products(self.settings.precision):
-            loss.backward()
-        self._restore_buffers(self._moved)
-        self._backwards += 1
-
-    def finite(self) -> bool:
-        """Whether no gradient of any rank is infinite or NaN, equal on all ranks; else all `skip`.
-
-        Asked with fp16 alone, without it the answer is yes: one host read after the backward, and one number over all
-        ranks. Divides the gradients by the loss scale, and changes that for the steps to come.
-        """
-        if self.loss_scale is None:
-            return True
-        gradients = self._gradients()
-        overflow = (~get_total_norm(gradients, torch.inf).isfinite()).float()
-        finite = distributed.all_reduce_max(overflow).item() == 0
-        torch._foreach_mul_(gradients, 1 / self.grad_scale)
-        self.loss_scale.update(finite)
-        return finite
-
-    def clip(self, of_the_head: Tensor | None = None) -> float | Tensor:
-        """Scales the gradient down to the largest norm, where there is one, by torch's clip_grad_norm_.
-
-        of_the_head: the norm () of the class centers' gradient, which then counts and is to be scaled alike. Returns
-        the `grad_scale` of the head's step. No host read.
-        """
-        if self.max_norm is None:
-            return self.grad_scale
-        norm = get_total_norm(self._gradients())
-        if of_the_head is not None:
-            norm = torch.hypot(norm, of_the_head.to(norm))
-        clip_grads_with_norm_(self.backbone.parameters(), self.max_norm, norm)
-        self.gradient_norm = norm
-        if of_the_head is None:
-            return self.grad_scale
-        return self.grad_scale / (self.max_norm / (norm + 1e-6)).clamp(max=1.0)  # the same factor
-
-    def step(self, lr: float) -> None:
-        """The optimizer's update. Raises RuntimeError where micro-batches are missing."""
-        if self._backwards != self.accumulate:
-            raise RuntimeError(
-                f"step after {self._backwards} of {self.accumulate} micro-batches: the ranks join their gradients in "
-                "the last one's backward; call engine.backward for all of them, or engine.skip()"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self._forget()
-        if self.average is not None:
-            with torch.no_grad():
-                for name, value in self.backbone.state_dict().items():
-                    if value.is_floating_point():
-                        self.average[name].lerp_(value, 1 - self.settings.ema)
-                    else:
-                        self.average[name].copy_(value)
-
-    def skip(self) -> None:
-        """Undoes a step that shall not have happened: drops its gradients, puts running statistics back."""
-        self._restore_buffers(self._buffers or [])
-        self.gradient_norm = None
-        self._forget()
-
-    def changing(self) -> dict[str, float]:
-        """Numbers that change in training, by name. Waits for them."""
-        numbers = {} if self.loss_scale is None else {"loss_scale": self.loss_scale.value}
-        return numbers if self.gradient_norm is None else numbers | {"gradient_norm": self.gradient_norm.item()}
-
-    # ---- checkpoints
-
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint keeps, by file: backbone and optimizer, average and loss scale where there are such.
-
-        Equal on all ranks, which all call it.
-        """
-        state = {"backbone": self.backbone_state(), "optimizer": self.optimizer_state()}
-        if self.average is not None:
-            state["average"] = self.average
-        if self.loss_scale is not None:
-            scale = self.loss_scale
-            state["loss_scale"] = {
-                "value": torch.tensor(scale.value, dtype=torch.float64),
-                "finite_steps": torch.tensor(scale.finite_steps),
-            }
-        return state
-
-    def backbone_state(self) -> dict[str, Tensor]:
-        return self.backbone.state_dict()
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors as <parameter name>.<state name>."""
-        names = {parameter: name for name, parameter in self.backbone.named_parameters()}
-        return {
-            f"{names[parameter]}.{key}": value
-            for parameter, state in self.optimizer.state.items()
-            for key, value in state.items()
-            if isinstance(value, Tensor)
-        }
-
-    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Restores what `state` gave. Where none is there an average begins at the backbone, a loss scale at its first.
-
-        Raises ValueError for the state of another optimizer.
-        """
-        optimizer = state["optimizer"]
-        found = {name.rpartition(".")[2] for name in optimizer}
-        known = MOMENTS[type(self.optimizer)]
-        if not found <= known:
-            raise ValueError(
-                f"its backbone's optimizer was written with {', '.join(sorted(found))}, this run's keeps "
-                f"{', '.join(sorted(known))}: put optim.name back, or give another run.dir"
-            )
-        self.backbone.load_state_dict(state["backbone"])
-        parameters = dict(self.backbone.named_parameters())
-        self.optimizer.state.clear()
-        for name, value in optimizer.items():
-            parameter, _, key = name.rpartition(".")
-            if key != "step":  # a count that AdamW wants on the host
-                value = torch.empty_like(parameters[parameter], dtype=value.dtype).copy_(value).detach()
-            self.optimizer.state[parameters[parameter]][key] = value
-        if self.average is not None:
-            for name, value in state.get("average", state["backbone"]).items():
-                self.average[name].copy_(value)
-        if self.loss_scale is not None and "loss_scale" in state:
-            scale = state["loss_scale"]
-            self.loss_scale = LossScale(scale["value"].item(), int(scale["finite_steps"]))
-
-    # ---- parts
-
-    def _joining(self) -> AbstractContextManager:
-        """Ranks join their gradients in the last micro-batch's backward alone."""
-        last = self._backwards == self.accumulate - 1
-        return nullcontext() if last or self.model is self.backbone else self.model.no_sync()
-
-    def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.backbone.parameters() if parameter.grad is not None]
-
-    def _copy_buffers(self) -> list[Tensor]:
-        return [buffer.clone() for buffer in self.backbone.buffers()]
-
-    def _restore_buffers(self, values: list[Tensor]) -> None:
-        for buffer, value in zip(self.backbone.buffers(), values, strict=False):
-            buffer.copy_(value)
-
-    def _forget(self) -> None:
-        self.optimizer.zero_grad(set_to_none=False)
-        self._buffers, self._moved, self._backwards = None, [], 0
+def build_engine(
+    backbone: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    settings: Engine,
+    *,
+    accumulate: int,
+    clip: float | None,
+) -> BaseEngine:
+    """The engine that the settings name. A collective."""
+    return ENGINES[settings.name](backbone, optimizer, device, settings, accumulate=accumulate, clip=clip)
