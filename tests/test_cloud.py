@@ -171,6 +171,7 @@ def sky_nodes(run: Path, attempt: str, *overrides: str) -> list[subprocess.Popen
     ]
 
 
+@pytest.mark.soak
 def test_two_nodes_train_with_skypilots_script(glyphs_ci, tmp_path):
     assert ended(sky_nodes(tmp_path / "run", "sky", "run.steps=3"), tmp_path) == [0, 0], said(tmp_path, "sky")
     assert checkpoint.find_latest(tmp_path / "run").step == 3

@@ -67,6 +67,7 @@ def finishes_as_if_nothing_had_been(cluster: Cluster, job: str, run: Path, whole
     assert checksums(run) == checksums(whole) and curve(run) == curve(whole)
 
 
+@pytest.mark.soak
 @needs_slurm
 def test_two_nodes_signal_requeue_finish(cluster, whole, tmp_path):
     """The job of a run that was asked to stop goes back into the queue and ends as if nothing had been."""

@@ -234,6 +234,7 @@ def test_a_folder_of_its_own_for_checkpoints(glyphs_ci, tmp_path):
     assert found.path == tmp_path / "disk" / "step_00000004" and checkpoint.find_checkpoint(tmp_path / "disk") == found
 
 
+@pytest.mark.soak
 def test_a_preempted_run_goes_on_with_nothing_but_the_url(s3, glyphs_ci, tmp_path):  # noqa: F811
     """SIGTERM on two ranks; another machine, which has three, trains, evaluates and reports."""
     run, url = tmp_path / "run", f"{BUCKET}/preempted"
