@@ -460,6 +460,7 @@ def killed_and_resumed(data: Path, folder: Path, *overrides: str) -> None:
     assert curve(folder / "run") == curve(folder / "whole")
 
 
+@pytest.mark.soak
 def test_killed_and_resumed_is_the_same_run_bit_for_bit(glyphs_ci, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
     killed_and_resumed(glyphs_ci / "train", tmp_path, *stage(2))

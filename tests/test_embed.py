@@ -194,8 +194,9 @@ def test_what_a_small_set_cannot_show_is_null_and_said_so(data):
     assert "1,000 for FAR 1e-3 and 10,000 for FAR 1e-4" in text
     rows = [line.split() for line in text.splitlines()]
     assert [f"{results['plain']['rank1']:.4f}" in row for row in rows if row[0] == "plain"] == [True]
-    assert ["tiny", "untrained", "–", "–", "–", "–", f"{tiny['rank1']:.4f}"] in rows
-    assert ["trained", "–", "–", "–", "–", f"{tiny['rank1']:.4f}"] in rows
+    assert tiny["dir_at_far"]["0.01"] is None and "tiny: – for the DIR: it needs 100 probes" in text
+    assert ["tiny", "untrained", "–", "–", "–", "–", f"{tiny['rank1']:.4f}", "–"] in rows
+    assert ["trained", "–", "–", "–", "–", f"{tiny['rank1']:.4f}", "–"] in rows
 
 
 def test_results_are_json_and_the_same_on_any_number_of_ranks(data):

@@ -602,6 +602,7 @@ def test_a_trial_that_diverges_at_its_end_has_failed(write, tmp_path):
     assert "is not finite: training has diverged" in found["error"]
 
 
+@pytest.mark.soak
 def test_a_trial_that_finished_without_an_entry_is_entered_and_not_trained_again(write, tmp_path):
     grids = {"one": {"head.init_std": [0.1]}}
     tuning = {"seed": 0, "shorter": 1, "grids": grids, "sets": load_tuning_sets(write)}

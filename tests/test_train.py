@@ -409,7 +409,7 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(glyphs_ci, tmp_path):
     assert "TAR@1e-3" in output and (killed / "report.html").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.soak)])
 def test_a_preempted_run_saves_at_once_and_goes_on(glyphs_ci, tmp_path, number):
     run = tmp_path / "run"
     process = start(2, run, "run.steps=2000", "checkpoint.every=100000", "data.workers=1")
@@ -454,6 +454,7 @@ def test_two_jobs_in_one_folder_are_an_error(glyphs_ci, tmp_path):
     first.communicate(timeout=60)
 
 
+@pytest.mark.soak
 def test_eight_ranks_are_wired(glyphs_ci, tmp_path):
     output = finish(start(8, tmp_path / "run", "run.steps=3", "evaluate.sets={}"))
     assert "8 ranks on cpu, 96 class centers on the first" in output
