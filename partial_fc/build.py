@@ -6,17 +6,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from partial_fc import backbone, checkpoint, storage
-from partial_fc.config import Config
-from partial_fc.config_file import save_config
+from partial_fc.config import Backbone, Config
+from partial_fc.config_file import save_config, saved_checkpoint_dir
 from partial_fc.data.groups import Groups, build_order
 from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
 from partial_fc.evaluate.runs import open_sets
-from partial_fc.head.embedding_losses import build_embedding_loss
+from partial_fc.head.embedding_losses import PAIR_LOSSES, build_embedding_loss
 from partial_fc.head.margins import build_margin
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.sampling import HardNegatives
@@ -28,6 +29,8 @@ from partial_fc.parallel.engine import build_engine, check_engine
 from partial_fc.progress import Progress
 from partial_fc.seeds import seed_for
 from partial_fc.storage import Place
+
+AT_THE_START = ("engine.loss_scale:", "head.init_std:")  # settings that a run looks at once
 
 
 @dataclass
@@ -60,17 +63,15 @@ def build(config: Config, device: torch.device) -> Parts:
         size = image_size(index)
         order = order_of(config, index)
         net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
+        check_batch_norm(config, net, order)
         where = checkpoints_of(config)
         if storage.remote(where):  # said now, not at the first save
             storage.check_writable(where, f"written_by_rank_{distributed.rank()}")
         found = checkpoint.find_latest(where)
         if found is not None:
             check_unchanged(found, config, index)
-        elif config.checkpoint.dir and checkpoint.find_latest(run / "checkpoints") is not None:
-            raise ValueError(
-                f"{where} holds no complete checkpoint, {run}/checkpoints does: copy those there, or unset "
-                "checkpoint.dir, or start anew in another run.dir"
-            )
+        else:
+            check_nothing_elsewhere(run, where)
         open_sets(config.evaluate.sets, size)  # what is wrong with them is said now, not after the training
         head = build_head(config, index.num_classes, device)
         net.to(device).train()
@@ -110,6 +111,16 @@ def checkpoints_of(config: Config) -> Place:
     return storage.place(config.checkpoint.dir or Path(config.run.dir) / "checkpoints")
 
 
+def check_nothing_elsewhere(run: Path, where: Place) -> None:
+    """Raises ValueError where the run had its checkpoints in another place: from there it should go on."""
+    for before in (storage.place(saved_checkpoint_dir(run) or run / "checkpoints"), run / "checkpoints"):
+        if before != where and checkpoint.find_latest(before) is not None:
+            raise ValueError(
+                f"{where} holds no complete checkpoint, {before}, where this run had them, does: put checkpoint.dir "
+                "back, or copy them there, or start anew in another run.dir"
+            )
+
+
 def restore_beside(found: checkpoint.Checkpoint, run: Path) -> None:
     """Puts the files that a checkpoint brought along into the run folder: another machine's, or older here."""
     for name in KEPT:
@@ -127,7 +138,23 @@ def order_of(config: Config, index: Index) -> Order | Groups:
             f"data.accumulate {config.data.accumulate} leaves micro-batches empty: a rank has {smallest_part} "
             "samples of a step; lower it, or raise data.global_batch_size"
         )
+    pairs = PAIR_LOSSES & config.head.embedding_losses.keys()
+    if pairs and config.data.accumulate > 1:
+        raise ValueError(
+            f"head.embedding_losses {', '.join(sorted(pairs))} with data.accumulate {config.data.accumulate}: samples "
+            "would be compared inside a micro-batch alone; give data.accumulate=1"
+        )
     return order
+
+
+def check_batch_norm(config: Config, net: nn.Module, order: Order | Groups) -> None:
+    """Raises ValueError where a rank has micro-batches of one sample and the backbone has batch norm: it takes two."""
+    smallest = order.global_batch_size // distributed.world_size() // config.data.accumulate
+    if smallest == 1 and any(isinstance(module, _BatchNorm) for module in net.modules()):
+        raise ValueError(
+            f"{config.backbone.name} has batch norm, which wants two samples at least, and a rank has micro-batches of "
+            f"one: raise data.global_batch_size {config.data.global_batch_size}, or lower data.accumulate"
+        )
 
 
 def build_head(config: Config, num_classes: int, device: torch.device) -> PartialFC:
@@ -231,7 +258,7 @@ def check_unchanged(found: checkpoint.Checkpoint, config: Config, index: Index) 
             f"{found.path} was written with other classes than {index.path}/classes.txt has: its class centers would "
             "stand for the wrong identities. Use the data it was written with, or start anew in another run.dir"
         )
-    net = Config.model_validate(found.manifest["settings"]["config"]).backbone
+    net = Backbone.model_validate(found.manifest["settings"]["config"]["backbone"])
     if net != config.backbone or found.manifest["settings"]["image_size"] != list(image_size(index)):
         raise ValueError(
             f"{found.path} was written with {net.name}, embedding_dim {net.embedding_dim}, images of "
@@ -284,6 +311,7 @@ def print_summary(
     print(f"learning rate at its peak: {reason}", flush=True)
     if found is not None:
         for change in changes(found.manifest["settings"]["config"], config.model_dump(mode="json")):
-            print(f"changed since the checkpoint: {change}", flush=True)
+            void = " (without effect: the checkpoint has it)" if change.startswith(AT_THE_START) else ""
+            print(f"changed since the checkpoint: {change}{void}", flush=True)
     if config.optim.warmup_steps >= total_steps:
         print(f"warning: optim.warmup_steps {config.optim.warmup_steps} is the whole run: it never gets to optim.lr")

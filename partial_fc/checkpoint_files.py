@@ -5,6 +5,7 @@ The manifest is written last and removed first: only with it a checkpoint is com
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ def begin(folder: Place) -> None:
                 "there. Stop one of them, or give them different checkpoint.dir"
             )
     for found in storage.glob(where, "step_*"):
-        if found not in finished:
+        if found not in finished and re.fullmatch(r"step_\d{8,}", storage.last_name(found)):
             remove(found)
     remove(folder)
     if not storage.remote(folder):

@@ -84,7 +84,7 @@ class Metrics:
             **{f"phase.{name}": value for name, value in zip(NAMES, seconds.tolist(), strict=True)},
             **({"slowest_rank": slowest, "slowest_lag": lag, "slowest_phase": phase} if len(ranks.seconds) > 1 else {}),
             **{name: _finite(value) for name, value in batch.items()},
-            **{f"head.{name}": value for name, value in head.items()},
+            **{f"head.{name}": _finite(value) for name, value in head.items()},
             **{f"engine.{name}": _finite(value) for name, value in engine.items()},
             "memory": ranks.memory,
             "skipped_steps": progress.skipped_steps,
@@ -92,22 +92,26 @@ class Metrics:
         }
         try:
             self.file.write(json.dumps(row) + "\n")
+            if self.tensorboard is not None:
+                for name, value in row.items():
+                    if isinstance(value, int | float) and name != "step":
+                        self.tensorboard.add_scalar(name.replace(".", "/"), value, step)
         except OSError as error:
-            print(f"metrics.jsonl: step {step} is not written: {error}", file=sys.stderr)
+            print(f"metrics: step {step} is not written: {error}", file=sys.stderr)
         self.wandb.log(row, step=step)
-        if self.tensorboard is not None:
-            for name, value in row.items():
-                if isinstance(value, int | float) and name != "step":
-                    self.tensorboard.add_scalar(name.replace(".", "/"), value, step)
         elapsed = time.monotonic() - self.started
         left = elapsed / (step - self.first_step) * (self.total_steps - step)
         print(console_line(row, self.total_steps, left), flush=True)
 
     def close(self) -> None:
-        self.file.close()
-        self.wandb.finish()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        try:
+            self.file.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+        except OSError as error:
+            print(f"metrics: the last rows are not written: {error}", file=sys.stderr)
+        finally:
+            self.wandb.finish()
 
 
 def console_line(row: dict, total_steps: int, seconds_left: float) -> str:

@@ -23,6 +23,11 @@ class Profiler:
         self._steps, self._folder, self._cuda, self._phases = steps, folder, device.type == "cuda", phases
         self._profile: profile | None = None
 
+    def check(self, start: int, stop: int) -> None:
+        """Says, on rank 0, where the steps [start, stop) of this run have none of the window."""
+        if self._steps and not max(self._steps[0], start) < min(self._steps[1], stop) and distributed.rank() == 0:
+            print(f"warning: track.profile {list(self._steps)}: this run makes the steps {start} to {stop - 1}")
+
     def begin_step(self, step: int) -> None:
         """Starts or ends the window where step number `step` is its border."""
         if self._steps is None:

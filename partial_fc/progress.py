@@ -56,7 +56,8 @@ class Progress:
             raise RunError(
                 f"{DIVERGED}: the loss was not finite in {SKIPS_IN_A_ROW} successive steps, the last one {step}: an "
                 "embedding is NaN or infinite. Lower optim.lr or raise optim.warmup_steps; the same command goes on "
-                "from the latest checkpoint, which was not written in these steps"
+                "from the latest checkpoint. If that was written right before these steps and gives no finite loss "
+                "either, delete its folder to go on from the one before it"
             )
 
         if self.overflows_in_a_row >= OVERFLOWS_IN_A_ROW:

@@ -41,7 +41,7 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
     largest_piece = micro_batch_size(config)
     beside = [run / name for name in ("config.yaml", *KEPT)] if config.checkpoint.dir else []
     accumulate, progress = config.data.accumulate, parts.progress
-    done = parts.start_step
+    done = saved = parts.start_step
     preempted = False
     with distributed.together("opening the data"):
         batches = read_batches(config, parts)
@@ -49,6 +49,7 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
     phases = Phases(device)
     phase = head.begin_phase = phases.begin
     profiler = Profiler(config.track.profile, run / "profile", device, phases)
+    profiler.check(parts.start_step, parts.total_steps)
 
     with preemption() as asked_to_stop, metrics_of(config, run, parts) as metrics, closing(profiler):
         for step in range(parts.start_step, parts.total_steps):
@@ -113,6 +114,7 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
             due = done % config.checkpoint.every == 0 or preempted
             if last or (due and progress.skipped_in_a_row == 0):  # else the state may be what makes the loss NaN
                 phase("save")
+                saved = done
                 checkpoint.save(
                     run,
                     done,
@@ -130,8 +132,8 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
     finished = done >= parts.total_steps
     with distributed.together("ending the run"):
         if rank == 0 and not finished:
-            (run / "preempted").write_text(f"step {done}\n")
-            print(f"preempted: stopped after step {done}; the same command goes on", flush=True)
+            (run / "preempted").write_text(f"step {saved}\n")
+            print(f"preempted: stopped after step {done}; the same command goes on from step {saved}", flush=True)
     return finished
 
 
@@ -186,10 +188,16 @@ def the_only_one_in(run: Path) -> Iterator[None]:
             run.mkdir(parents=True, exist_ok=True)
             lock = open(run / "lock", "w")  # noqa: SIM115 - held until the run ends
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                # no flock: readers that outlive a killed rank by seconds would hold it, as children of a fork do
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):  # either may be what says that it is held
                 raise ValueError(
                     "another process trains in this folder: wait for it, or give another run.dir"
+                ) from None
+            except OSError as error:
+                raise ValueError(
+                    f"{run} cannot be locked ({error}): give a run.dir on a file system with locks, and the "
+                    "checkpoints another place with checkpoint.dir"
                 ) from None
     try:
         yield

@@ -306,3 +306,16 @@ def test_errors_name_the_setting_and_what_is_wanted():
     # 30 pixels leave a 2 x 2 map as 32 do, so nothing else would notice
     with pytest.raises(ValueError, match=r"got images of shape \(2, 3, 30, 32\), wanted \(b, 3, 32, 32\)"):
         build("smallnet", 8, (32, 32))(images(2, 30, 32))
+
+
+@pytest.mark.parametrize("name", ["timm/regnetx_002", "iresnet18"])
+def test_synchronized_batch_norms_keep_what_is_inside_them(name):
+    """timm's BatchNormAct2d holds an activation. In evaluation mode the converted net runs on a CPU."""
+    net = build_seeded(name, 8, (112, 112), seed=1).eval()
+    x = torch.randn(2, 3, 112, 112)
+    with torch.inference_mode():
+        before = net(x)
+        net.sync_batchnorm()
+        torch.testing.assert_close(net.eval()(x), before)
+    norms = [module for module in net.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(module, torch.nn.SyncBatchNorm) for module in norms)

@@ -552,6 +552,7 @@ def test_without_deepspeed_the_error_says_what_to_install(monkeypatch):
         (dict(name="deepspeed", zero_stage=3, ema=0.9), "engine.ema with engine.zero_stage 3"),
         (dict(name="deepspeed", compile=True), "engine.compile is for engine.name=ddp alone"),
         (dict(name="deepspeed", deepspeed={"fp16": {}}), "engine.deepspeed.fp16 is not for this section"),
+        (dict(name="deepspeed", deepspeed={"zero_optimisation": {}}), "zero_optimisation .* or is unknown"),
         (
             dict(name="deepspeed", deepspeed={"zero_optimization": {"stage": 2}}),
             "engine.deepspeed.zero_optimization.stage is not for this section",

@@ -87,3 +87,8 @@ def test_another_number_of_samples_is_another_data_order(glyphs_ci, tmp_path):
     run_ranks(train_here, 1, tmp_path / "run", glyphs_ci / "train", "run.steps=2", "checkpoint.every=2")
     with pytest.raises(AssertionError, match="data.samples_per_identity was None, now 4"):
         run_ranks(train_here, 1, tmp_path / "run", glyphs_ci / "train", *TRIPLETS)
+
+
+def test_micro_batches_would_tear_pairs_apart(glyphs_ci, tmp_path):
+    with pytest.raises(AssertionError, match="head.embedding_losses contrastive, triplet with data.accumulate 2"):
+        run_ranks(train_here, 1, tmp_path / "run", glyphs_ci / "train", *TRIPLETS, "data.accumulate=2")

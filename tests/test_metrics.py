@@ -11,8 +11,10 @@ from partial_fc.config_file import load_config
 from partial_fc.head.margins import CosFace
 from partial_fc.head.observed import Observed
 from partial_fc.head.partial_fc import PartialFC
-from partial_fc.metrics import console_line, cut_back
+from partial_fc.metrics import Metrics, RankTimes, console_line, cut_back
 from partial_fc.parallel import distributed
+from partial_fc.phases import Phases
+from partial_fc.progress import Progress
 from partial_fc.trackers import start_tensorboard, wandb_mode
 from tests.conftest import REPOSITORY, run_ranks
 
@@ -130,3 +132,18 @@ def test_tensorboard_of_a_resumed_run_shows_every_step_once(tmp_path):
     seen = [(event.step, event.value) for event in events.Scalars("loss")]
     assert seen == [(step, step if step <= 4 else 4 + step) for step in range(1, 11)]
     assert start_tensorboard(load_config(REPOSITORY / "configs" / "glyphs_ci.yaml"), tmp_path, 0) is None
+
+
+def test_a_full_disk_costs_rows_and_not_the_run(tmp_path, capsys):
+    config = load_config(REPOSITORY / "configs" / "glyphs_ci.yaml", ["track.wandb=disabled"])
+    metrics = Metrics(config, tmp_path, start_step=0, total_steps=10, steps_per_epoch=10)
+    metrics.file.close()
+    metrics.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115 - metrics closes it
+    phases = Phases(torch.device("cpu"))
+    phases.begin("data")
+    numbers = dict(loss=1.0, lr=0.1, batch={"target_cosine": 0.1}, head={"t": math.nan}, engine={}, progress=Progress())
+    metrics.row(10, ranks=RankTimes.gather(phases), **numbers)
+    metrics.close()
+    said = capsys.readouterr()
+    assert "metrics: step 10 is not written: [Errno 28]" in said.err and "last rows are not written" in said.err
+    assert "step 10/10" in said.out

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from partial_fc import CosFace, PartialFC, checkpoint, storage
+from partial_fc import CosFace, PartialFC, checkpoint, checkpoint_files, storage
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.export.embed import embed_images
 from partial_fc.export.model import open_model
@@ -329,3 +329,22 @@ def test_what_a_save_costs(request, tmp_path):
                 f"loaded in {time.monotonic() - saved:.1f} s ({time.process_time() - cpu_saved:.1f} s of CPU)"
             )
     storage.remove(url, folder=True)
+
+
+def test_a_run_that_had_its_checkpoints_elsewhere_does_not_begin_anew(glyphs_ci, tmp_path):
+    data, run, elsewhere = glyphs_ci / "train", tmp_path / "run", f"checkpoint.dir={tmp_path / 'elsewhere'}"
+    run_ranks(train_here, 1, run, data, "run.steps=2", elsewhere)
+    for changed in ((), (f"checkpoint.dir={tmp_path / 'third'}",)):
+        with pytest.raises(AssertionError, match="elsewhere, where this run had them, does: put checkpoint.dir back"):
+            run_ranks(train_here, 1, run, data, "run.steps=4", *changed)
+    assert len(rows(run)) == 2
+    run_ranks(train_here, 1, run, data, "run.steps=4", elsewhere)
+    assert len(rows(run)) == 4
+
+
+def test_what_others_keep_beside_checkpoints_stays(tmp_path):
+    (tmp_path / "step_notes.txt").write_text("mine")
+    (tmp_path / "step_stone").mkdir()
+    (tmp_path / "step_00000003").mkdir()  # left by a killed save
+    checkpoint_files.begin(tmp_path / "step_00000010")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_notes.txt", "step_stone"]

@@ -26,7 +26,7 @@ from partial_fc.metrics import cut_back
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
 from partial_fc.phases import ALONE, NAMES
-from partial_fc.train import read_batches, train
+from partial_fc.train import read_batches, the_only_one_in, train
 from tests.conftest import REPOSITORY, run_ranks
 
 CONFIG = REPOSITORY / "configs" / "glyphs_ci.yaml"
@@ -445,6 +445,34 @@ def _stat(pid: int) -> str:
         return " Z "
 
 
+HOLDER = """
+import os, signal, sys, time
+from pathlib import Path
+from partial_fc.train import the_only_one_in
+with the_only_one_in(Path(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    print(child, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_readers_that_outlive_a_killed_rank_do_not_hold_the_folder(tmp_path):
+    """They are children of a fork, and notice only after seconds that their parent is gone."""
+    run = tmp_path / "run"
+    with open(tmp_path / "child", "w") as said:
+        assert (
+            subprocess.run([sys.executable, "-c", HOLDER, run], stdout=said, timeout=60).returncode == -signal.SIGKILL
+        )
+    child = int((tmp_path / "child").read_text())
+    try:
+        with the_only_one_in(run):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 def test_two_jobs_in_one_folder_are_an_error(glyphs_ci, tmp_path):
     first = start(2, tmp_path / "run", "run.steps=5000")
     wait_for_step(tmp_path / "run", 2, first)
@@ -475,3 +503,9 @@ def test_print_config_shows_every_setting_with_its_documentation():
     command = [sys.executable, "launch/train.py", str(CONFIG), "optim.lr=0.25", "--print-config"]
     shown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=True).stdout
     assert "  lr: 0.25 " in shown and "Learning rate at its peak" in shown
+
+
+def test_batch_norm_wants_two_samples(glyphs_ci, tmp_path):
+    small = ("backbone.name=iresnet18", "data.global_batch_size=4", "data.streams=4", "data.accumulate=2")
+    with pytest.raises(AssertionError, match="iresnet18 has batch norm, which wants two samples at least"):
+        run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train", *small)

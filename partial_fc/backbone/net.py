@@ -80,6 +80,11 @@ class EmbeddingNet(nn.Module):
         else:
             self._segments = segments(self.features)
 
+    def sync_batchnorm(self) -> None:
+        """Batch norms see the batches of all ranks from here on; the parameters stay the same. For CUDA devices."""
+        for name, child in self.named_children():
+            setattr(self, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if images.shape[1:] != (3, *self.image_size):
             raise ValueError(

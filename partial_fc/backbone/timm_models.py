@@ -36,7 +36,16 @@ def timm_model(name: str, embedding_dim: int, image_size: tuple[int, int]) -> Em
             f"backbone.name {PREFIX}{name} does not take images of {image_size[0]} x {image_size[1]} pixels "
             f"({type(error).__name__}: {error}): take another model, or prepare the data at another size"
         ) from error
-    return EmbeddingNet(model.train(), channels, embedding_dim, image_size, batch_norm=True, last_map=(1, 1))
+    return _TimmNet(model.train(), channels, embedding_dim, image_size, batch_norm=True, last_map=(1, 1))
+
+
+class _TimmNet(EmbeddingNet):
+    def sync_batchnorm(self) -> None:
+        """As the base's, with timm's own conversion: torch's drops the activation inside of a BatchNormAct2d."""
+        from timm.layers import convert_sync_batchnorm
+
+        self.features = convert_sync_batchnorm(self.features)
+        self.norm = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.norm)
 
 
 def _features(model: torch.nn.Module, image_size: tuple[int, int]) -> int:

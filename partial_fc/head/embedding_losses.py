@@ -226,6 +226,7 @@ class FeatureCenters:
 
 
 BY_NAME: dict[str, type[EmbeddingLoss]] = {"center": CenterLoss, "triplet": TripletLoss, "contrastive": ContrastiveLoss}
+PAIR_LOSSES = {"triplet", "contrastive"}  # compare samples of a batch
 
 
 def build_embedding_loss(name: str, parameters: dict) -> EmbeddingLoss:

@@ -56,7 +56,7 @@ class BaseEngine:
         self.accumulate, self.max_norm = accumulate, clip
         check_device(settings, device)
         if settings.sync_batchnorm:
-            backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # the same parameters
+            backbone.sync_batchnorm()
         if settings.channels_last:
             backbone.to(memory_format=torch.channels_last)
         if settings.checkpoint_activations:
@@ -80,6 +80,9 @@ class BaseEngine:
 
     def warm_up(self, images: Tensor) -> None:
         """One discarded forward and backward on `images` (b, 3, H, W), before any state is loaded.
+
+        DDP orders its gradient buckets anew after its first backward, so a resumed run would sum its first step in
+        another order than the run it continues (seen at 3 and 4 ranks, not at 2).
 
         Raises RunError, on all ranks, for parameters that no embedding depends on: DDP would wait for their gradients.
         """

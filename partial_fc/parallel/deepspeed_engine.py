@@ -21,37 +21,31 @@ from partial_fc.parallel.precision import AUTOCAST
 
 BUCKET = 500_000_000  # numbers that are reduced at once, DeepSpeed's default; a buffer of that size is allocated
 
-OURS = {  # keys of its config that we set, or that change what is computed or kept
-    "": {
-        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
-        *("managed_gradient_accumulation", "gradient_clipping", "optimizer", "scheduler", "elasticity"),
-        *("fp16", "bf16", "bfloat16", "amp", "torch_autocast", "data_types", "communication_data_type"),
-        *("prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "sparse_gradients"),
-        *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "checkpoint", "compile", "zenflow"),
-        *("tensor_parallel", "sequence_parallel_size", "data_parallel_size", "expert_parallel", "hybrid_engine"),
-    },
-    "zero_optimization": {
-        *("stage", "offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param", "compute_grad_norm"),
-        *("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights"),
-        *("zero_quantized_gradients", "mics_shard_size", "round_robin_gradients", "ignore_unused_parameters"),
-        *("elastic_checkpoint", "legacy_stage1", "zenflow"),
-    },
+# What of its config may be given: it ignores keys that it does not know, and others follow from our settings, or change
+# what is computed or kept.
+OPEN = {
+    *("zero_optimization", "wall_clock_breakdown", "memory_breakdown", "steps_per_print", "dump_state"),
+    *("comms_logger", "flops_profiler", "aio"),
+}
+OURS = {  # not in zero_optimization; unknown keys it refuses there by itself
+    *("stage", "offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param", "compute_grad_norm"),
+    *("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights"),
+    *("zero_quantized_gradients", "mics_shard_size", "round_robin_gradients", "ignore_unused_parameters"),
+    *("elastic_checkpoint", "legacy_stage1", "zenflow"),
 }
 
 
 def check_deepspeed(settings: Engine, device: torch.device) -> None:
-    """Raises ValueError for keys in engine.deepspeed that are ours, and as `import_deepspeed` does."""
-    for section, ours in OURS.items():
-        values = settings.deepspeed.get(section, {}) if section else settings.deepspeed
-        if not isinstance(values, dict):
-            raise ValueError(f"engine.deepspeed.{section} is {values!r}; wanted a section, as {{key: value}}")
-        for key in values:
-            if key in ours:
-                name = f"{section}.{key}" if section else key
-                raise ValueError(
-                    f"engine.deepspeed.{name} is not for this section: it follows from engine.*, optim.* and data.*, "
-                    "or changes what a checkpoint holds; leave it out"
-                )
+    """Raises ValueError for keys of engine.deepspeed that are not for it, and as `import_deepspeed` does."""
+    zero = settings.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError(f"engine.deepspeed.zero_optimization is {zero!r}; wanted a section, as {{key: value}}")
+    refused = [*(settings.deepspeed.keys() - OPEN), *(f"zero_optimization.{key}" for key in zero.keys() & OURS)]
+    if refused:
+        raise ValueError(
+            f"engine.deepspeed.{min(refused)} is not for this section: it follows from engine.*, optim.* and data.*, "
+            f"changes what a checkpoint holds, or is unknown; leave it out. There are {', '.join(sorted(OPEN))}"
+        )
     import_deepspeed(device)
 
 
@@ -123,7 +117,6 @@ class DeepSpeedEngine(BaseEngine):
         clip: float | None = None,
     ):
         super().__init__(backbone, optimizer, device, settings, accumulate=accumulate, clip=clip)
-        check_deepspeed(settings, device)
         self.deepspeed = import_deepspeed(device)
         self.stage, self._asks = settings.zero_stage, True
         if settings.channels_last:  # parameters are parts of flat tensors; images and feature maps stay as they are
@@ -238,6 +231,8 @@ class DeepSpeedEngine(BaseEngine):
             return super()._gradients()
         if self.settings.offload:
             stage_3 = self.stage == 3
+            if not stage_3:  # pinned copies may be under way; without a CUDA device there is nothing to wait for
+                self.zero._wait_for_offload_copies()
             flat = self.zero.fp32_partitioned_groups_flat if stage_3 else self.zero.single_partition_of_fp32_groups
             return [part.grad for part in flat]
         return [gradient for group in self.zero.averaged_gradients.values() for gradient in group]
