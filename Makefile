@@ -35,4 +35,4 @@ soak: .venv/installed
 	PARTIAL_FC_SOAK=1 $(BIN)/python -m pytest -m soak
 
 clean:
-	rm -rf data runs .pytest_cache .ruff_cache
+	rm -rf data/glyphs_ci data/glyphs_demo runs/glyphs_ci runs/glyphs_demo .pytest_cache .ruff_cache

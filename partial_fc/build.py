@@ -64,14 +64,7 @@ def build(config: Config, device: torch.device) -> Parts:
         order = order_of(config, index)
         net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
         check_batch_norm(config, net, order)
-        where = checkpoints_of(config)
-        if storage.remote(where):  # said now, not at the first save
-            storage.check_writable(where, f"written_by_rank_{distributed.rank()}")
-        found = checkpoint.find_latest(where)
-        if found is not None:
-            check_unchanged(found, config, index)
-        else:
-            check_nothing_elsewhere(run, where)
+        found = latest_of(config, index)
         open_sets(config.evaluate.sets, size)  # what is wrong with them is said now, not after the training
         head = build_head(config, index.num_classes, device)
         net.to(device).train()
@@ -109,6 +102,19 @@ def build(config: Config, device: torch.device) -> Parts:
 def checkpoints_of(config: Config) -> Place:
     """The folder or URL of the run's checkpoints."""
     return storage.place(config.checkpoint.dir or Path(config.run.dir) / "checkpoints")
+
+
+def latest_of(config: Config, index: Index) -> checkpoint.Checkpoint | None:
+    """The checkpoint that the run goes on from. Raises ValueError where config and data do not go together with it."""
+    run, where = Path(config.run.dir), checkpoints_of(config)
+    if storage.remote(where):  # said now, not at the first save
+        storage.check_writable(where, f"written_by_rank_{distributed.rank()}")
+    found = checkpoint.find_latest(where)
+    if found is None:
+        check_nothing_elsewhere(run, where)
+    else:
+        check_unchanged(found, config, index)
+    return found
 
 
 def check_nothing_elsewhere(run: Path, where: Place) -> None:

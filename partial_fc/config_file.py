@@ -21,7 +21,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         values = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError:
         raise ValueError(f"{path}: no such config file") from None
-    except yaml.YAMLError as error:
+    except (IsADirectoryError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: wanted sections (run:, data:, ...), got {type(values).__name__}")

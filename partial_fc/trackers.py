@@ -59,6 +59,12 @@ def start_tensorboard(config: Config, run: Path, start_step: int) -> Any | None:
 
     None where the config does not want it. Raises ValueError without the package.
     """
+    writer = check_tensorboard(config)
+    return None if writer is None else writer(str(run / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
+
+
+def check_tensorboard(config: Config) -> type | None:
+    """torch's SummaryWriter; None where the config does not want it. Raises ValueError without the package."""
     if not config.track.tensorboard:
         return None
     try:
@@ -68,4 +74,4 @@ def start_tensorboard(config: Config, run: Path, start_step: int) -> Any | None:
             "track.tensorboard needs tensorboard: pip install -e '.[tensorboard]' in the checkout, or give "
             "track.tensorboard=false"
         ) from None
-    return SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
+    return SummaryWriter

@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+# Without authentication, so for nobody outside: its daemons listen on 127.0.0.1 alone.
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -16,6 +17,7 @@ SlurmdUser=root
 AuthType=auth/none
 CredType=cred/none
 AuthInfo=cred_expire=5
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid

@@ -51,6 +51,7 @@ def variables() -> dict[str, str]:
 def test_the_manifest_agrees_with_itself():
     job, service, nodes = JOB["metadata"]["name"], SERVICE["metadata"]["name"], variables()["NODES"]
     assert JOB["spec"]["completions"] == JOB["spec"]["parallelism"] == int(nodes)
+    assert JOB["spec"]["backoffLimit"] % int(nodes) == 0, "a failure counts once for each pod"
     port = SERVICE["spec"]["ports"][0]["port"]
     assert variables()["RENDEZVOUS"] == f"{job}-0.{service}:{port}" and POD["subdomain"] == service
     assert SERVICE["spec"]["selector"] == {"batch.kubernetes.io/job-name": job}
@@ -151,6 +152,11 @@ def said(logs: Path, attempt: str) -> str:
 def test_an_invalid_config_is_told_from_a_failure(tmp_path):
     assert ended(pods(tmp_path / "run", "bad", "optim.lrr=1"), tmp_path) == [64, 64]
     assert "did you mean optim.lr?" in said(tmp_path, "bad")
+    bare = {"NODES": "1", "NODE": "0", "RENDEZVOUS": "127.0.0.1:29500"}
+    assert start(["bash", "launch/cloud/node.sh"], bare, tmp_path / "none.log").wait(30) == 64
+    without_python = bare | {"PATH": "/nowhere"}  # to start again may help
+    bash = shutil.which("bash")
+    assert start([bash, "launch/cloud/node.sh", "a.yaml"], without_python, tmp_path / "path.log").wait(30) == 1
 
 
 def sky_nodes(run: Path, attempt: str, *overrides: str) -> list[subprocess.Popen]:

@@ -33,7 +33,9 @@ def ask(*overrides: str, config: Path | None = CONFIG) -> tuple[bool, str]:
     said = StringIO()
     os.chdir(REPOSITORY)  # the config's paths are relative
     with redirect_stdout(said):
-        fine = doctor(config, list(overrides), torch.device("cpu"), seconds=0.2)
+        # a run folder that nobody has; what is given comes after it
+        of_nobody = [] if config is None else ["run.dir=runs/doctor_test"]
+        fine = doctor(config, [*of_nobody, *overrides], torch.device("cpu"), seconds=0.2)
     return fine, said.getvalue()
 
 
@@ -154,6 +156,20 @@ def test_settings_that_do_not_fit():
     assert "did you mean 'smallnet'?" in said and "problem  head: " in said
     assert "problem  evaluation sets: " in said and "nowhere is no data set" in said
     assert "wanted at most 8535" in problems("data.global_batch_size=10000")
+
+
+def test_an_engine_that_does_not_work_here(monkeypatch):
+    assert "engine.deepspeed.optimizer is not for this section" in problems(
+        "engine.name=deepspeed", "engine.deepspeed={optimizer: {}}"
+    )
+    assert "needs a process group" in problems("engine.name=deepspeed")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "track.tensorboard needs tensorboard" in problems("track.tensorboard=true")
+
+
+def test_checkpoints_in_another_place(run, tmp_path):
+    said = problems(f"run.dir={run}", f"checkpoint.dir={tmp_path}")
+    assert "problem  checkpoint: " in said and "where this run had them, does: put checkpoint.dir back" in said
 
 
 IN_A_NAMESPACE = """

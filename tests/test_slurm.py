@@ -172,6 +172,11 @@ def test_the_points_of_a_sweep(sweep):
     assert run == "runs/glyphs_ci/optim.lr=0.05,head.margin=_name_arcface_"
     assert overrides == ["run.seed=3", "optim.lr=0.05", "head.margin={name: arcface}", f"run.dir={run}"]
     assert sweep.points(CONFIG, ["run.dir=runs/x"]) == [("runs/x", ["run.dir=runs/x"] * 2)]
+    stores = [overrides[-1] for _, overrides in sweep.points(CONFIG, ["optim.lr=0.1,0.2", "checkpoint.dir=s3://a/b"])]
+    assert stores == ["checkpoint.dir=s3://a/b/optim.lr=0.1", "checkpoint.dir=s3://a/b/optim.lr=0.2"]
+    for wrong in ("optim.lr=0.1,", "run.dir=a,b"):
+        with pytest.raises(ValueError, match=wrong):
+            sweep.points(CONFIG, [wrong])
     with pytest.raises(ValueError, match=r"optim\.lr"):
         sweep.points(CONFIG, ["optim.lr=0.1,fast"])
     with pytest.raises(ValueError, match="two points of the grid have the same run folder"):
@@ -180,6 +185,10 @@ def test_the_points_of_a_sweep(sweep):
 
 def test_a_dry_sweep_prints_its_commands(sweep, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sweep.py", CONFIG, "optim.lr=0.1,0.05", "--dry", "--gpus=2"])
+    monkeypatch.chdir(REPOSITORY / "launch")
+    with pytest.raises(SystemExit, match="no launch/train.py"):
+        sweep.main()
+    monkeypatch.chdir(REPOSITORY)
     sweep.main()
     first, second = capsys.readouterr().out.splitlines()
     assert "--nproc_per_node=2" in first and first.endswith("optim.lr=0.1 run.dir=runs/glyphs_ci/optim.lr=0.1")

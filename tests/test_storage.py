@@ -219,7 +219,7 @@ def test_another_machine_goes_on_bit_for_bit(s3, glyphs_ci, tmp_path):  # noqa: 
     assert on_s3(s3, 2, train_here, tmp_path / "run", data, *overrides, "run.steps=10") == [True, True]
     assert len(rows(tmp_path / "run")) == 10 and (tmp_path / "run" / "config.yaml").exists()
     message = on_s3(s3, 2, train_and_catch, tmp_path / "whole", data, *overrides[:2], f"checkpoint.dir={BUCKET}/none")
-    assert message[0] == message[1] and "copy those there" in message[0]
+    assert message[0] == message[1] and "copy them there" in message[0]
     message = on_s3(s3, 2, train_and_catch, tmp_path / "new", data, *overrides[:2], "checkpoint.dir=s3://nobucket/a")
     assert message[0] == message[1] and "s3://nobucket/a/" in message[0] and "bucket does not exist" in message[0]
 

@@ -9,7 +9,6 @@ import torch
 
 from partial_fc import checkpoint
 from partial_fc.build import build
-from partial_fc.config import Engine
 from partial_fc.data.reader import Batch
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.parallel import distributed
@@ -226,7 +225,3 @@ def test_a_transformer_trains_and_resumes(glyphs_ci, tmp_path):
     run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train", *options)
     assert checksums(tmp_path / "run") == checksums(tmp_path / "whole")
     assert curve(tmp_path / "run")[-1] < curve(tmp_path / "run")[0]
-
-
-def test_defaults_change_nothing():
-    assert Engine() == Engine(precision="fp32", compile=False, channels_last=False, ema=None)

@@ -10,6 +10,8 @@
 #   1   anything else
 set -uo pipefail
 trap 'exit 85' TERM # nothing runs yet
+: "${NODES:?how many nodes there are}" "${NODE:?the number of this one}" "${RENDEZVOUS:?HOST:PORT of node 0}"
+[ "$#" -ge 1 ] || { echo "error: no config: node.sh CONFIG.yaml [section.key=value ...]" >&2; exit 64; }
 
 run=$(
   python - "$@" <<'END'
@@ -17,12 +19,13 @@ import sys
 from partial_fc.config_file import load_config
 try:
     print(load_config(sys.argv[1], sys.argv[2:]).run.dir)
-except (IndexError, ValueError) as error:
-    sys.exit(f"error: {error}")
+except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(64)
 END
-) || exit 64
+) || { [ "$?" = 64 ] && exit 64; exit 1; }
 
-# The trainer's marker in the run folder, which the nodes share. One that was there before is not this attempt's.
+# The trainer's marker in the run folder, which pods share. One that was there before is not this attempt's.
 marker() { stat --format='%i %y' "$run/preempted" 2>/dev/null; }
 before=$(marker)
 stopped_here() { [ -n "$(marker)" ] && [ "$(marker)" != "$before" ]; }

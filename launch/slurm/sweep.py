@@ -55,16 +55,20 @@ def points(config: str, overrides: list[str]) -> list[tuple[str, list[str]]]:
     for override in overrides:
         key, _, text = override.partition("=")
         values = split(text)
+        if "" in values or (key == "run.dir" and len(values) > 1):
+            raise ValueError(f"{override}: wanted {key}=value[,value...], and one run.dir, which every point extends")
         if len(values) > 1:
             axes.append([f"{key}={value}" for value in values])
         else:
             fixed.append(override)
-    base = load_config(config, [*fixed, *(axis[0] for axis in axes)]).run.dir
+    first = load_config(config, [*fixed, *(axis[0] for axis in axes)])
+    base, store = first.run.dir, first.checkpoint.dir
     found = []
     for choice in itertools.product(*axes):
         name = re.sub(r"[^\w.,=+-]+", "_", ",".join(choice))
         run = f"{base}/{name}" if choice else base
-        found.append((run, [*fixed, *choice, f"run.dir={run}"]))
+        own = [f"run.dir={run}", *([f"checkpoint.dir={store}/{name}"] if store and choice else [])]
+        found.append((run, [*fixed, *choice, *own]))
         load_config(config, found[-1][1])
     if len({run for run, _ in found}) < len(found):
         raise ValueError(f"two points of the grid have the same run folder: {sorted(run for run, _ in found)}")
@@ -97,6 +101,8 @@ def main() -> None:
     )
     parser.add_argument("--dry", action="store_true", help="print the commands of the points, submit nothing")
     arguments = parser.parse_intermixed_args()
+    if not os.path.isfile("launch/train.py"):
+        sys.exit(f"error: {os.getcwd()} has no launch/train.py: submit from the repository's folder")
     try:
         grid = points(arguments.config, arguments.overrides)
     except ValueError as error:

@@ -16,6 +16,8 @@ from partial_fc.doctor import machine, ranks, run_folder, speed
 from partial_fc.doctor.sheet import Found, Sheet
 from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
+from partial_fc.parallel.engine import check_engine
+from partial_fc.trackers import check_tensorboard
 
 
 def doctor(path: Path | None, overrides: list[str], device: torch.device, seconds: float = 6.0) -> bool:
@@ -51,6 +53,8 @@ def local_batch_size(config: Config) -> int:
 
 
 def _config(path: Path, overrides: list[str]) -> Found:
+    if "=" in str(path) and not path.exists():
+        raise ValueError(f"{path} stands where the config should: give CONFIG.yaml first, then section.key=value")
     config = load_config(path, overrides)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)  # as the run does
@@ -59,6 +63,7 @@ def _config(path: Path, overrides: list[str]) -> Found:
 
 def _run(sheet: Sheet, config: Config, index: Index, device: torch.device, ranks_here: int, seconds: float) -> None:
     """What is to be known of a run once its data set is open."""
+    sheet.check("engine", _engine, config, device)
     sheet.check("images", run_folder.images, index)
     order = sheet.check("batches", run_folder.batches, config, index)
     found = sheet.check("checkpoint", run_folder.latest_checkpoint, config, index)
@@ -73,6 +78,12 @@ def _run(sheet: Sheet, config: Config, index: Index, device: torch.device, ranks
         sheet.add("speed", Found("not measured while there are problems"))
     else:
         _speed(sheet, config, index, order.value, engine.value, ranks_here, seconds)
+
+
+def _engine(config: Config, device: torch.device) -> Found:
+    check_engine(config.engine, device)
+    check_tensorboard(config)
+    return Found(f"{config.engine.name} works here")
 
 
 def _agreement(config: Config, index: Index, found: Checkpoint | None) -> Found:

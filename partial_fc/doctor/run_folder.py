@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from partial_fc import checkpoint, storage
-from partial_fc.build import build_head, check_unchanged, checkpoints_of, order_of, with_label_noise
+from partial_fc.build import build_head, checkpoints_of, latest_of, order_of, with_label_noise
 from partial_fc.config import Config
 from partial_fc.data.reader import image_size, images_in_order
 from partial_fc.data.shards import Index, load_index
@@ -46,13 +46,9 @@ def batches(config: Config, index: Index) -> Found:
 
 def latest_checkpoint(config: Config, index: Index) -> Found:
     """It has the data's classes, the config's backbone and the data order."""
-    where = checkpoints_of(config)
-    if storage.remote(where):
-        storage.check_writable(where, f"written_by_rank_{distributed.rank()}")
-    found = checkpoint.find_latest(where)
+    found = latest_of(config, index)
     if found is None:
-        return Found(f"none in {where}: a run would begin at step 0")
-    check_unchanged(found, config, index)
+        return Found(f"none in {checkpoints_of(config)}: a run would begin at step 0")
     return Found(f"{found.path} fits: a run would go on from step {found.step:,}", value=found)
 
 

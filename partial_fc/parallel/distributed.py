@@ -30,7 +30,7 @@ class RunError(RuntimeError):
 
 @contextmanager
 def job(timeout_seconds: float = 600.0) -> Iterator[torch.device]:
-    """Joins the process group that torchrun's (or Slurm's) environment describes, for the time of the body.
+    """Joins the process group that torchrun's environment describes, for the time of the body.
 
     Gives this rank's device: gloo runs on CPUs, NCCL on CUDA devices. Without RANK and WORLD_SIZE in the environment
     nothing is joined and the world size is 1. A RunError in the body ends the process with its message, said by one
