@@ -199,7 +199,7 @@ def test_a_dry_sweep_prints_its_commands(sweep, monkeypatch, capsys):
 @pytest.mark.soak
 def test_a_sweep_is_one_array_whose_points_resume(cluster, whole, glyphs_ci, tmp_path):
     command = [sys.executable, str(SWEEP), CONFIG, *OPTIONS, f"run.dir={tmp_path}/sweep", "optim.lr=0.02,0.01"]
-    options = ("--gpus=0", "--processes=2", "--cpus=1", "--sbatch", "partition=main", "--sbatch", "time-min=1")
+    options = ("--gpus=0", "--processes=2", "--cpus=1", "--sbatch", "partition=main", "--sbatch", "nice=1")
     printed = cluster.run(*command, *options, cwd=REPOSITORY, **ACTIVATED).splitlines()
     jobs = [line.split()[0] for line in printed]
     runs = [tmp_path / "sweep" / f"optim.lr={lr}" for lr in ("0.02", "0.01")]
