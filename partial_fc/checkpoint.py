@@ -180,12 +180,7 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: BaseEngine, near: P
             "center_state": _kinds(head),
             "sub_centers": head.sub_centers,
         }
-        if manifest["center_state"] != ours["center_state"]:
-            raise ValueError(
-                f"its class centers were written with {', '.join(manifest['center_state'])}, this run keeps "
-                f"{', '.join(ours['center_state'])}: put head.optim.name and head.margin.name back, or give another "
-                "run.dir"
-            )
+        check_kinds(checkpoint, head)
         for name, value in ours.items():
             if manifest.get(name, 1) != value:  # early checkpoints do not name their one sub-center
                 raise ValueError(
@@ -221,6 +216,16 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: BaseEngine, near: P
         engine.load({name: load_file(here / f"{name}.safetensors") for name in kept})
     for name, table in tables(head).items():  # every rank keeps all of it
         table.copy_(torch.cat(distributed.gather_objects(rows[name])))
+
+
+def check_kinds(checkpoint: Checkpoint, head: PartialFC) -> None:
+    """Raises ValueError where margin or optimizer make the head keep something else than the checkpoint has."""
+    theirs, ours = checkpoint.manifest["center_state"], _kinds(head)
+    if theirs != ours:
+        raise ValueError(
+            f"its class centers were written with {', '.join(theirs)}, this run keeps {', '.join(ours)}: put "
+            "head.optim.name and head.margin.name back, or give another run.dir"
+        )
 
 
 def _history(head: PartialFC) -> dict[str, Tensor]:

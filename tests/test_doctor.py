@@ -151,6 +151,11 @@ def test_other_classes_than_the_checkpoint_has(run, glyphs_ci):
     assert "problem  checkpoint: " in said and "was written with other classes than" in said
 
 
+def test_another_optimizer_than_the_checkpoint_has(run):
+    said = problems(f"run.dir={run}", "head.optim.name=adamw")
+    assert "problem  head: its class centers were written with momentum" in said
+
+
 def test_settings_that_do_not_fit():
     said = problems("backbone.name=smallent", "head.margin={name: cosface, mragin: 1}", "evaluate.sets.P1.data=nowhere")
     assert "did you mean 'smallnet'?" in said and "problem  head: " in said

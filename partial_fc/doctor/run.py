@@ -70,7 +70,8 @@ def _run(sheet: Sheet, config: Config, index: Index, device: torch.device, ranks
     if found is not None and distributed.world_size() > 1:
         sheet.add("agreement", _agreement(config, index, found.value))
     sheet.check("evaluation sets", run_folder.evaluation_sets, config, index)
-    head = sheet.check("head", run_folder.head_bytes, config, index.num_classes, device)
+    latest = None if found is None else found.value
+    head = sheet.check("head", run_folder.head_bytes, config, index.num_classes, device, latest)
     engine = sheet.check("backbone", speed.engine_of, config, index, device)
     if head is not None and engine is not None:
         sheet.check("disk", run_folder.disk, config, head.value, engine.value, first_rank_only=True)

@@ -57,12 +57,16 @@ def evaluation_sets(config: Config, index: Index) -> Found:
     return Found(", ".join(f"{name} {one.num_samples:,} samples" for name, (one, _) in sets.items()) or "none")
 
 
-def head_bytes(config: Config, num_classes: int, device: torch.device) -> Found:
-    """What a checkpoint keeps of the head, told from one with few classes."""
+def head_bytes(
+    config: Config, num_classes: int, device: torch.device, latest: checkpoint.Checkpoint | None = None
+) -> Found:
+    """What a checkpoint keeps of the head, told from one with few classes; the latest one must have the same."""
     small = config.head.model_copy(update={"cache_bytes": 0, "compile": False})
     with warnings.catch_warnings():  # cautions about margins are for the real number of classes
         warnings.simplefilter("ignore")
         head = build_head(config.model_copy(update={"head": small}), COUNTED, device)
+    if latest is not None:
+        checkpoint.check_kinds(latest, head)
     of_a_class = sum(tensor.nbytes for tensor in checkpoint.state_by_class(head).values()) / max(len(head.classes), 1)
     share = math.ceil(num_classes / distributed.world_size())
     return Found(
