@@ -573,7 +573,7 @@ def test_an_error_that_is_no_divergence_is_not_entered_and_ends_the_study(write,
     (run / "checkpoints").mkdir(parents=True)
     (run / "log.txt").write_text("error: training has diverged: earlier\n")
     with open(run / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
         why = "error: .*another process trains in this folder.*, see .*log.txt. Mend its cause"
         with pytest.raises(ValueError, match=f"softmax, tuning lr=0.05 seed 0 ended with an error.*: {why}"):
             run_study(path, ledger_file=tmp_path / "l.jsonl", runs=runs)
