@@ -77,6 +77,7 @@ class BaseEngine:
         self._backwards = 0  # of this step
         self._buffers: list[Tensor] | None = None  # as they were before the step: a forward moves running statistics
         self._moved: list[Tensor] = []  # as the last forward left them: recomputing activations moves them again
+        self._begin()
 
     def warm_up(self, images: Tensor) -> None:
         """One discarded forward and backward on `images` (b, 3, H, W), before any state is loaded.
@@ -254,6 +255,9 @@ class BaseEngine:
             self.optimizer.state[parameters[parameter]][key] = value
 
     # ---- what an engine does in its own way
+
+    def _begin(self) -> None:
+        """At the end of the constructor: makes of `backbone` the `model` that forwards go through."""
 
     def _joining(self) -> AbstractContextManager:
         """Around forward and backward: ranks join their gradients in the last micro-batch's backward alone."""

@@ -106,17 +106,8 @@ class DeepSpeedEngine(BaseEngine):
     Raises ValueError as `check_deepspeed` does, RunError for an engine.deepspeed that DeepSpeed does not take.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-        settings: Engine,
-        *,
-        accumulate: int = 1,
-        clip: float | None = None,
-    ):
-        super().__init__(backbone, optimizer, device, settings, accumulate=accumulate, clip=clip)
+    def _begin(self) -> None:
+        settings, device = self.settings, self.device
         self.deepspeed = import_deepspeed(device)
         self.stage, self._asks = settings.zero_stage, True
         if settings.channels_last:  # parameters are parts of flat tensors; images and feature maps stay as they are
@@ -129,8 +120,8 @@ class DeepSpeedEngine(BaseEngine):
         try:
             self.model, *_ = self.deepspeed.initialize(
                 model=self.backbone,
-                optimizer=optimizer,
-                config=deepspeed_config(settings, size, accumulate, device),
+                optimizer=self.optimizer,
+                config=deepspeed_config(settings, size, self.accumulate, device),
             )
         except (ValueError, AssertionError) as error:  # raised alike on all ranks
             raise distributed.RunError(
