@@ -161,6 +161,8 @@ def test_settings_that_do_not_fit():
     assert "did you mean 'smallnet'?" in said and "problem  head: " in said
     assert "problem  evaluation sets: " in said and "nowhere is no data set" in said
     assert "wanted at most 8535" in problems("data.global_batch_size=10000")
+    small = ("backbone.name=iresnet18", "data.global_batch_size=4", "data.streams=4", "data.accumulate=4")
+    assert "problem  backbone: iresnet18 has batch norm, which wants two samples" in problems(*small)
 
 
 def test_an_engine_that_does_not_work_here(monkeypatch):

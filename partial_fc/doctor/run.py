@@ -9,6 +9,7 @@ from partial_fc.build import agree_on_start
 from partial_fc.checkpoint import Checkpoint
 from partial_fc.config import Config
 from partial_fc.config_file import load_config
+from partial_fc.data.groups import Groups
 from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index
@@ -72,7 +73,7 @@ def _run(sheet: Sheet, config: Config, index: Index, device: torch.device, ranks
     sheet.check("evaluation sets", run_folder.evaluation_sets, config, index)
     latest = None if found is None else found.value
     head = sheet.check("head", run_folder.head_bytes, config, index.num_classes, device, latest)
-    engine = sheet.check("backbone", speed.engine_of, config, index, device)
+    engine = sheet.check("backbone", speed.engine_of, config, index, None if order is None else order.value, device)
     if head is not None and engine is not None:
         sheet.check("disk", run_folder.disk, config, head.value, engine.value, first_rank_only=True)
     if sheet.counts["problem"]:
@@ -96,7 +97,13 @@ def _agreement(config: Config, index: Index, found: Checkpoint | None) -> Found:
 
 
 def _speed(
-    sheet: Sheet, config: Config, index: Index, order: Order, engine: BaseEngine, ranks_here: int, seconds: float
+    sheet: Sheet,
+    config: Config,
+    index: Index,
+    order: Order | Groups,
+    engine: BaseEngine,
+    ranks_here: int,
+    seconds: float,
 ) -> None:
     """Both measurements run on all ranks at once, as in a run, and share what the ranks share."""
     speed.wait_for("measuring the reader", seconds)

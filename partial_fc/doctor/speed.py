@@ -6,8 +6,9 @@ import time
 import torch
 
 from partial_fc import backbone
-from partial_fc.build import micro_batch_size
+from partial_fc.build import check_batch_norm, micro_batch_size
 from partial_fc.config import Config
+from partial_fc.data.groups import Groups
 from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size, loader, normalize
 from partial_fc.data.shards import Index
@@ -28,10 +29,12 @@ def wait_for(what: str, seconds: float) -> None:
         print(f"         ({what}, about {seconds:.0f} s)", file=sys.stderr, flush=True)
 
 
-def engine_of(config: Config, index: Index, device: torch.device) -> Found:
-    """This rank's backbone with its optimizer after a first step, apart from the other ranks'."""
+def engine_of(config: Config, index: Index, order: Order | Groups | None, device: torch.device) -> Found:
+    """This rank's backbone with its optimizer after a first step, apart from the other ranks'. order: None, unknown."""
     size = image_size(index)
     net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
+    if order is not None:
+        check_batch_norm(config, net, order)
     net.to(device).train()
     # compiling takes longer than all the rest here
     settings = config.engine.model_copy(update={"compile": False, "sync_batchnorm": False})
@@ -79,7 +82,7 @@ def backbone_speed(config: Config, engine: BaseEngine, size: tuple[int, int], se
     )
 
 
-def reader_speed(config: Config, index: Index, order: Order, seconds: float) -> Found:
+def reader_speed(config: Config, index: Index, order: Order | Groups, seconds: float) -> Found:
     """Samples/s of this rank's reader, counted after the first batch of each of its processes."""
     settings = config.data
     batches = loader(
