@@ -379,23 +379,23 @@ def stage(number: int, *overrides: str) -> tuple[str, ...]:
 
 
 def follows(run: Path, other: Path) -> None:
-    """The same run in another order of sums: losses to 2e-5, tensors to 5e-3 of their norm.
+    """The same run in another order of sums: losses to 1e-6, tensors to 1e-4 of their norm.
 
-    Rounding sends an activation now and then across PReLU's kink, which moves a small tensor, a bias, by some 1e-3 of
-    itself: as far apart, 4e-4, are two runs of DDP at other numbers of ranks.
+    For runs of ten steps at most, which were 6e-7 apart. Later a bias may jump, in runs of DDP alone at other numbers
+    of ranks too: those were 1e-4 to 2e-3 apart after twenty steps.
     """
-    assert curve(run) == pytest.approx(curve(other), rel=2e-5)
+    assert curve(run) == pytest.approx(curve(other), rel=1e-6)
     for name, wanted in states(other).items():
-        assert (states(run)[name] - wanted).norm() <= 5e-3 * wanted.norm(), name
+        assert (states(run)[name] - wanted).norm() <= 1e-4 * wanted.norm(), name
 
 
 def changing_run(data: Path, folder: Path, *options: str) -> None:
     options = (*TRAINED, *JOINTLY, *options)
     chain = [(2, ()), (2, stage(2)), (3, stage(3)), (2, stage(1, "engine.offload=true")), (3, ())]
     for number, (world_size, engine) in enumerate(chain):
-        steps = f"run.steps={number * 4 + 4}"
+        steps = f"run.steps={number * 2 + 2}"
         run_ranks(train_here, world_size, folder / "run", data, *options, *engine, steps)
-    run_ranks(train_here, 2, folder / "whole", data, *options, f"run.steps={len(chain) * 4}")
+    run_ranks(train_here, 2, folder / "whole", data, *options, f"run.steps={len(chain) * 2}")
     follows(folder / "run", folder / "whole")
 
 
