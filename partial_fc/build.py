@@ -119,7 +119,8 @@ def latest_of(config: Config, index: Index) -> checkpoint.Checkpoint | None:
 
 def check_nothing_elsewhere(run: Path, where: Place) -> None:
     """Raises ValueError where the run had its checkpoints in another place: from there it should go on."""
-    for before in (storage.place(saved_checkpoint_dir(run) or run / "checkpoints"), run / "checkpoints"):
+    own = run / "checkpoints"
+    for before in dict.fromkeys((storage.place(saved_checkpoint_dir(run) or own), own)):
         if before != where and checkpoint.find_latest(before) is not None:
             raise ValueError(
                 f"{where} holds no complete checkpoint, {before}, where this run had them, does: put checkpoint.dir "

@@ -177,7 +177,6 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: BaseEngine, near: P
             "num_classes": head.num_classes,
             "embedding_dim": head.embedding_dim,
             "dtype": dtype,
-            "center_state": _kinds(head),
             "sub_centers": head.sub_centers,
         }
         check_kinds(checkpoint, head)

@@ -114,7 +114,6 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
             due = done % config.checkpoint.every == 0 or preempted
             if last or (due and progress.skipped_in_a_row == 0):  # else the state may be what makes the loss NaN
                 phase("save")
-                saved = done
                 checkpoint.save(
                     run,
                     done,
@@ -126,6 +125,7 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
                     where=checkpoints_of(config),
                     beside=beside,
                 )
+                saved = done
             if preempted:
                 break
 

@@ -10,6 +10,7 @@ from partial_fc.head.partial_fc import PartialFC
 from partial_fc.metrics import RankTimes
 from partial_fc.parallel import distributed
 from partial_fc.phases import ALONE, NAMES, Phases, slowest_rank
+from partial_fc.profiler import Profiler
 from tests.conftest import run_ranks
 
 
@@ -94,3 +95,10 @@ def test_phases_of_a_device_are_those_of_its_stream():
             x = x @ x / 64
     seconds = dict(zip(NAMES, phases.read().tolist(), strict=True))
     assert seconds["forward"] > 2 * seconds["backward"] > 0 and seconds["log"] < seconds["backward"]
+
+
+@pytest.mark.parametrize("steps, said", [((5, 8), False), ((0, 4), True), ((20, 25), True), ((9, 30), False)])
+def test_a_window_outside_the_steps_of_the_run_is_said(tmp_path, capsys, steps, said):
+    device = torch.device("cpu")
+    Profiler(steps, tmp_path, device, Phases(device)).check(4, 20)
+    assert ("this run makes the steps 4 to 19" in capsys.readouterr().out) == said

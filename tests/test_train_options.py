@@ -225,3 +225,13 @@ def test_a_transformer_trains_and_resumes(glyphs_ci, tmp_path):
     run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train", *options)
     assert checksums(tmp_path / "run") == checksums(tmp_path / "whole")
     assert curve(tmp_path / "run")[-1] < curve(tmp_path / "run")[0]
+
+
+def test_a_setting_that_only_a_start_looks_at_is_told_to_be_without_effect(glyphs_ci, tmp_path, capfd):
+    options = (tmp_path / "run", glyphs_ci / "train", *SHORT, "engine.precision=fp16")
+    train_here(*options, "run.steps=2", "engine.loss_scale=64", "track.log_every=1")
+    train_here(*options, "run.steps=3", "engine.loss_scale=1024", "track.log_every=1")
+    output = capfd.readouterr().out
+    assert "engine.loss_scale: 64.0 -> 1024.0 (without effect: the checkpoint has it)" in output
+    assert "run.steps: 2 -> 3\n" in output
+    assert [row["engine.loss_scale"] for row in rows(tmp_path / "run")] == [64.0] * 3
