@@ -5,8 +5,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from partial_fc.benchmark import backbones
+from partial_fc.benchmark.backbone import benchmark_backbone
 from partial_fc.benchmark.head import README, ROWS, TARGETS, benchmark_head, sweep
-from partial_fc.benchmark.measure import LABELS
+from partial_fc.benchmark.heads import LABELS
 from partial_fc.benchmark.sampler import benchmark_sampler
 from partial_fc.config import EvaluationSet
 from partial_fc.doctor.run import doctor
@@ -143,14 +145,22 @@ def _parser() -> argparse.ArgumentParser:
     head.add_argument(
         "--preset", choices=("readme", "rows"), help="the README's sizes; 10^5 rows of 10^6, 10^7 classes"
     )
-    head.add_argument("--rounds", type=int, default=7, help="measured steps of each variant; unset: 7")
-    head.add_argument("--threads", type=int, default=1, help="of each rank; unset: 1")
-    head.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     head.add_argument("--variants", type=_names, metavar="NAME,...", help=f"some of {','.join(LABELS)}")
     head.add_argument("--profile", action="store_true", help="also where the time of a step goes, by torch's profiler")
-    head.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    head.add_argument("--table", choices=("plain", "markdown"), default="plain")
+    _add_measuring(head)
     head.set_defaults(run=_benchmark_head)
+
+    net = parts.add_parser("backbone", help="what engine options do to a training step's time and memory")
+    net.add_argument("--backbone", default="iresnet18", metavar="NAME", help="as backbone.name; unset: iresnet18")
+    net.add_argument("--dim", type=int, default=512, help="embedding size; unset: 512")
+    net.add_argument("--size", type=int, default=112, help="height and width of the images in pixels; unset: 112")
+    net.add_argument("--batch", type=int, default=32, help="global batch size; unset: 32")
+    net.add_argument("--ranks", type=int, help="processes, started here; unset: 1, or torchrun's")
+    net.add_argument(
+        "--variants", type=_names, metavar="NAME,...", help=f"some of {','.join(backbones.OPTIONS)}, joined by +"
+    )
+    _add_measuring(net)
+    net.set_defaults(run=_benchmark_backbone)
 
     sampler = parts.add_parser("sampler", help="how much of the full softmax's negatives samplers hold, in a run")
     sampler.add_argument("path", type=place, help=f"{RUN}; it stays as it is")
@@ -191,6 +201,15 @@ def _size(text: str) -> tuple[int, int]:
         return int(height), int(width or height)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; give 112, or height x width as 112x96") from None
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
+    """What the benchmarks that take steps in turn have in common."""
+    parser.add_argument("--rounds", type=int, default=7, help="measured steps of each variant; unset: 7")
+    parser.add_argument("--threads", type=int, default=1, help="of each rank; unset: 1")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--table", choices=("plain", "markdown"), default="plain")
 
 
 def _names(text: str) -> list[str]:
@@ -323,6 +342,25 @@ def _benchmark_head(arguments: argparse.Namespace) -> None:
             targets=TARGETS if arguments.preset == "readme" else (),
             growth=arguments.preset == "rows",
             profile=arguments.profile,
+        )
+
+
+def _benchmark_backbone(arguments: argparse.Namespace) -> None:
+    with distributed.job():
+        benchmark_backbone(
+            backbones.Cell(
+                arguments.backbone,
+                arguments.dim,
+                arguments.size,
+                arguments.batch,
+                arguments.ranks or distributed.world_size(),
+            ),
+            arguments.variants,
+            rounds=arguments.rounds,
+            threads=arguments.threads,
+            device=arguments.device,
+            json_file=arguments.json,
+            markdown=arguments.table == "markdown",
         )
 
 

@@ -151,5 +151,25 @@ def test_the_readme_shows_the_tree_as_it_is():
     assert not gone, f"in the README but not there: {sorted(gone)}"
 
 
+PAGES = [REPOSITORY / name for name in ("README.md", "configs/study/README.md", "figures/README.md")]
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if "://" not in link]
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
 def test_modules_stay_small():
     assert {str(p): n for p in MODULES if (n := len((REPOSITORY / p).read_text().splitlines())) > 420} == {}

@@ -5,14 +5,15 @@ import json
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from statistics import median
 
 from tqdm import tqdm
 
-from partial_fc.benchmark.measure import LABELS, LIMITS, Cell, describe, measure_memory, time_in_turn
+from partial_fc.benchmark.compare import paired, times_in_turn
+from partial_fc.benchmark.heads import LABELS, LIMITS, Cell, build, data, measure_memory
+from partial_fc.benchmark.measure import describe
 from partial_fc.benchmark.profile import profile_step
 from partial_fc.benchmark.ranks import on_ranks
-from partial_fc.benchmark.table import print_cell, print_growth, print_header, print_profile, print_targets
+from partial_fc.benchmark.table import HEAD_NOTES, print_cell, print_growth, print_header, print_profile, print_targets
 from partial_fc.parallel import distributed
 
 # ours are compared with these
@@ -106,7 +107,7 @@ def benchmark_head(
     header["compiled"] = any(variant.endswith("-compiled") for variant in variants)
     report = {"header": header, "cells": []}
     if speaks:
-        print_header(header, markdown)
+        print_header(header, HEAD_NOTES, markdown)
     groups = [[(cell, variant) for cell in cells] for variant in variants] if growth else []
     for cell in [] if growth else cells:
         # plain PyTorch knows one process
@@ -178,35 +179,16 @@ def _runnable(variants: list[str] | None, growth: bool, compiler: bool) -> list[
 
 def _measure(group: list[tuple[Cell, str]], clock: str, rounds: int, threads: int, device: str) -> list[dict]:
     """Figures of contestants that are timed in turn, before they are compared."""
-    ranks = group[0][0].ranks
-    by_rank = on_ranks(time_in_turn, ranks, device, group, rounds, threads, device)
-    out = []
-    for which, (cell, variant) in enumerate(tqdm(group, "memory", leave=False, disable=distributed.rank() > 0)):
-        ranked = [times[which] for times in by_rank]
-        clocks = {
-            name: [median(of_round) for of_round in zip(*(times["clocks"][name] for times in ranked), strict=True)]
-            for name in ranked[0]["clocks"]
-        }
-        result = {"clocks": {name: _spread(times) for name, times in clocks.items()}}
-        result["time"] = result["clocks"][clock]
-        result |= {name: ranked[0][name] for name in ("loss", "collectives", "bytes")}
+    results = times_in_turn(build, data, group, clock, rounds, threads, device)
+    bar = tqdm(group, "memory", leave=False, disable=distributed.rank() > 0)
+    for (cell, variant), result in zip(bar, results, strict=True):
         # a limit holds the rows in use alone: that is no head's memory
         held = [None]
         if variant not in LIMITS:
-            held = on_ranks(measure_memory, ranks, device, cell, variant, threads, device)
+            held = on_ranks(measure_memory, cell.ranks, device, cell, variant, threads, device)
         result["memory"] = None if None in held else max(held)
         result["bytes_per_class"] = None if result["memory"] is None else result["memory"] / cell.classes_of_rank
-        out.append(result)
-    return out
-
-
-def _spread(milliseconds: list[float]) -> dict:
-    return {
-        "median": median(milliseconds),
-        "low": min(milliseconds),
-        "high": max(milliseconds),
-        "rounds": milliseconds,
-    }
+    return results
 
 
 def _compare(cell: Cell, results: dict[str, dict]) -> None:
@@ -217,15 +199,11 @@ def _compare(cell: Cell, results: dict[str, dict]) -> None:
         for name in BASELINES:
             if name not in results:
                 continue
-            result["time_ratio"][name] = _paired(result, results[name])
+            result["time_ratio"][name] = paired(result, results[name])
             if result["memory"] and results[name]["memory"]:
                 result["memory_ratio"][name] = result["memory"] / results[name]["memory"]
         if result["memory"]:
             result["memory_ratio"]["state"] = result["memory"] / state
-
-
-def _paired(one: dict, other: dict) -> float:
-    return median(a / b for a, b in zip(one["time"]["rounds"], other["time"]["rounds"], strict=True))
 
 
 def _growth(group: list[tuple[Cell, str]], measured: list[dict]) -> dict:
@@ -233,7 +211,7 @@ def _growth(group: list[tuple[Cell, str]], measured: list[dict]) -> dict:
     return {
         "variant": group[0][1],
         "classes": [cell.classes for cell, _ in group],
-        "time_ratio": [_paired(result, measured[0]) for result in measured],
+        "time_ratio": [paired(result, measured[0]) for result in measured],
         "at_most": ROWS_AT_MOST,
     }
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from partial_fc.benchmark.measure import WARM_UP, Cell, build, data, place_of, touch
+from partial_fc.benchmark.heads import Cell, build, data
+from partial_fc.benchmark.measure import WARM_UP, place_of
 
 STEPS = 3
 SHOWN = 12  # operations; the rest is summed up
@@ -16,7 +17,6 @@ def profile_step(cell: Cell, variant: str, threads: int, device: str) -> list[di
     torch.set_num_threads(threads)
     place = place_of(device)
     head = build(variant, cell, place)
-    touch(head)
     batches = [data(variant, cell, step, place) for step in range(WARM_UP + STEPS)]
     for batch in batches[:WARM_UP]:
         head.step(*batch)

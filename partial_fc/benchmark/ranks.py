@@ -49,7 +49,7 @@ def _free_port() -> int:
 def _run(function: Callable, arguments: tuple, environments: list[dict]) -> list:
     # forkserver: a child has torch imported already, and nothing else of this process
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "partial_fc.benchmark.measure"])
+    context.set_forkserver_preload(["__main__", "partial_fc.benchmark.heads", "partial_fc.benchmark.backbones"])
     processes, answers = [], {}
     for environment in environments:
         ours, theirs = context.Pipe()
@@ -81,7 +81,7 @@ def _what_failed(message: str, processes: list) -> str:
         if process.exitcode not in (None, 0, FAILED):
             return (
                 f"process {rank} ended with exit code {process.exitcode}; -9 is what the kernel does when memory runs "
-                "out: fewer --variants or --classes need less"
+                "out: fewer --variants, --classes or images need less"
             )
     return message
 

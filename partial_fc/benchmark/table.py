@@ -1,6 +1,7 @@
 """What partial-fc benchmark prints."""
 
-from partial_fc.benchmark.measure import LABELS, Cell
+from partial_fc.benchmark import backbones
+from partial_fc.benchmark.heads import LABELS, Cell
 
 BASELINE_COLUMNS = {"dense": "dense", "published": "publ.", "limit": "limit", "limit-ours": "our limit"}
 CLOCKS = {
@@ -10,22 +11,45 @@ CLOCKS = {
 }
 
 
-def print_header(header: dict, markdown: bool) -> None:
+HEAD_NOTES = (
+    "/x: over x's, median of the rounds' ratios. MiB: peak beyond the process, the largest rank's, and bytes a "
+    "class; /state: over weight + momentum. KiB: of what a step's collectives gather or reduce. loss: of the last "
+    "round; published counts a sample at most 69, and below rate 1 each draws negatives of its own",
+)
+
+
+def print_header(header: dict, notes: tuple[str, ...], markdown: bool) -> None:
     lines = [
         f"{header['hardware']}; torch {header['torch']}, {header['libraries']}; {header['dtype']}",
         f"threads a rank: {header['threads']}; compiled parts {'ran' if header['compiled'] else 'did not run'}",
         f"ms: {CLOCKS[header['clock']]} of a step, median of {header['rounds']} interleaved rounds, median over ranks",
-        "/x: over x's, median of the rounds' ratios. MiB: peak beyond the process, the largest rank's, and bytes a "
-        "class; /state: over weight + momentum. KiB: of what a step's collectives gather or reduce. loss: of the last "
-        "round; published counts a sample at most 69, and below rate 1 each draws negatives of its own",
+        *notes,
     ]
     print(*lines, sep="  \n" if markdown else "\n")
 
 
+def print_backbone(cell: backbones.Cell, results: dict[str, dict], markdown: bool) -> None:
+    title = f"{cell.name} D={cell.dim}, {cell.batch} images of {cell.size} x {cell.size}, {_ranks(cell.ranks)}"
+    head = ["", "ms", "min-max", "wall ms", "images/s", "/fp32", "MiB", "/fp32", "loss"]
+    rows = [
+        [
+            variant,
+            *_times(result),
+            f"{1e3 * cell.batch / result['clocks']['wall']['median']:,.1f}",
+            _ratio(result["time_ratio"]),
+            "-" if result["peak"] is None else f"{result['kept'] / 2**20:,.0f} + {result['peak'] / 2**20:,.0f}",
+            _ratio(result["memory_ratio"]),
+            f"{result['loss']:.4f}",
+        ]
+        for variant, result in results.items()
+    ]
+    _print_table(title, head, rows, markdown)
+
+
 def print_cell(cell: Cell, results: dict[str, dict], markdown: bool) -> None:
     title = (
-        f"C={cell.classes:,} D={cell.dim} B={cell.batch} rate {cell.rate:g}, {cell.ranks} "
-        f"rank{'s' if cell.ranks > 1 else ''}, {cell.rows:,} rows in use a rank"
+        f"C={cell.classes:,} D={cell.dim} B={cell.batch} rate {cell.rate:g}, {_ranks(cell.ranks)}, "
+        f"{cell.rows:,} rows in use a rank"
     )
     baselines = [name for name in BASELINE_COLUMNS if name in results]
     by_memory = [name for name in baselines if not name.startswith("limit")]
@@ -33,8 +57,7 @@ def print_cell(cell: Cell, results: dict[str, dict], markdown: bool) -> None:
     head += ["MiB", "B/class", *(f"/{BASELINE_COLUMNS[name]}" for name in by_memory), "/state"]
     head += ["collectives", "KiB", "loss"]
     rows = [_row(variant, result, baselines, by_memory) for variant, result in results.items()]
-    print(f"\n**{title}**\n" if markdown else f"\n{title}")
-    print(_markdown(head, rows) if markdown else _plain(head, rows), flush=True)
+    _print_table(title, head, rows, markdown)
 
 
 def print_profile(variant: str, operations: list[dict], markdown: bool) -> None:
@@ -74,12 +97,10 @@ def print_targets(targets: list[dict], markdown: bool) -> None:
 
 
 def _row(variant: str, result: dict, baselines: list[str], by_memory: list[str]) -> list[str]:
-    time, memory = result["time"], result["memory"]
+    memory = result["memory"]
     return [
         LABELS[variant],
-        _ms(time["median"]),
-        f"{_ms(time['low'])}-{_ms(time['high'])}",
-        _ms(result["clocks"]["wall"]["median"]),
+        *_times(result),
         *(_ratio(result["time_ratio"].get(name)) for name in baselines),
         "-" if memory is None else f"{memory / 2**20:,.0f}",
         "-" if memory is None else f"{result['bytes_per_class']:,.0f}",
@@ -88,6 +109,20 @@ def _row(variant: str, result: dict, baselines: list[str], by_memory: list[str])
         f"{result['bytes'] / 2**10:,.0f}",
         "-" if result["loss"] is None else f"{result['loss']:.4f}",
     ]
+
+
+def _times(result: dict) -> list[str]:
+    time = result["time"]
+    return [_ms(time["median"]), f"{_ms(time['low'])}-{_ms(time['high'])}", _ms(result["clocks"]["wall"]["median"])]
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def _print_table(title: str, head: list[str], rows: list[list[str]], markdown: bool) -> None:
+    print(f"\n**{title}**\n" if markdown else f"\n{title}")
+    print(_markdown(head, rows) if markdown else _plain(head, rows), flush=True)
 
 
 def _ms(milliseconds: float) -> str:
