@@ -1,6 +1,7 @@
 """Checkpoints: complete or invisible, by class, for any number of ranks, and safe to read."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from partial_fc import (
 from partial_fc.head.sampling import HardNegatives, tables
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
-from tests.conftest import run_ranks
+from tests.conftest import REPOSITORY, run_ranks
 
 CLASSES, DIM = 23, 4
 
@@ -47,6 +48,50 @@ def go_on(head: PartialFC, engine: DDPEngine, steps: range) -> None:
         engine.backward(head(engine(x[mine.start : mine.stop]), labels[mine.start : mine.stop]))
         head.step(0.1)
         engine.step(0.1)
+
+
+def own_loop(run: Path, stop: int) -> tuple[int, torch.Tensor]:
+    """The README's program, which saves every 2 steps here and ends after `stop`: where it began, all parameters."""
+    section = (REPOSITORY / "README.md").read_text().partition("\n## The head in your own loop")[2]
+    (program,) = [code for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL) if "checkpoint.save" in code]
+    for words, ours in (("runs/mine", str(run)), ("classes.txt", str(run / "names.txt")), ("% 1000", "% 2")):
+        assert words in program
+        program = program.replace(words, ours)
+
+    def batches_from(step: int):
+        begun.append(step)
+        for number in range(step, stop):
+            x = torch.randn(12, 3, generator=torch.Generator().manual_seed(number))
+            labels = torch.arange(12) * (number + 3) % CLASSES
+            mine = distributed.part(12, distributed.rank(), distributed.world_size())
+            yield x[mine.start : mine.stop], labels[mine.start : mine.stop]
+
+    begun = []
+    torch.manual_seed(0)
+    model = nn.Linear(3, DIM)
+    names = {
+        "num_classes": CLASSES,
+        "embedding_dim": DIM,
+        "device": torch.device("cpu"),
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        "batches_from": batches_from,
+    }
+    exec(program, names)
+    return begun[0], torch.cat([names["head"].full_weight().flatten(), model.weight.detach().flatten()])
+
+
+def test_the_loop_of_the_readme_goes_on_at_another_number_of_ranks(tmp_path):
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "names.txt").write_text("a name\n" * CLASSES)
+    ((begun, wanted),) = run_ranks(own_loop, 1, tmp_path / "whole", 6)
+    assert begun == 0
+    run_ranks(own_loop, 2, tmp_path / "broken", 5)  # step 5 is lost
+    for begun, got in run_ranks(own_loop, 3, tmp_path / "broken", 6):
+        assert begun == 4
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    assert checkpoint.find_latest(tmp_path / "broken").step == 6
 
 
 def save_here(
