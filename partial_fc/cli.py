@@ -5,10 +5,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from partial_fc.benchmark import backbones
+from partial_fc.benchmark import backbone_steps
 from partial_fc.benchmark.backbone import benchmark_backbone
 from partial_fc.benchmark.head import README, ROWS, TARGETS, benchmark_head, sweep
-from partial_fc.benchmark.heads import LABELS
+from partial_fc.benchmark.head_steps import LABELS
 from partial_fc.benchmark.sampler import benchmark_sampler
 from partial_fc.config import EvaluationSet
 from partial_fc.doctor.run import doctor
@@ -157,7 +157,11 @@ def _parser() -> argparse.ArgumentParser:
     net.add_argument("--batch", type=int, default=32, help="global batch size; unset: 32")
     net.add_argument("--ranks", type=int, help="processes, started here; unset: 1, or torchrun's")
     net.add_argument(
-        "--variants", type=_names, metavar="NAME,...", help=f"some of {','.join(backbones.OPTIONS)}, joined by +"
+        "--variants",
+        type=_names,
+        metavar="NAME,...",
+        help=f"each one of {', '.join(backbone_steps.OPTIONS)}, or several joined by +, as bf16+channels_last; unset: "
+        "all that can run here, and two that join some",
     )
     _add_measuring(net)
     net.set_defaults(run=_benchmark_backbone)
@@ -207,9 +211,9 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     """What the benchmarks that take steps in turn have in common."""
     parser.add_argument("--rounds", type=int, default=7, help="measured steps of each variant; unset: 7")
     parser.add_argument("--threads", type=int, default=1, help="of each rank; unset: 1")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="unset: cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    parser.add_argument("--table", choices=("plain", "markdown"), default="plain")
+    parser.add_argument("--table", choices=("plain", "markdown"), default="plain", help="unset: plain")
 
 
 def _names(text: str) -> list[str]:
@@ -348,12 +352,12 @@ def _benchmark_head(arguments: argparse.Namespace) -> None:
 def _benchmark_backbone(arguments: argparse.Namespace) -> None:
     with distributed.job():
         benchmark_backbone(
-            backbones.Cell(
+            backbone_steps.Cell(
                 arguments.backbone,
                 arguments.dim,
                 arguments.size,
                 arguments.batch,
-                arguments.ranks or distributed.world_size(),
+                distributed.world_size() if arguments.ranks is None else arguments.ranks,
             ),
             arguments.variants,
             rounds=arguments.rounds,

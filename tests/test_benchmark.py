@@ -10,7 +10,7 @@ from torch import nn
 
 from partial_fc import PartialFC, cli
 from partial_fc.benchmark.head import BASELINES, OURS, README, ROWS, TARGETS, _runnable, benchmark_head, sweep
-from partial_fc.benchmark.heads import LABELS, Cell, data
+from partial_fc.benchmark.head_steps import LABELS, Cell, data
 from partial_fc.benchmark.measure import counted
 from partial_fc.benchmark.peers import Dense, Limit, Published, head_matmul, torch_matmul
 from partial_fc.benchmark.ranks import on_ranks

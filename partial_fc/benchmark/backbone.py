@@ -1,6 +1,5 @@
 """partial-fc benchmark backbone: what engine options do to a training step's time and memory, beside plain fp32."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,19 +7,22 @@ import torch
 from tqdm import tqdm
 
 from partial_fc import backbone
-from partial_fc.benchmark.backbones import OPTIONS, PLAIN, Cell, build, data, measure_memory, settings_of
-from partial_fc.benchmark.compare import paired, times_in_turn
-from partial_fc.benchmark.measure import describe
+from partial_fc.backbone.net import EmbeddingNet
+from partial_fc.benchmark.backbone_steps import OPTIONS, Backbone, Cell, data, measure_memory, settings_of
+from partial_fc.benchmark.compare import begin, finish, paired, times_in_turn
 from partial_fc.benchmark.ranks import on_ranks
 from partial_fc.benchmark.table import print_backbone, print_header
 from partial_fc.parallel import distributed
+from partial_fc.parallel.engine import check_engine
 
-FOR_CUDA = ("tf32", "fp16")  # a CPU has no tf32, and takes 11 times as long with fp16 as with fp32 (torch 2.14)
+PLAIN = "fp32"
+# partial-fc benchmark backbone --backbone smallnet --size 32 --variants fp16: 11 times fp32's time (torch 2.14, Zen 5)
+NOT_ON_A_CPU = ("tf32", "fp16")
 TOGETHER = ("bf16+channels_last", "bf16+channels_last+compile")
 NOTES = (
-    "the backbone's forward, backward and SGD update on random images, without head and reader; /fp32: over fp32's",
-    "MiB: kept between steps + peak of a step, the largest rank's. loss: of the last round, it tells variants apart "
-    "that compute something else",
+    "a step: the backbone's forward, backward and SGD update on one random batch, without head and reader",
+    "MiB: kept between steps + peak of a step, the rank's that has most. loss: of the last round; without rounding it "
+    "is the same for all",
 )
 
 
@@ -42,58 +44,68 @@ def benchmark_backbone(
 
     Raises ValueError for unknown variants, backbones and sizes, RunError for a rank that failed.
     """
-    if rounds < 1 or threads < 1:
-        raise ValueError(f"--rounds and --threads are {rounds} and {threads}; both must be positive")
-    _check(cell)
+    net = _check(cell)
+    for variant in variants or ():
+        check_engine(settings_of(variant), torch.device(device))
     speaks = distributed.rank() == 0
-    if json_file is not None:
-        with distributed.together("--json"):  # now, not after everything was measured
-            json_file.touch()
-    header = on_ranks(describe, cell.ranks, device, threads, device)[0] | {"rounds": rounds}
-    variants = _runnable(variants, device, compiler=header.pop("compiler"))
-    header["compiled"] = any(settings_of(variant).compile for variant in variants)
+    header, compiler = begin(
+        cell.ranks,
+        rounds=rounds,
+        threads=threads,
+        device=device,
+        json_file=json_file,
+        compiles=variants is None or any(settings_of(variant).compile for variant in variants),
+    )
+    variants = _runnable(variants, device, net, compiler)
     if speaks:
         print_header(header, NOTES, markdown)
     group = [(cell, variant) for variant in variants]
-    measured = times_in_turn(build, data, group, header["clock"], rounds, threads, device)
+    measured = times_in_turn(Backbone, data, group, header["clock"], rounds, threads, device)
     plain = measured[0]
     for variant, result in zip(tqdm(variants, "memory", leave=False, disable=not speaks), measured, strict=True):
         result["time_ratio"] = paired(result, plain)
         held = on_ranks(measure_memory, cell.ranks, device, cell, variant, threads, device)
-        result["kept"] = max(kept for kept, _ in held)
-        result["peak"] = None if None in held[0] else max(peak for _, peak in held)
-        result["memory"] = None if result["peak"] is None else max(map(sum, held))
-        result["memory_ratio"] = None if result["memory"] is None else result["memory"] / plain["memory"]
+        result["kept"], result["peak"] = max(held, key=lambda rank: rank[0] + (rank[1] or 0))
+        result["memory_ratio"] = None
+        if result["peak"] is not None:
+            result["memory_ratio"] = (result["kept"] + result["peak"]) / (plain["kept"] + plain["peak"])
     report = {"header": header, **asdict(cell), "variants": dict(zip(variants, measured, strict=True))}
     if speaks:
         print_backbone(cell, report["variants"], markdown)
-        if json_file is not None:
-            json_file.write_text(json.dumps(report, indent=1) + "\n")
+    finish(report, json_file)
     return report
 
 
-def _check(cell: Cell) -> None:
-    if min(cell.size, cell.batch, cell.ranks) < 1 or cell.batch % cell.ranks or cell.batch // cell.ranks < 2:
+def _check(cell: Cell) -> EmbeddingNet:
+    """Raises ValueError for names and sizes that there are not, before anything is measured; the net, without data."""
+    if min(cell.size, cell.ranks) < 1:
+        raise ValueError(f"--size and --ranks are {cell.size} and {cell.ranks}; both must be positive")
+    if cell.batch % cell.ranks or cell.batch < 2 * cell.ranks:
         raise ValueError(f"--batch {cell.batch} on {cell.ranks} ranks; wanted equal batches of 2 images or more")
     if distributed.world_size() not in (1, cell.ranks):
         raise ValueError(
             f"got {cell.ranks} ranks in a job of {distributed.world_size()}; under torchrun leave out --ranks, or run "
             "without torchrun: the command starts its ranks itself"
         )
-    with torch.device("meta"):  # names and sizes that there are not, before anything is measured
-        backbone.build(cell.name, cell.dim, (cell.size, cell.size))
+    with torch.device("meta"):
+        return backbone.build(cell.name, cell.dim, (cell.size, cell.size))
 
 
-def _runnable(variants: list[str] | None, device: str, compiler: bool) -> list[str]:
+def _runnable(variants: list[str] | None, device: str, net: EmbeddingNet, compiler: bool) -> list[str]:
     """The variants to measure, plain fp32 first: those that were asked for, or all that can run here."""
     if variants is None:
-        variants = [variant for variant in (*OPTIONS, *TOGETHER) if compiler or not settings_of(variant).compile]
-        if device == "cpu":
-            variants = [variant for variant in variants if variant not in FOR_CUDA]
+        left_out = set(NOT_ON_A_CPU) if device == "cpu" else set()
+        try:
+            net.checkpoint_activations()
+        except AssertionError:  # what timm's models say that cannot
+            left_out.add("checkpoint_activations")
+        if not compiler:
+            left_out.add("compile")
+        variants = [variant for variant in (*OPTIONS, *TOGETHER) if not left_out & set(variant.split("+"))]
     for variant in variants:
-        settings = settings_of(variant)
-        if settings.compile and not compiler:
+        if settings_of(variant).compile and not compiler:
             raise ValueError(f"--variants: torch.compile finds no compiler here; leave out {variant}")
-        if settings.precision == "tf32" and device == "cpu":
-            raise ValueError("--variants: tf32 is something that CUDA devices do; leave it out")
-    return list(dict.fromkeys([PLAIN, *variants]))
+    different: dict[str, str] = {}
+    for variant in (PLAIN, *variants):
+        different.setdefault(settings_of(variant).model_dump_json(), variant)
+    return list(different.values())

@@ -1,10 +1,34 @@
-"""From every rank's clocks to figures: a round's time over the ranks, and ratios within rounds."""
+"""From every rank's clocks to figures: a round's time over the ranks, ratios within rounds; a report's two ends."""
 
+import json
 from collections.abc import Callable
-from statistics import median
+from pathlib import Path
+from statistics import fmean, median
 
-from partial_fc.benchmark.measure import time_in_turn
+from partial_fc.benchmark.measure import describe, time_in_turn
 from partial_fc.benchmark.ranks import on_ranks
+from partial_fc.parallel import distributed
+
+
+def begin(
+    ranks: int, *, rounds: int, threads: int, device: str, json_file: Path | None, compiles: bool
+) -> tuple[dict, bool]:
+    """The report's header, and whether torch.compile works; compiles: look for that.
+
+    Raises ValueError for numbers and files that will not do: now, not after everything was measured.
+    """
+    if rounds < 1 or threads < 1:
+        raise ValueError(f"--rounds and --threads are {rounds} and {threads}; both must be positive")
+    if json_file is not None:
+        with distributed.together("--json"):
+            json_file.touch()
+    header = on_ranks(describe, ranks, device, threads, device, compiles)[0] | {"rounds": rounds}
+    return header, header.pop("compiler")
+
+
+def finish(report: dict, json_file: Path | None) -> None:
+    if json_file is not None and distributed.rank() == 0:
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def times_in_turn(
@@ -13,7 +37,7 @@ def times_in_turn(
     """`measure.time_in_turn` on the ranks of the group's cells: a dict a contestant.
 
     `clocks`: a spread of the rounds' milliseconds for each clock, of a round the median over ranks; `time`: that of
-    `clock`; `loss`, `collectives` and `bytes` of the first rank.
+    `clock`; `loss`: the mean over ranks, None where there is none.
     """
     by_rank = on_ranks(time_in_turn, group[0][0].ranks, device, build, data, group, rounds, threads, device)
     out = []
@@ -22,8 +46,8 @@ def times_in_turn(
         for name in ranked[0]["clocks"]:
             rounds_of_ranks = zip(*(rank["clocks"][name] for rank in ranked), strict=True)
             clocks[name] = spread([median(of_round) for of_round in rounds_of_ranks])
-        first = {name: ranked[0][name] for name in ("loss", "collectives", "bytes")}
-        out.append({"clocks": clocks, "time": clocks[clock], **first})
+        losses = [rank["loss"] for rank in ranked]
+        out.append({"clocks": clocks, "time": clocks[clock], "loss": None if None in losses else fmean(losses)})
     return out
 
 

@@ -1,16 +1,14 @@
 """partial-fc benchmark head: PartialFC beside plain PyTorch, the published PartialFC v2 and the least that any head
 computes, in time, memory and traffic, over sizes, sample rates and ranks."""
 
-import json
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
 
-from partial_fc.benchmark.compare import paired, times_in_turn
-from partial_fc.benchmark.heads import LABELS, LIMITS, Cell, build, data, measure_memory
-from partial_fc.benchmark.measure import describe
+from partial_fc.benchmark.compare import begin, finish, paired, times_in_turn
+from partial_fc.benchmark.head_steps import LABELS, LIMITS, Cell, build, data, measure_alone
 from partial_fc.benchmark.profile import profile_step
 from partial_fc.benchmark.ranks import on_ranks
 from partial_fc.benchmark.table import HEAD_NOTES, print_cell, print_growth, print_header, print_profile, print_targets
@@ -90,21 +88,16 @@ def benchmark_head(
 
     Raises ValueError for unknown variants and sizes that cannot run, RunError for a rank that failed.
     """
-    if rounds < 1 or threads < 1:
-        raise ValueError(f"--rounds and --threads are {rounds} and {threads}; both must be positive")
     for cell in cells:
         _check(cell)
     unknown = [variant for variant in variants or () if variant not in LABELS]
     if unknown:
         raise ValueError(f"--variants: got {unknown[0]!r}; wanted some of {', '.join(LABELS)}")
     speaks = distributed.rank() == 0
-    if json_file is not None:
-        with distributed.together("--json"):  # now, not after everything was measured
-            json_file.touch()
-    ranks = distributed.world_size()
-    header = on_ranks(describe, ranks, device, threads, device)[0] | {"rounds": rounds}
-    variants = _runnable(variants, growth, compiler=header.pop("compiler"))
-    header["compiled"] = any(variant.endswith("-compiled") for variant in variants)
+    header, compiler = begin(
+        distributed.world_size(), rounds=rounds, threads=threads, device=device, json_file=json_file, compiles=True
+    )
+    variants = _runnable(variants, growth, compiler)
     report = {"header": header, "cells": []}
     if speaks:
         print_header(header, HEAD_NOTES, markdown)
@@ -139,8 +132,7 @@ def benchmark_head(
     report["targets"] = [_reached(target, report["cells"]) for target in targets]
     if speaks:
         print_targets(report["targets"], markdown)
-        if json_file is not None:
-            json_file.write_text(json.dumps(report, indent=1) + "\n")
+    finish(report, json_file)
     return report
 
 
@@ -182,11 +174,13 @@ def _measure(group: list[tuple[Cell, str]], clock: str, rounds: int, threads: in
     results = times_in_turn(build, data, group, clock, rounds, threads, device)
     bar = tqdm(group, "memory", leave=False, disable=distributed.rank() > 0)
     for (cell, variant), result in zip(bar, results, strict=True):
-        # a limit holds the rows in use alone: that is no head's memory
-        held = [None]
+        # a limit holds the rows in use alone, that is no head's memory, and has no collectives
+        alone = [{"memory": None, "collectives": {}, "bytes": 0}]
         if variant not in LIMITS:
-            held = on_ranks(measure_memory, cell.ranks, device, cell, variant, threads, device)
-        result["memory"] = None if None in held else max(held)
+            alone = on_ranks(measure_alone, cell.ranks, device, cell, variant, threads, device)
+        result |= alone[0]
+        if result["memory"] is not None:
+            result["memory"] = max(rank["memory"] for rank in alone)
         result["bytes_per_class"] = None if result["memory"] is None else result["memory"] / cell.classes_of_rank
     return results
 

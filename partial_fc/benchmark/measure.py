@@ -48,14 +48,14 @@ def time_in_turn(
     """This rank's times: every (cell, variant) makes one step a round, in an order that rotates from round to round.
 
     build(variant, cell, device) gives what makes steps, data(variant, cell, step, device) the tensors that its `step`
-    takes. A dict a contestant: `clocks` (a list over rounds for each clock), `loss` of the last round, `collectives`
-    and `bytes` of a step. All contestants live at once.
+    takes. A dict a contestant: `clocks` (a list over rounds for each clock) and `loss` of the last round. All
+    contestants live at once.
     """
     torch.set_num_threads(threads)
     place = place_of(device)
     quiet = distributed.rank() > 0
     contestants = [build(variant, cell, place) for cell, variant in tqdm(group, "building", leave=False, disable=quiet)]
-    out = [{"clocks": {}, "loss": None, "collectives": {}, "bytes": 0} for _ in group]
+    out = [{"clocks": {}, "loss": None} for _ in group]
     for step in tqdm(range(WARM_UP + rounds), "rounds", leave=False, disable=quiet):
         for turn in range(len(group)):
             which = (turn + step) % len(group)
@@ -63,9 +63,7 @@ def time_in_turn(
             batch = data(variant, cell, step, place)
             distributed.barrier()
             if step < WARM_UP:
-                with counted() as counts:
-                    contestants[which].step(*batch)
-                out[which] |= counts
+                contestants[which].step(*batch)
                 continue
             clocks, loss = timed_step(contestants[which], batch)
             for clock, milliseconds in clocks.items():
@@ -76,10 +74,10 @@ def time_in_turn(
 
 @contextmanager
 def counted() -> Iterator[dict]:
-    """Counts the collectives of its body: how often each was called, and the bytes of what was gathered or reduced.
+    """Counts the head's collectives in its body: how often each was called, bytes of what was gathered or reduced.
 
-    Bytes are those of the whole: all ranks' parts of a gather, the tensor that is reduced. With one rank nothing is
-    sent and nothing counted.
+    Not what DistributedDataParallel sends by itself. Bytes are those of the whole: all ranks' parts of a gather, the
+    tensor that is reduced. With one rank nothing is sent and nothing counted.
     """
     calls, counts = Counter(), {"collectives": {}, "bytes": 0}
     names = ("all_gather", "all_reduce_sum", "all_reduce_max", "reduce_scatter_sum")
@@ -108,9 +106,10 @@ def counted() -> Iterator[dict]:
 
 
 def peak_beyond(body: Callable[[], object], place: torch.device) -> int | None:
-    """Bytes that this process, or its CUDA device, holds at most while body() runs, beyond what it holds now.
+    """Bytes that this process, or torch's tensors on a CUDA device, hold at most while body() runs, beyond what is now.
 
-    None where nobody tells: of a CPU Linux alone does.
+    On CUDA that leaves out the context and what NCCL and other libraries take by themselves. None where nobody tells:
+    of a CPU Linux alone does. `return_large_blocks` has to come before anything was allocated.
     """
     gc.collect()
     if place.type == "cuda":
@@ -133,19 +132,30 @@ def _status(field: str) -> int:
     return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
 
 
+def return_large_blocks() -> None:
+    """Has the allocator give every freed tensor back at once, at the price of time, so that peaks are those of tensors.
+
+    Else glibc keeps blocks of up to 32 MiB for reuse, in pieces: a step of IResNet-18 that holds 401 MiB showed 591.
+    """
+    _glibc("mallopt", -3, 1 << 16)  # M_MMAP_THRESHOLD
+
+
 def _return_free_memory() -> None:
-    # freed small blocks that the allocator keeps would be reused and not be seen
+    _glibc("malloc_trim", 0)  # freed small blocks that the allocator keeps would be reused and not be seen
+
+
+def _glibc(function: str, *arguments: int) -> None:
     try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError:  # another C library than glibc
+        getattr(ctypes.CDLL(None), function)(*arguments)
+    except AttributeError:  # another C library
         return
 
 
 # ---- where
 
 
-def describe(threads: int, device: str) -> dict:
-    """What a reader needs to know about the numbers."""
+def describe(threads: int, device: str, compiles: bool) -> dict:
+    """What a reader needs to know about the numbers; compiles: also whether torch.compile works, some seconds."""
     torch.set_num_threads(threads)
     place = place_of(device)
     if place.type == "cuda":
@@ -160,9 +170,8 @@ def describe(threads: int, device: str) -> dict:
         "torch": torch.__version__,
         "libraries": library,
         "threads": threads,
-        "dtype": "float32",
         "device": place.type,
-        "compiler": compiler_works(place.type),
+        "compiler": compiles and compiler_works(place.type),
         "clock": clock,
     }
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from partial_fc.benchmark.heads import Cell, build, data
+from partial_fc.benchmark.head_steps import Cell, build, data
 from partial_fc.benchmark.measure import WARM_UP, place_of
 
 STEPS = 3

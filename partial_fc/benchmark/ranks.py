@@ -49,7 +49,8 @@ def _free_port() -> int:
 def _run(function: Callable, arguments: tuple, environments: list[dict]) -> list:
     # forkserver: a child has torch imported already, and nothing else of this process
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "partial_fc.benchmark.heads", "partial_fc.benchmark.backbones"])
+    steps = [f"partial_fc.benchmark.{part}_steps" for part in ("head", "backbone")]
+    context.set_forkserver_preload(["__main__", *steps])
     processes, answers = [], {}
     for environment in environments:
         ours, theirs = context.Pipe()
@@ -81,7 +82,7 @@ def _what_failed(message: str, processes: list) -> str:
         if process.exitcode not in (None, 0, FAILED):
             return (
                 f"process {rank} ended with exit code {process.exitcode}; -9 is what the kernel does when memory runs "
-                "out: fewer --variants, --classes or images need less"
+                "out: fewer variants or a smaller size need less"
             )
     return message
 
@@ -96,7 +97,8 @@ def _rank(function: Callable, arguments: tuple, environment: dict, connection: C
             result = function(*arguments)
         except Exception as error:
             # said before the group falls apart and the others fail for that
-            connection.send((False, str(error) if isinstance(error, ValueError) else traceback.format_exc()))
+            clear = isinstance(error, ValueError | distributed.RunError)
+            connection.send((False, str(error) if clear else traceback.format_exc()))
             sys.exit(FAILED)
     connection.send((True, result))
 

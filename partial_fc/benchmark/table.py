@@ -1,7 +1,7 @@
 """What partial-fc benchmark prints."""
 
-from partial_fc.benchmark import backbones
-from partial_fc.benchmark.heads import LABELS, Cell
+from partial_fc.benchmark import backbone_steps
+from partial_fc.benchmark.head_steps import LABELS, Cell
 
 BASELINE_COLUMNS = {"dense": "dense", "published": "publ.", "limit": "limit", "limit-ours": "our limit"}
 CLOCKS = {
@@ -20,17 +20,16 @@ HEAD_NOTES = (
 
 def print_header(header: dict, notes: tuple[str, ...], markdown: bool) -> None:
     lines = [
-        f"{header['hardware']}; torch {header['torch']}, {header['libraries']}; {header['dtype']}",
-        f"threads a rank: {header['threads']}; compiled parts {'ran' if header['compiled'] else 'did not run'}",
+        f"{header['hardware']}; torch {header['torch']}, {header['libraries']}; threads a rank: {header['threads']}",
         f"ms: {CLOCKS[header['clock']]} of a step, median of {header['rounds']} interleaved rounds, median over ranks",
         *notes,
     ]
     print(*lines, sep="  \n" if markdown else "\n")
 
 
-def print_backbone(cell: backbones.Cell, results: dict[str, dict], markdown: bool) -> None:
+def print_backbone(cell: backbone_steps.Cell, results: dict[str, dict], markdown: bool) -> None:
     title = f"{cell.name} D={cell.dim}, {cell.batch} images of {cell.size} x {cell.size}, {_ranks(cell.ranks)}"
-    head = ["", "ms", "min-max", "wall ms", "images/s", "/fp32", "MiB", "/fp32", "loss"]
+    head = ["", "ms", "min-max", "wall ms", "images/s", "time/fp32", "MiB", "memory/fp32", "loss"]
     rows = [
         [
             variant,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from partial_fc.benchmark.measure import WARM_UP, peak_beyond, place_of
+from partial_fc.benchmark.measure import WARM_UP, counted, peak_beyond, place_of, return_large_blocks
 from partial_fc.benchmark.peers import Dense, Limit, Published, head_matmul, torch_matmul
 from partial_fc.head.margins import CosFace
 from partial_fc.head.partial_fc import PartialFC
@@ -121,20 +121,26 @@ def data(variant: str, cell: Cell, step: int, device: torch.device) -> tuple[Ten
     return embeddings[mine].to(device).requires_grad_(), labels[mine].to(device)
 
 
-def measure_memory(cell: Cell, variant: str, threads: int, device: str) -> int | None:
-    """Peak bytes of a step beyond what this process held before the head was built; None where nobody tells.
+def measure_alone(cell: Cell, variant: str, threads: int, device: str) -> dict:
+    """`memory`: peak bytes of a step beyond what this process held before the head was built; None where nobody tells.
 
     Weight, momentum and whatever a step needs. Before, a head of a few chunks runs in the same process, so that
-    libraries, threads and compiled parts are not counted.
+    libraries, threads and compiled parts are not counted. `collectives` and `bytes`: of a step, see measure.counted.
     """
+    return_large_blocks()
     torch.set_num_threads(threads)
     place = place_of(device)
     small = replace(cell, classes=min(cell.classes, int(cell.ranks * 5000 / cell.rate)))
     _steps(small, variant, place, WARM_UP)
-    return peak_beyond(lambda: _steps(cell, variant, place, WARM_UP + 1), place)
+    counts = {}
+    memory = peak_beyond(lambda: counts.update(_steps(cell, variant, place, WARM_UP + 1)), place)
+    return {"memory": memory, **counts}
 
 
-def _steps(cell: Cell, variant: str, device: torch.device, count: int) -> None:
+def _steps(cell: Cell, variant: str, device: torch.device, count: int) -> dict:
+    """What the last one's collectives were."""
     head = build(variant, cell, device)
     for step in range(count):
-        head.step(*data(variant, cell, step, device))
+        with counted() as counts:
+            head.step(*data(variant, cell, step, device))
+    return counts
