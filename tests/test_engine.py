@@ -273,6 +273,12 @@ def tiny_engine(**settings) -> DDPEngine:
     return engine
 
 
+def test_an_optimizer_that_checkpoints_do_not_know_is_an_error():
+    net = nn.Linear(3, 4)
+    with pytest.raises(ValueError, match="the optimizer is a Adam; wanted torch.optim.SGD or AdamW"):
+        DDPEngine(net, torch.optim.Adam(net.parameters()), CPU)
+
+
 def test_a_compiled_backbone_is_one_graph_and_gives_the_same():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -38,8 +38,8 @@ class BaseEngine:
     Between them stand, where they are wanted, engine.finite() and engine.clip(), which tell the head what to do alike.
     settings: see config.Engine. clip: the largest norm of the gradient; None: any.
 
-    Raises ValueError for settings that this device does not have, RunError for activations that the backbone cannot
-    checkpoint.
+    Raises ValueError for settings that this device does not have and for an optimizer other than torch's SGD or AdamW,
+    RunError for activations that the backbone cannot checkpoint.
     """
 
     def __init__(
@@ -55,6 +55,11 @@ class BaseEngine:
         self.settings = settings = settings or Engine()
         self.accumulate, self.max_norm = accumulate, clip
         check_device(settings, device)
+        if type(optimizer) not in MOMENTS:
+            raise ValueError(
+                f"the optimizer is a {type(optimizer).__name__}; wanted torch.optim.SGD or AdamW, whose state "
+                "checkpoints keep"
+            )
         if settings.sync_batchnorm:
             backbone.sync_batchnorm()
         if settings.channels_last:
