@@ -21,6 +21,7 @@ from partial_fc.figures.toy import EPOCHS
 from partial_fc.parallel import distributed
 from partial_fc.prepare.folder import prepare_folder
 from partial_fc.prepare.glyphs import prepare_glyphs
+from partial_fc.prepare.recordio import prepare_recordio
 from partial_fc.report.page import write_report
 from partial_fc.storage import place
 from partial_fc.study.run import default_ledger, run_study
@@ -55,7 +56,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     folder.add_argument("--min-samples", type=int, default=1, help="leave out identities with fewer images")
     folder.add_argument("--seed", type=int, default=0, help="of the samples' order")
-    folder.set_defaults(run=_prepare_folder)
+    folder.set_defaults(run=_prepare_images, kind=prepare_folder)
+
+    recordio = kinds.add_parser("recordio", help="MXNet's train.rec, as InsightFace publishes data sets; without MXNet")
+    recordio.add_argument("source", type=Path, help="a .rec file, or a folder with train.rec; no .idx is needed")
+    recordio.add_argument("out", type=Path, help="new folder for the shards")
+    recordio.add_argument(
+        "--size", type=_size, metavar="HxW", help="112 or 112x96; unset: all images have one size already"
+    )
+    recordio.add_argument("--min-samples", type=int, default=1, help="leave out identities with fewer images")
+    recordio.add_argument("--seed", type=int, default=0, help="of the samples' order")
+    recordio.set_defaults(run=_prepare_images, kind=prepare_recordio)
 
     glyphs = kinds.add_parser("glyphs", help="characters as identities, fonts as photos")
     glyphs.add_argument("source", help="small, medium or large (fetched), letters (no download), or a folder of fonts")
@@ -244,8 +255,8 @@ def _ranges(text: str) -> list[tuple[int, int]]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of ranges; give 4E00-9FFF,3400-4DBF") from None
 
 
-def _prepare_folder(arguments: argparse.Namespace) -> None:
-    prepare_folder(
+def _prepare_images(arguments: argparse.Namespace) -> None:
+    arguments.kind(
         arguments.source,
         arguments.out,
         size=arguments.size,

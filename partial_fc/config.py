@@ -115,7 +115,7 @@ class MarginChoice(Section):
     model_config = ConfigDict(extra="allow")
 
     name: str = "cosface"
-    """A margin's name in lower case, as cosface or sphereface (see margins.BY_NAME); beside it its own parameters."""
+    """As cosface or sphereface (see margins.BY_NAME), or module.Class of your own; beside it its own parameters."""
     warmup: dict[str, float] | None = None
     """Parameters that go linearly from these values to their own, as {steps: 10000, margin: 0.0}; unset: none."""
 

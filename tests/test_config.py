@@ -12,6 +12,7 @@ from partial_fc import Margin, backbone
 from partial_fc.config import Config
 from partial_fc.config_file import describe, load_config, save_config
 from partial_fc.environment import environment
+from partial_fc.figures.margins import parse_margins
 from partial_fc.head.embedding_losses import CenterLoss, TripletLoss, build_embedding_loss
 from partial_fc.head.margins import BY_NAME, build_margin
 from partial_fc.optim import learning_rate
@@ -172,6 +173,33 @@ def test_losses_beside_the_classifier(yaml_file):
     config = load_config(yaml_file, ["head.embedding_losses.center.weight=1e-2", "head.embedding_losses.triplet={}"])
     built = [build_embedding_loss(*item) for item in config.head.embedding_losses.items()]
     assert built == [CenterLoss(weight=0.01), TripletLoss()]
+
+
+def test_the_margin_of_the_readme_by_its_module(yaml_file, tmp_path, monkeypatch):
+    section = (REPOSITORY / "README.md").read_text().partition("\n## Margins")[2]
+    program = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    (tmp_path / "readme_losses.py").write_text(program + "\n\nclass Plain(Margin):\n    pass\n\n\nnumber = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = load_config(yaml_file, ["head.margin.name=readme_losses.Mine", "head.margin.margin=0.3"])
+    margin = build_margin(config.head.margin.name, config.head.margin.parameters)
+    assert type(margin).__module__ == "readme_losses" and margin.margin == 0.3
+    assert margin.target(torch.tensor([1.0, 0.0])).tolist() == pytest.approx([1.0, -0.3])
+    (named,) = parse_margins("readme_losses.Mine:margin=0.4")
+    assert named.label == "Mine m = 0.4" and type(named.margin) is type(margin)
+    warm = build_margin("readme_losses.Mine", {"margin": 0.3, "warmup": {"steps": 10, "margin": 0.1}})
+    assert warm.at(5).margin == pytest.approx(0.2)
+    for name, message in (
+        ("nowhere.Mine", "'nowhere.Mine' cannot be imported .No module named 'nowhere'.; give module.Class"),
+        ("readme_losses.Other", "cannot be imported .module 'readme_losses' has no attribute 'Other'"),
+        (".Mine", "cannot be imported"),
+        ("readme_losses.number", "is 3; wanted a dataclass that is a subclass of Margin"),
+        ("readme_losses.Tensor", "cannot be imported"),
+        ("partial_fc.PartialFC", "wanted a dataclass that is a subclass of Margin"),
+    ):
+        with pytest.raises(ValueError, match="head.margin.name: .*" + message):
+            build_margin(name, {})
+    with pytest.raises(ValueError, match="head.margin.width: readme_losses.Mine has no such parameter; it has"):
+        build_margin("readme_losses.Mine", {"width": 2})
 
 
 def test_margins_by_name():

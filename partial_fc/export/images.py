@@ -12,7 +12,8 @@ from torch import Tensor
 
 from partial_fc.data.reader import image_size, images_in_order
 from partial_fc.data.shards import Index, load_index
-from partial_fc.prepare.folder import fit, images_below, in_threads, printable, read_image
+from partial_fc.prepare.folder import images_below
+from partial_fc.prepare.images import fit, in_threads, printable, read_image
 
 
 class Read(NamedTuple):

@@ -22,7 +22,7 @@ from partial_fc.backbone import build_seeded
 from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone
 from partial_fc.config import Backbone, Config
 from partial_fc.environment import read_environment
-from partial_fc.prepare.folder import fit, read_image
+from partial_fc.prepare.images import fit, read_image
 
 FORMAT, VERSION = "partial_fc-backbone", 1
 _KEYS = ("backbone", "image_size", "mean", "std", "flip", "model_sha256")

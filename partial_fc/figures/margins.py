@@ -46,7 +46,7 @@ def parse_margins(text: str) -> list[Named]:
             if not equals:
                 raise ValueError(f"--margins: got {setting!r} in {part!r}; wanted parameter=value, as margin=0.35")
             given[parameter.strip()] = _value(value.strip())
-        built.append((build_margin(name.strip().lower(), given), given))
+        built.append((build_margin(name if "." in (name := name.strip()) else name.lower(), given), given))
     if not built:
         raise ValueError("--margins: got no margin; give one or more, as cosface:margin=0.35;arcface;softmax")
     return _named(built)

@@ -339,9 +339,11 @@ BY_NAME: dict[str, type[Margin]] = {
 def build_margin(name: str, parameters: dict) -> Margin | WarmUp:
     """The margin of a config: head.margin.name, its parameters, and `warmup`, {steps: n, parameter: first value, ...}.
 
+    name: one of BY_NAME, or module.Class of a module that can be imported.
+
     Raises ValueError naming what there is.
     """
-    kind = choose(BY_NAME, name, "margin", "head.margin.name")
+    kind = choose(BY_NAME, name, "margin", "head.margin.name", Margin)
     parameters = dict(parameters)
     warmup = parameters.pop("warmup", None)
     margin = fill(kind, name, parameters, "head.margin")

@@ -1,21 +1,40 @@
 """What a config names: a class by its name, its fields by theirs, with errors that give the key."""
 
 import difflib
+import importlib
 import types
 import typing
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def choose(by_name: dict[str, type[T]], name: str, kind: str, key: str) -> type[T]:
-    """The class called `name`. Raises ValueError, for the config's `key`, naming what there is of this `kind`."""
+def choose(by_name: dict[str, type[T]], name: str, kind: str, key: str, base: type[T] | None = None) -> type[T]:
+    """The class called `name`, or, of a name with a dot, that of another module, which is to be a subclass of `base`.
+
+    Raises ValueError, for the config's `key`, naming what there is of this `kind`.
+    """
     if name in by_name:
         return by_name[name]
+    if base is not None and "." in name:
+        return _imported(name, key, base)
     nearest = difflib.get_close_matches(name, by_name, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(by_name)}"
     raise ValueError(f"{key}: no {kind} is called {name!r}; {hint}")
+
+
+def _imported(name: str, key: str, base: type[T]) -> type[T]:
+    module, _, last = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), last)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{key}: {name!r} cannot be imported ({error}); give module.Class, and the module's folder in PYTHONPATH"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, base) and is_dataclass(found)):
+        raise ValueError(f"{key}: {name!r} is {found!r}; wanted a dataclass that is a subclass of {base.__name__}")
+    return found
 
 
 def fill(chosen: type[T], name: str, parameters: dict[str, Any], key: str) -> T:
@@ -23,7 +42,8 @@ def fill(chosen: type[T], name: str, parameters: dict[str, Any], key: str) -> T:
 
     Raises ValueError for a parameter that it does not have, or that is not of its type.
     """
-    known = {field.name: field.type for field in fields(chosen) if field.init}
+    types_of = typing.get_type_hints(chosen)
+    known = {field.name: types_of[field.name] for field in fields(chosen) if field.init}
     for parameter in parameters:
         if parameter not in known:
             has = ", ".join(known) or "none"

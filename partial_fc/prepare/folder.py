@@ -15,22 +15,22 @@ Every image is decoded once. What is dropped is counted by its reason:
     too_few_samples      its identity has fewer than `min_samples` of what is left
 """
 
-import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
-import cv2
-import numpy as np
 from tqdm import tqdm
 
-from partial_fc.data.reader import decode
-from partial_fc.data.shards import Index, require_new, write_shards
-from partial_fc.seeds import seed_for
+from partial_fc.data.shards import Index, require_new
+from partial_fc.prepare.images import (
+    File,
+    Image,
+    Source,
+    check_options,
+    examine_all,
+    read_file,
+    write_images,
+)
 
 REASONS = (
     "outside_identity",
@@ -45,23 +45,6 @@ REASONS = (
 
 _JPEG = {"jpg", "jpeg", "jpe"}
 _EXTENSIONS = _JPEG | {"png", "webp", "bmp", "tif", "tiff", "ppm", "pgm"}
-_AT_ONCE = 1024  # files that the threads have in hand: bounds what is in memory
-
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-class _File(NamedTuple):
-    identity: str
-    path: str
-
-
-class _Image(NamedTuple):
-    identity: str
-    path: str
-    digest: bytes  # of its bytes
-    size: tuple[int, int]  # (H, W)
 
 
 def prepare_folder(
@@ -87,54 +70,29 @@ def prepare_folder(
     if not source.is_dir():
         raise NotADirectoryError(f"{source} is no folder, wanted one that holds a folder of images per identity")
     require_new(out)
-    if min_samples < 1 or not 1 <= quality <= 100 or (size is not None and min(size) < 1):
-        raise ValueError(
-            f"got min_samples={min_samples}, quality={quality}, size={size}: wanted at least 1, 1 to 100, and "
-            "positive (height, width) or None"
-        )
-
+    check_options(min_samples, quality, size)
     dropped = Counter(dict.fromkeys(REASONS, 0))
     files = _list(source, dropped)
-    images = _examine_all(files, dropped)
+    where = Source(read_file, lambda path, data: _kind(path))
+    images = examine_all(files, where, dropped)
     images = _drop_repeated(images, dropped)
-    images = _drop_small_identities(images, min_samples, dropped)
-    counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "nothing"
-    if not images:
-        raise ValueError(
-            f"{source} has no image to use; dropped: {counts}. Wanted {source.name}/<identity>/<image> files that "
-            f"end in {', '.join(sorted(_EXTENSIONS))}, and at least {min_samples} of an identity"
-        )
-    size = size or _only_size(images)
-
-    identities = sorted({image.identity for image in images})
-    label_of = {identity: label for label, identity in enumerate(identities)}
-    order = np.random.Generator(np.random.Philox(seed_for("prepare", seed))).permutation(len(images))
-
-    def sample(i: int) -> tuple[bytes, str, int]:
-        return (*_stored(images[i], size, quality), label_of[images[i].identity])
-
-    index = write_shards(
+    return write_images(
         out,
-        in_threads(sample, order.tolist()),
-        [printable(identity) for identity in identities],
-        total=len(images),
-        prepared={
-            "kind": "folder",
-            "source": printable(str(source)),
-            "image_size": list(size),
-            "min_samples": min_samples,
-            "seed": seed,
-            "encoded_anew": sum(image.size != size for image in images),
-            "quality": quality,
-            "dropped": dict(dropped),
-            "dropped_identities": len({file.identity for file in files}) - len(identities),
-        },
+        files,
+        images,
+        where,
+        dropped,
+        kind="folder",
+        place=source,
+        wanted=f"{source.name}/<identity>/<image> files that end in {', '.join(sorted(_EXTENSIONS))}",
+        size=size,
+        min_samples=min_samples,
+        seed=seed,
+        quality=quality,
     )
-    print(f"{out}: {len(images)} images of {len(identities)} identities; dropped: {counts}")
-    return index
 
 
-def _list(source: Path, dropped: Counter[str]) -> list[_File]:
+def _list(source: Path, dropped: Counter[str]) -> list[File]:
     """The files in the folders of `source` that look like images, sorted by identity and path."""
     files = []
     for entry in tqdm(sorted(os.scandir(source), key=lambda entry: entry.name), desc="listing", mininterval=1):
@@ -144,7 +102,7 @@ def _list(source: Path, dropped: Counter[str]) -> list[_File]:
             dropped["outside_identity"] += 1
             continue
         paths, others = images_below(entry.path)
-        files += [_File(entry.name, path) for path in paths]
+        files += [File(entry.name, path) for path in paths]
         dropped["not_an_image"] += others
     return files
 
@@ -171,44 +129,11 @@ def images_below(top: str) -> tuple[list[str], int]:
     return paths, others
 
 
-def _examine_all(files: list[_File], dropped: Counter[str]) -> list[_Image]:
-    images = []
-    for result in tqdm(in_threads(_examine, files), desc="decoding", unit=" images", total=len(files), mininterval=1):
-        if isinstance(result, str):
-            dropped[result] += 1
-        else:
-            images.append(result)
-    return images
-
-
-def _examine(file: _File) -> _Image | str:
-    """The decoded file's facts, or the reason to drop it."""
-    read = read_image(file.path)
-    if isinstance(read, str):
-        return read
-    data, image = read
-    return _Image(*file, hashlib.blake2b(data, digest_size=16).digest(), image.shape[:2])
-
-
-def read_image(path: str | os.PathLike) -> tuple[bytes, np.ndarray] | str:
-    """A file's bytes and pixels (h, w, 3) uint8 RGB, or the reason why it has none: unreadable, empty, undecodable."""
-    if not os.path.isfile(path):  # a pipe would block
-        return "unreadable"
-    try:
-        data = Path(path).read_bytes()
-    except OSError:
-        return "unreadable"
-    if not data:
-        return "empty"
-    image = decode(data)
-    return "undecodable" if image is None else (data, image)
-
-
-def _drop_repeated(images: list[_Image], dropped: Counter[str]) -> list[_Image]:
+def _drop_repeated(images: list[Image], dropped: Counter[str]) -> list[Image]:
     """Without the images that several identities have, and with one of those that an identity has several times."""
     owner: dict[bytes, str] = {}
     shared = {image.digest for image in images if owner.setdefault(image.digest, image.identity) != image.identity}
-    kept: dict[bytes, _Image] = {}
+    kept: dict[bytes, Image] = {}
     for image in images:
         if image.digest in shared:
             dropped["two_identities"] += 1
@@ -217,62 +142,9 @@ def _drop_repeated(images: list[_Image], dropped: Counter[str]) -> list[_Image]:
     return list(kept.values())
 
 
-def _drop_small_identities(images: list[_Image], min_samples: int, dropped: Counter[str]) -> list[_Image]:
-    count = Counter(image.identity for image in images)
-    kept = [image for image in images if count[image.identity] >= min_samples]
-    dropped["too_few_samples"] += len(images) - len(kept)
-    return kept
-
-
-def _only_size(images: list[_Image]) -> tuple[int, int]:
-    sizes = Counter(image.size for image in images).most_common()
-    if len(sizes) > 1:
-        examples = ", ".join(f"{height} x {width}: {count}" for (height, width), count in sizes[:3])
-        raise ValueError(
-            f"got images of {len(sizes)} sizes (height x width: how many; {examples}{', …' * (len(sizes) > 3)}), "
-            "wanted one: give the size that all are to have, for example --size 112"
-        )
-    return sizes[0][0]
-
-
-def _stored(image: _Image, size: tuple[int, int], quality: int) -> tuple[bytes, str]:
-    """The bytes and the extension that go into the shard."""
-    data = Path(image.path).read_bytes()
-    extension = "jpg" if _extension(image.path) in _JPEG else _extension(image.path)
-    if image.size == size:
-        return data, extension
-    pixels = cv2.cvtColor(fit(decode(data), size), cv2.COLOR_RGB2BGR)
-    extension = "jpg" if extension == "jpg" else "png"
-    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if extension == "jpg" else []
-    return cv2.imencode(f".{extension}", pixels, options)[1].tobytes(), extension
-
-
-def fit(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(h, w, 3) → (H, W, 3): the largest middle part of the shape of `size`, resized; what has that size stays."""
-    height, width = pixels.shape[:2]
-    if (height, width) == tuple(size):
-        return pixels
-    scale = max(size[0] / height, size[1] / width)
-    part_height = min(height, max(1, round(size[0] / scale)))
-    part_width = min(width, max(1, round(size[1] / scale)))
-    top, left = (height - part_height) // 2, (width - part_width) // 2
-    part = pixels[top : top + part_height, left : left + part_width]
-    # Averaging areas does not alias when an image shrinks.
-    return cv2.resize(part, size[::-1], interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-
-
-def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """function of every item, in order. OpenCV and file reads leave the interpreter to other threads."""
-    remaining = iter(items)
-    with ThreadPoolExecutor() as pool:
-        while some := list(islice(remaining, _AT_ONCE)):
-            yield from pool.map(function, some)
+def _kind(path: str) -> str:
+    return "jpg" if _extension(path) in _JPEG else _extension(path)
 
 
 def _extension(path: str) -> str:
     return os.path.splitext(path)[1][1:].lower()
-
-
-def printable(name: str) -> str:
-    """A file name as one line of UTF-8: other bytes are escaped."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace").replace("\n", "\\n")

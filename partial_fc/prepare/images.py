@@ -1,0 +1,202 @@
+"""From images somewhere to shards: what of them can be used, at one size, in a seeded random order."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from partial_fc.data.reader import decode
+from partial_fc.data.shards import Index, write_shards
+from partial_fc.seeds import seed_for
+
+_AT_ONCE = 1024  # images that the threads have in hand: bounds what is in memory
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class File(NamedTuple):
+    identity: str | int
+    key: str | int  # what finds its bytes: a path, an offset
+
+
+class Image(NamedTuple):
+    identity: str | int
+    key: str | int
+    digest: bytes  # of its bytes
+    size: tuple[int, int]  # (H, W)
+
+
+class Source(NamedTuple):
+    """Where images are: `read` gives the bytes of a key, or the reason to drop it; `extension` its kind of file."""
+
+    read: Callable[[str | int], bytes | str]
+    extension: Callable[[str | int, bytes], str]
+
+
+def check_options(min_samples: int, quality: int, size: tuple[int, int] | None) -> None:
+    if min_samples < 1 or not 1 <= quality <= 100 or (size is not None and min(size) < 1):
+        raise ValueError(
+            f"got min_samples={min_samples}, quality={quality}, size={size}: wanted at least 1, 1 to 100, and "
+            "positive (height, width) or None"
+        )
+
+
+def examine_all(files: list[File], source: Source, dropped: Counter[str]) -> list[Image]:
+    """Those that can be decoded; the others are counted by their reason."""
+
+    def examine(file: File) -> Image | str:
+        data = source.read(file.key)
+        if isinstance(data, str):
+            return data
+        image = decode(data)
+        if image is None:
+            return "undecodable"
+        return Image(*file, hashlib.blake2b(data, digest_size=16).digest(), image.shape[:2])
+
+    images = []
+    for result in tqdm(in_threads(examine, files), desc="decoding", unit=" images", total=len(files), mininterval=1):
+        if isinstance(result, str):
+            dropped[result] += 1
+        else:
+            images.append(result)
+    return images
+
+
+def write_images(
+    out: Path,
+    files: list[File],
+    images: list[Image],
+    source: Source,
+    dropped: Counter[str],
+    *,
+    kind: str,
+    place: Path,
+    wanted: str,
+    size: tuple[int, int] | None,
+    min_samples: int,
+    seed: int,
+    quality: int,
+) -> Index:
+    """Writes `images`, which are what is left of `files`, to the data set `out`, and says what was dropped.
+
+    Class ids follow the sorted identities that have min_samples images, samples come in a random order by `seed`. size:
+    as in `prepare_folder`. Raises ValueError, with what was `wanted` of `place`, if no image is left, and if images are
+    of several sizes where `size` is None.
+    """
+    count = Counter(image.identity for image in images)
+    enough = [image for image in images if count[image.identity] >= min_samples]
+    dropped["too_few_samples"] += len(images) - len(enough)
+    if not enough:
+        raise ValueError(
+            f"{place} has no image to use; dropped: {_said(dropped)}. Wanted {wanted}, and at least {min_samples} "
+            "of an identity"
+        )
+    size = size or _only_size(enough)
+    identities = sorted({image.identity for image in enough})
+    label_of = {identity: label for label, identity in enumerate(identities)}
+    order = np.random.Generator(np.random.Philox(seed_for("prepare", seed))).permutation(len(enough))
+
+    def sample(i: int) -> tuple[bytes, str, int]:
+        return (*_stored(enough[i], source, size, quality), label_of[enough[i].identity])
+
+    index = write_shards(
+        out,
+        in_threads(sample, order.tolist()),
+        [printable(str(identity)) for identity in identities],
+        total=len(enough),
+        prepared={
+            "kind": kind,
+            "source": printable(str(place)),
+            "image_size": list(size),
+            "min_samples": min_samples,
+            "seed": seed,
+            "encoded_anew": sum(image.size != size for image in enough),
+            "quality": quality,
+            "dropped": dict(dropped),
+            "dropped_identities": len({file.identity for file in files}) - len(identities),
+        },
+    )
+    print(f"{out}: {len(enough)} images of {len(identities)} identities; dropped: {_said(dropped)}")
+    return index
+
+
+def _said(dropped: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "nothing"
+
+
+def read_file(path: str | os.PathLike) -> bytes | str:
+    """A file's bytes, or the reason why it has none: unreadable, empty."""
+    if not os.path.isfile(path):  # a pipe would block
+        return "unreadable"
+    try:
+        return Path(path).read_bytes() or "empty"
+    except OSError:
+        return "unreadable"
+
+
+def read_image(path: str | os.PathLike) -> tuple[bytes, np.ndarray] | str:
+    """A file's bytes and pixels (h, w, 3) uint8 RGB, or the reason why it has none: unreadable, empty, undecodable."""
+    data = read_file(path)
+    if isinstance(data, str):
+        return data
+    image = decode(data)
+    return "undecodable" if image is None else (data, image)
+
+
+def _only_size(images: list[Image]) -> tuple[int, int]:
+    sizes = Counter(image.size for image in images).most_common()
+    if len(sizes) > 1:
+        examples = ", ".join(f"{height} x {width}: {count}" for (height, width), count in sizes[:3])
+        raise ValueError(
+            f"got images of {len(sizes)} sizes (height x width: how many; {examples}{', …' * (len(sizes) > 3)}), "
+            "wanted one: give the size that all are to have, for example --size 112"
+        )
+    return sizes[0][0]
+
+
+def _stored(image: Image, source: Source, size: tuple[int, int], quality: int) -> tuple[bytes, str]:
+    """The bytes and the extension that go into the shard."""
+    data = source.read(image.key)
+    extension = source.extension(image.key, data)
+    if image.size == size:
+        return data, extension
+    pixels = cv2.cvtColor(fit(decode(data), size), cv2.COLOR_RGB2BGR)
+    extension = "jpg" if extension == "jpg" else "png"
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if extension == "jpg" else []
+    return cv2.imencode(f".{extension}", pixels, options)[1].tobytes(), extension
+
+
+def fit(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(h, w, 3) → (H, W, 3): the largest middle part of the shape of `size`, resized; what has that size stays."""
+    height, width = pixels.shape[:2]
+    if (height, width) == tuple(size):
+        return pixels
+    scale = max(size[0] / height, size[1] / width)
+    part_height = min(height, max(1, round(size[0] / scale)))
+    part_width = min(width, max(1, round(size[1] / scale)))
+    top, left = (height - part_height) // 2, (width - part_width) // 2
+    part = pixels[top : top + part_height, left : left + part_width]
+    # Averaging areas does not alias when an image shrinks.
+    return cv2.resize(part, size[::-1], interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """function of every item, in order. OpenCV and file reads leave the interpreter to other threads."""
+    remaining = iter(items)
+    with ThreadPoolExecutor() as pool:
+        while some := list(islice(remaining, _AT_ONCE)):
+            yield from pool.map(function, some)
+
+
+def printable(name: str) -> str:
+    """A file name as one line of UTF-8: other bytes are escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace").replace("\n", "\\n")
