@@ -12,8 +12,8 @@ CLOCKS = {
 
 
 HEAD_NOTES = (
-    "/x: over x's, median of the rounds' ratios. MiB: peak beyond the process, the largest rank's, and bytes a "
-    "class; /state: over weight + momentum. KiB: of what a step's collectives gather or reduce. loss: of the last "
+    "float32. /x: over x's, median of the rounds' ratios. MiB: peak beyond the process, the largest rank's, and bytes "
+    "a class; /state: over weight + momentum. KiB: of what a step's collectives gather or reduce. loss: of the last "
     "round; published counts a sample at most 69, and below rate 1 each draws negatives of its own",
 )
 
