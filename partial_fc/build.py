@@ -17,7 +17,8 @@ from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
 from partial_fc.evaluate.runs import open_sets
-from partial_fc.head.embedding_losses import PAIR_LOSSES, build_embedding_loss
+from partial_fc.head.embedding_losses import PAIR_LOSSES, EmbeddingLoss, build_embedding_loss
+from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.margins import build_margin
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.sampling import HardNegatives
@@ -164,16 +165,23 @@ def check_batch_norm(config: Config, net: nn.Module, order: Order | Groups) -> N
         )
 
 
+def build_losses(config: Config) -> tuple[Margin | WarmUp, list[EmbeddingLoss]]:
+    """What the head is trained with. Raises ValueError for names and parameters that there are not."""
+    margin = build_margin(config.head.margin.name, config.head.margin.parameters)
+    return margin, [build_embedding_loss(*loss) for loss in config.head.embedding_losses.items()]
+
+
 def build_head(config: Config, num_classes: int, device: torch.device) -> PartialFC:
     """The head as it is initialized. Raises ValueError for settings out of range."""
     hard = config.head.hard_negatives
+    margin, embedding_losses = build_losses(config)
     return PartialFC(
         num_classes,
         config.backbone.embedding_dim,
-        build_margin(config.head.margin.name, config.head.margin.parameters),
+        margin,
         config.head.sample_rate,
         dropout=config.head.dropout,
-        embedding_losses=[build_embedding_loss(*loss) for loss in config.head.embedding_losses.items()],
+        embedding_losses=embedding_losses,
         optimizer=_first(config.head.optim.name, config.optim.name),
         momentum=_first(config.head.optim.momentum, config.optim.momentum),
         weight_decay=_first(config.head.optim.weight_decay, config.optim.weight_decay),

@@ -48,25 +48,24 @@ def _parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="turn images or fonts into shards")
     kinds = prepare.add_subparsers(required=True, metavar="KIND")
 
-    folder = kinds.add_parser("folder", help="a folder with a folder of images per identity")
-    folder.add_argument("source", type=Path, help="SOURCE/<identity>/<images>")
-    folder.add_argument("out", type=Path, help="new folder for the shards")
-    folder.add_argument(
-        "--size", type=_size, metavar="HxW", help="112 or 112x96; unset: all images have one size already"
-    )
-    folder.add_argument("--min-samples", type=int, default=1, help="leave out identities with fewer images")
-    folder.add_argument("--seed", type=int, default=0, help="of the samples' order")
-    folder.set_defaults(run=_prepare_images, kind=prepare_folder)
-
-    recordio = kinds.add_parser("recordio", help="MXNet's train.rec, as InsightFace publishes data sets; without MXNet")
-    recordio.add_argument("source", type=Path, help="a .rec file, or a folder with train.rec; no .idx is needed")
-    recordio.add_argument("out", type=Path, help="new folder for the shards")
-    recordio.add_argument(
-        "--size", type=_size, metavar="HxW", help="112 or 112x96; unset: all images have one size already"
-    )
-    recordio.add_argument("--min-samples", type=int, default=1, help="leave out identities with fewer images")
-    recordio.add_argument("--seed", type=int, default=0, help="of the samples' order")
-    recordio.set_defaults(run=_prepare_images, kind=prepare_recordio)
+    for name, kind, what, source in (
+        ("folder", prepare_folder, "a folder with a folder of images per identity", "SOURCE/<identity>/<images>"),
+        (
+            "recordio",
+            prepare_recordio,
+            "MXNet's train.rec, as InsightFace publishes data sets; without MXNet",
+            "a .rec file, or a folder with train.rec; no .idx is needed",
+        ),
+    ):
+        images = kinds.add_parser(name, help=what)
+        images.add_argument("source", type=Path, help=source)
+        images.add_argument("out", type=Path, help="new folder for the shards")
+        images.add_argument(
+            "--size", type=_size, metavar="HxW", help="112 or 112x96; unset: all images have one size already"
+        )
+        images.add_argument("--min-samples", type=int, default=1, help="leave out identities with fewer images")
+        images.add_argument("--seed", type=int, default=0, help="of the samples' order")
+        images.set_defaults(run=_prepare_images, kind=kind)
 
     glyphs = kinds.add_parser("glyphs", help="characters as identities, fonts as photos")
     glyphs.add_argument("source", help="small, medium or large (fetched), letters (no download), or a folder of fonts")
@@ -108,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     figures.add_argument("out", type=Path, help="folder for the pictures and the page that shows them")
     figures.add_argument("--only", type=_names, metavar="NAME,...", help=f"some of {','.join(FIGURES)}")
     figures.add_argument(
-        "--margins", metavar="NAME:PARAMETER=VALUE,...;...", help='"cosface:margin=0.35,scale=30;arcface;softmax"'
+        "--margins",
+        metavar="NAME:PARAMETER=VALUE,...;...",
+        help='"cosface:margin=0.35,scale=30;my_losses.Mine"',
     )
     figures.add_argument(
         "--runs", type=place, nargs="+", default=[], metavar="RUN", help="run folders, for quality, cosines and roc"

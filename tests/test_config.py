@@ -179,6 +179,7 @@ def test_the_margin_of_the_readme_by_its_module(yaml_file, tmp_path, monkeypatch
     section = (REPOSITORY / "README.md").read_text().partition("\n## Margins")[2]
     program = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
     (tmp_path / "readme_losses.py").write_text(program + "\n\nclass Plain(Margin):\n    pass\n\n\nnumber = 3\n")
+    (tmp_path / "broken_losses.py").write_text("class Mine(\n")
     monkeypatch.syspath_prepend(tmp_path)
     config = load_config(yaml_file, ["head.margin.name=readme_losses.Mine", "head.margin.margin=0.3"])
     margin = build_margin(config.head.margin.name, config.head.margin.parameters)
@@ -189,12 +190,14 @@ def test_the_margin_of_the_readme_by_its_module(yaml_file, tmp_path, monkeypatch
     warm = build_margin("readme_losses.Mine", {"margin": 0.3, "warmup": {"steps": 10, "margin": 0.1}})
     assert warm.at(5).margin == pytest.approx(0.2)
     for name, message in (
-        ("nowhere.Mine", "'nowhere.Mine' cannot be imported .No module named 'nowhere'.; give module.Class"),
-        ("readme_losses.Other", "cannot be imported .module 'readme_losses' has no attribute 'Other'"),
+        ("nowhere.Mine", "'nowhere.Mine' cannot be imported .ModuleNotFoundError: No module .*; give module.Class"),
+        ("readme_losses.Other", "cannot be imported .AttributeError: module 'readme_losses' has no attribute 'Other'"),
         (".Mine", "cannot be imported"),
-        ("readme_losses.number", "is 3; wanted a dataclass that is a subclass of Margin"),
-        ("readme_losses.Tensor", "cannot be imported"),
-        ("partial_fc.PartialFC", "wanted a dataclass that is a subclass of Margin"),
+        ("..Mine", "cannot be imported"),
+        ("broken_losses.Mine", "cannot be imported .SyntaxError"),
+        ("readme_losses.number", "is 3; wanted a subclass of Margin, below @dataclass"),
+        ("readme_losses.Plain", "wanted a subclass of Margin, below @dataclass"),
+        ("partial_fc.PartialFC", "wanted a subclass of Margin"),
     ):
         with pytest.raises(ValueError, match="head.margin.name: .*" + message):
             build_margin(name, {})

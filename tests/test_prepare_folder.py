@@ -9,6 +9,7 @@ import pytest
 
 from partial_fc.data.reader import decode, images_in_order
 from partial_fc.data.shards import Index, verify
+from partial_fc.prepare import folder
 from partial_fc.prepare.folder import REASONS, prepare_folder
 
 SIZE = (16, 12)
@@ -192,6 +193,27 @@ def test_a_source_without_images_is_an_error(tmp_path):
     put(tmp_path / "source" / "a" / "0.png", 0)
     with pytest.raises(ValueError, match="dropped: 1 too_few_samples.* at least 2 of an identity"):
         prepare_folder(tmp_path / "source", tmp_path / "out", size=SIZE, min_samples=2)
+
+
+@pytest.mark.parametrize("size", [SIZE, (8, 8)])
+@pytest.mark.parametrize("becomes", [None, b"", b"no image"])
+def test_a_file_that_changes_on_the_way_is_an_error(tmp_path, monkeypatch, size, becomes):
+    put(tmp_path / "source" / "a" / "0.png", 0)
+    path = tmp_path / "source" / "a" / "0.png"
+    examine_all = folder.examine_all
+
+    def and_then(*arguments, **options):
+        images = examine_all(*arguments, **options)
+        path.unlink() if becomes is None else path.write_bytes(becomes)
+        return images
+
+    monkeypatch.setattr(folder, "examine_all", and_then)
+    if becomes == b"no image" and size == SIZE:  # bytes that stay as they are are not looked at again
+        prepare_folder(tmp_path / "source", tmp_path / "out", size=size)
+        return
+    with pytest.raises(OSError, match="0.png is not what it was when it was read before"):
+        prepare_folder(tmp_path / "source", tmp_path / "out", size=size)
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_arguments_are_errors(tmp_path):

@@ -12,11 +12,18 @@ from partial_fc import cli
 from partial_fc.data.reader import images_in_order
 from partial_fc.data.shards import verify
 from partial_fc.prepare.recordio import MAGIC, REASONS, RecordFile, prepare_recordio
-from tests.test_prepare_folder import SIZE, dropped, put, stored
+from tests.test_prepare_folder import dropped, put, stored
 
 REC = Path(__file__).parent / "insightface.rec"
 # What MXNet was given: seven images by hash, with their labels. The third ends in two magic words and is in four parts,
-# the fourth has two labels, the sixth is a PNG. After them the header with the ranges, and three ranges.
+# the fourth has two labels, the sixth is a PNG. After them the header with the ranges, and three ranges:
+#   from mxnet.recordio import IRHeader, MXIndexedRecordIO, pack
+#   file = MXIndexedRecordIO("insightface.idx", "insightface.rec", "w")
+#   for i, (label, image) in enumerate(images, start=1):
+#       file.write_idx(i, pack(IRHeader(0, label, i, 0), image))
+#   file.write_idx(0, pack(IRHeader(2, [8.0, 11.0], 0, 0), b""))
+#   for i, ends in enumerate([[1.0, 4.0], [4.0, 6.0], [6.0, 8.0]], start=8):
+#       file.write_idx(i, pack(IRHeader(2, ends, i, 0), b""))
 IMAGES = {
     "f2146b19078c776d": "0",
     "f82f76048ebbb246": "0",
@@ -137,6 +144,8 @@ def test_parts_of_no_record_are_an_error(tmp_path):
         (record(b"x", float("nan")), "has label nan"),
         (record(b"x", float("inf")), "has label inf"),
         (record(b"x", 2.0**24), "has label 16777216.0"),
+        (record(b"x", flag=1), "the record at byte 0 has 25 bytes, too few for 1 labels"),
+        (record(b"x" * 50, flag=1000), "the record at byte 0 has 74 bytes, too few for 1000 labels"),
         (b"", "has no image to use; dropped: nothing"),
     ],
 )
@@ -156,10 +165,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "3 images of 1 identities" in capsys.readouterr().out
     for arguments, message in (
         ((REC, tmp_path / "out"), "delete it, or choose another"),
-        ((tmp_path / "nowhere.rec", tmp_path / "new"), "No such file or directory"),
-        ((tmp_path, tmp_path / "new"), "train.rec"),
+        ((tmp_path / "nowhere.rec", tmp_path / "new"), "nowhere.rec is no file; give the .rec file, or a folder"),
+        ((tmp_path, tmp_path / "new"), "train.rec is no file; give the .rec file"),
     ):
         with pytest.raises(SystemExit) as end:
             run(*arguments)
         assert message in end.value.code and "\n" not in end.value.code
-    assert SIZE == (16, 12)

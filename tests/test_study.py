@@ -136,6 +136,17 @@ def test_the_digest_knows_data_by_its_fingerprint():
     assert digest(lr, fingerprints.get) == digest(same, fingerprints.get) != digest(other, fingerprints.get)
 
 
+def test_the_digest_knows_a_margin_of_a_module_by_its_file(tmp_path, monkeypatch):
+    """An edited loss is another one: its runs are not taken from the ledger."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "digested_losses.py").write_text("margin = 0.2\n")
+    values = {"data": {"train": "a"}, "head": {"margin": {"name": "digested_losses.Mine"}}}
+    before = digest(values, {"a": "1"}.get)
+    assert digest(values, {"a": "1"}.get) == before
+    (tmp_path / "digested_losses.py").write_text("margin = 0.3\n")
+    assert digest(values, {"a": "1"}.get) != before
+
+
 def test_a_row_that_is_no_config_is_an_error(write):
     with pytest.raises(ValueError, match="row new: head.embedding_losses.centre: .* did you mean center"):
         load_plan(write(rows=ROWS | {"new": {"head.embedding_losses.centre.weight": 0.1, "grid": "plain"}}))

@@ -16,9 +16,12 @@ trap 'exit 85' TERM # nothing runs yet
 run=$(
   python - "$@" <<'END'
 import sys
+from partial_fc.build import build_losses
 from partial_fc.config_file import load_config
 try:
-    print(load_config(sys.argv[1], sys.argv[2:]).run.dir)
+    config = load_config(sys.argv[1], sys.argv[2:])
+    build_losses(config)
+    print(config.run.dir)
 except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(64)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 
+from partial_fc.build import build_losses
 from partial_fc.config_file import load_config
 
 GRACE = 180  # seconds from Slurm's signal to the end of a job: what a checkpoint may take
@@ -69,7 +70,7 @@ def points(config: str, overrides: list[str]) -> list[tuple[str, list[str]]]:
         run = f"{base}/{name}" if choice else base
         own = [f"run.dir={run}", *([f"checkpoint.dir={store}/{name}"] if store and choice else [])]
         found.append((run, [*fixed, *choice, *own]))
-        load_config(config, found[-1][1])
+        build_losses(load_config(config, found[-1][1]))
     if len({run for run, _ in found}) < len(found):
         raise ValueError(f"two points of the grid have the same run folder: {sorted(run for run, _ in found)}")
     return found

@@ -2,9 +2,11 @@
 
 import difflib
 import importlib
+import importlib.util
 import types
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -20,7 +22,8 @@ def choose(by_name: dict[str, type[T]], name: str, kind: str, key: str, base: ty
     if base is not None and "." in name:
         return _imported(name, key, base)
     nearest = difflib.get_close_matches(name, by_name, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(by_name)}"
+    own = "" if base is None else ", and your own as module.Class"
+    hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(by_name)}{own}"
     raise ValueError(f"{key}: no {kind} is called {name!r}; {hint}")
 
 
@@ -28,13 +31,27 @@ def _imported(name: str, key: str, base: type[T]) -> type[T]:
     module, _, last = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), last)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever somebody's module raises
         raise ValueError(
-            f"{key}: {name!r} cannot be imported ({error}); give module.Class, and the module's folder in PYTHONPATH"
+            f"{key}: {name!r} cannot be imported ({type(error).__name__}: {error}); give module.Class, with the "
+            "module's folder in PYTHONPATH"
         ) from error
-    if not (isinstance(found, type) and issubclass(found, base) and is_dataclass(found)):
-        raise ValueError(f"{key}: {name!r} is {found!r}; wanted a dataclass that is a subclass of {base.__name__}")
+    if not (isinstance(found, type) and issubclass(found, base) and "__dataclass_fields__" in vars(found)):
+        raise ValueError(
+            f"{key}: {name!r} is {found!r}; wanted a subclass of {base.__name__}, below "
+            "@dataclass(frozen=True, kw_only=True)"
+        )
     return found
+
+
+def source_of(name: str) -> Path | None:
+    """The file of a name with a dot, module.Class; None for other names and where there is none."""
+    module = name.rpartition(".")[0]
+    try:
+        found = importlib.util.find_spec(module) if module else None
+    except (ImportError, ValueError):
+        return None
+    return Path(found.origin) if found is not None and found.has_location else None
 
 
 def fill(chosen: type[T], name: str, parameters: dict[str, Any], key: str) -> T:

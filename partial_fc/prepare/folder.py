@@ -74,7 +74,7 @@ def prepare_folder(
     dropped = Counter(dict.fromkeys(REASONS, 0))
     files = _list(source, dropped)
     where = Source(read_file, lambda path, data: _kind(path))
-    images = examine_all(files, where, dropped)
+    images = examine_all(files, where, dropped, digests=True)
     images = _drop_repeated(images, dropped)
     return write_images(
         out,

@@ -31,8 +31,8 @@ class File(NamedTuple):
 class Image(NamedTuple):
     identity: str | int
     key: str | int
-    digest: bytes  # of its bytes
     size: tuple[int, int]  # (H, W)
+    digest: bytes | None  # of its bytes, where it is wanted
 
 
 class Source(NamedTuple):
@@ -50,8 +50,8 @@ def check_options(min_samples: int, quality: int, size: tuple[int, int] | None) 
         )
 
 
-def examine_all(files: list[File], source: Source, dropped: Counter[str]) -> list[Image]:
-    """Those that can be decoded; the others are counted by their reason."""
+def examine_all(files: list[File], source: Source, dropped: Counter[str], *, digests: bool) -> list[Image]:
+    """Those that can be decoded; the others are counted by their reason. digests: of their bytes, too."""
 
     def examine(file: File) -> Image | str:
         data = source.read(file.key)
@@ -60,7 +60,8 @@ def examine_all(files: list[File], source: Source, dropped: Counter[str]) -> lis
         image = decode(data)
         if image is None:
             return "undecodable"
-        return Image(*file, hashlib.blake2b(data, digest_size=16).digest(), image.shape[:2])
+        digest = hashlib.blake2b(data, digest_size=16).digest() if digests else None
+        return Image(*file, image.shape[:2], digest)
 
     images = []
     for result in tqdm(in_threads(examine, files), desc="decoding", unit=" images", total=len(files), mininterval=1):
@@ -166,10 +167,16 @@ def _only_size(images: list[Image]) -> tuple[int, int]:
 def _stored(image: Image, source: Source, size: tuple[int, int], quality: int) -> tuple[bytes, str]:
     """The bytes and the extension that go into the shard."""
     data = source.read(image.key)
+    same = image.size == size
+    pixels = None if same or isinstance(data, str) else decode(data)
+    if isinstance(data, str) or not same and pixels is None:
+        raise OSError(
+            f"{image.key} is not what it was when it was read before: prepare from files that stay as they are"
+        )
     extension = source.extension(image.key, data)
-    if image.size == size:
+    if same:
         return data, extension
-    pixels = cv2.cvtColor(fit(decode(data), size), cv2.COLOR_RGB2BGR)
+    pixels = cv2.cvtColor(fit(pixels, size), cv2.COLOR_RGB2BGR)
     extension = "jpg" if extension == "jpg" else "png"
     options = [cv2.IMWRITE_JPEG_QUALITY, quality] if extension == "jpg" else []
     return cv2.imencode(f".{extension}", pixels, options)[1].tobytes(), extension

@@ -50,7 +50,7 @@ def prepare_recordio(
     """Write the images of a RecordIO file to the new data set `out`, in a random order drawn from `seed`.
 
     source: the .rec file, or a folder with a train.rec. Class ids follow the labels, which name the classes: equal to
-    them where they are 0 to C - 1. size and quality: as for `prepare_folder`; None keeps all bytes.
+    them where images of 0 to C - 1 are left. size and quality: as for `prepare_folder`; None keeps all bytes.
 
     Raises FileNotFoundError without a file, FileExistsError if `out` exists, and ValueError for a damaged file, labels
     that are no class numbers, if no image is left, if sizes differ or an option is out of range.
@@ -58,6 +58,8 @@ def prepare_recordio(
     source, out = Path(source), Path(out)
     if source.is_dir():
         source = source / "train.rec"
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} is no file; give the .rec file, or a folder with a train.rec")
     require_new(out)
     check_options(min_samples, quality, size)
     dropped = Counter(dict.fromkeys(REASONS, 0))
@@ -67,7 +69,7 @@ def prepare_recordio(
         return write_images(
             out,
             files,
-            examine_all(files, where, dropped),
+            examine_all(files, where, dropped, digests=False),
             where,
             dropped,
             kind="recordio",
@@ -83,16 +85,17 @@ def prepare_recordio(
 def _images(file: "RecordFile", dropped: Counter[str]) -> Iterator[File]:
     with tqdm(desc="listing", total=file.end, unit="B", unit_scale=True, mininterval=1) as bar:
         for offset, label, has_image in file.records():
-            bar.update(offset - bar.n)
+            bar.update(offset - bar.n)  # what is before it
             if not has_image:
                 dropped["not_an_image"] += 1
                 continue
             if not (0 <= label < MOST and label == int(label)):
                 raise ValueError(
                     f"{file.path}: the record at byte {offset} has label {label}; wanted the number of its class, "
-                    f"below {MOST}"
+                    f"below {MOST}: numbers that float32 tells apart; number the classes anew"
                 )
             yield File(int(label), offset)
+        bar.update(file.end - bar.n)
 
 
 class RecordFile:
@@ -123,7 +126,12 @@ class RecordFile:
                 # the header, and of several labels the first
                 data = os.pread(self.file.fileno(), min(length, _HEADER.size + 4), offset + _WORDS.size)
                 flag, label, image = self._unpack(data, offset)
-                if flag and len(data) > _HEADER.size:
+                if part == WHOLE and length < image:
+                    raise ValueError(
+                        f"{self.path}: the record at byte {offset} has {length} bytes, too few for {flag} labels; "
+                        f"{AGAIN}"
+                    )
+                if flag and len(data) == _HEADER.size + 4:
                     (label,) = struct.unpack_from("<f", data, _HEADER.size)
                 yield offset, label, part == FIRST or length > image
             offset += _WORDS.size + _padded(length)

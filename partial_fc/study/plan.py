@@ -32,10 +32,10 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
+from partial_fc.build import build_losses
 from partial_fc.config import Config, EvaluationSet, Section, check_config
 from partial_fc.data.shards import load_index
-from partial_fc.head.embedding_losses import build_embedding_loss
-from partial_fc.head.margins import build_margin
+from partial_fc.head.named import source_of
 
 TUNING, FINAL = "tuning", "final"
 
@@ -218,8 +218,8 @@ def config_of(trial: Trial, run: Path) -> Config:
 def digest(values: dict, fingerprint) -> str:
     """16 hexadecimal digits: equal for equal given settings, whatever does not touch the result left out.
 
-    `fingerprint(folder)` stands for a data set. Defaults are not in it: a setting that a later version adds, and that
-    nobody gives, changes no digest.
+    `fingerprint(folder)` stands for a data set, its file for a margin given as module.Class. Defaults are not in it: a
+    setting that a later version adds, and that nobody gives, changes no digest.
     """
     kept = copy.deepcopy(values)
     for section in ("checkpoint", "track"):
@@ -228,6 +228,9 @@ def digest(values: dict, fingerprint) -> str:
     for name in ("workers", "prefetch"):
         kept["data"].pop(name, None)
     kept["data"]["train"] = fingerprint(kept["data"]["train"])
+    source = source_of(kept.get("head", {}).get("margin", {}).get("name", ""))
+    if source is not None:
+        kept["margin_source"] = hashlib.sha256(source.read_bytes()).hexdigest()
     evaluate = kept.pop("evaluate", None) or {}
     sets = {name: EvaluationSet.model_validate(one) for name, one in evaluate.get("sets", {}).items()}
     kept["evaluate"] = {
@@ -260,9 +263,7 @@ def _check_row(base: dict, row: Row) -> None:
             raise ValueError(
                 "checkpoint.dir is set: a study's runs would go on from each other's checkpoints; unset it"
             )
-        build_margin(config.head.margin.name, config.head.margin.parameters)
-        for loss in config.head.embedding_losses.items():
-            build_embedding_loss(*loss)
+        build_losses(config)
 
 
 @cache
