@@ -152,7 +152,7 @@ def said(logs: Path, attempt: str) -> str:
 def test_an_invalid_config_is_told_from_a_failure(tmp_path):
     assert ended(pods(tmp_path / "run", "bad", "optim.lrr=1"), tmp_path) == [64, 64]
     assert "did you mean optim.lr?" in said(tmp_path, "bad")
-    assert ended(pods(tmp_path / "run", "margin", "head.margin.name=arcfase"), tmp_path) == [64, 64]
+    assert ended(pods(tmp_path / "run", "margin", "run.steps=9", "head.margin.name=arcfase"), tmp_path) == [64, 64]
     assert "did you mean arcface?" in said(tmp_path, "margin")
     bare = {"NODES": "1", "NODE": "0", "RENDEZVOUS": "127.0.0.1:29500"}
     assert start(["bash", "launch/cloud/node.sh"], bare, tmp_path / "none.log").wait(30) == 64
