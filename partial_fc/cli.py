@@ -7,6 +7,7 @@ from pathlib import Path
 
 from partial_fc.benchmark import backbone_steps
 from partial_fc.benchmark.backbone import benchmark_backbone
+from partial_fc.benchmark.compare import Measuring
 from partial_fc.benchmark.head import README, ROWS, TARGETS, benchmark_head, sweep
 from partial_fc.benchmark.head_steps import LABELS
 from partial_fc.benchmark.sampler import benchmark_sampler
@@ -343,6 +344,11 @@ def _embed(arguments: argparse.Namespace) -> None:
         )
 
 
+def _measuring(arguments: argparse.Namespace) -> Measuring:
+    markdown = arguments.table == "markdown"
+    return Measuring(arguments.rounds, arguments.threads, arguments.device, arguments.json, markdown)
+
+
 def _benchmark_head(arguments: argparse.Namespace) -> None:
     with distributed.job():
         ranks = arguments.ranks or [distributed.world_size()]
@@ -350,11 +356,7 @@ def _benchmark_head(arguments: argparse.Namespace) -> None:
         benchmark_head(
             {"readme": list(README), "rows": list(ROWS)}.get(arguments.preset, cells),
             arguments.variants,
-            rounds=arguments.rounds,
-            threads=arguments.threads,
-            device=arguments.device,
-            json_file=arguments.json,
-            markdown=arguments.table == "markdown",
+            _measuring(arguments),
             targets=TARGETS if arguments.preset == "readme" else (),
             growth=arguments.preset == "rows",
             profile=arguments.profile,
@@ -372,11 +374,7 @@ def _benchmark_backbone(arguments: argparse.Namespace) -> None:
                 distributed.world_size() if arguments.ranks is None else arguments.ranks,
             ),
             arguments.variants,
-            rounds=arguments.rounds,
-            threads=arguments.threads,
-            device=arguments.device,
-            json_file=arguments.json,
-            markdown=arguments.table == "markdown",
+            _measuring(arguments),
         )
 
 

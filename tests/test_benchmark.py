@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from partial_fc import PartialFC, cli
+from partial_fc.benchmark.compare import Measuring
 from partial_fc.benchmark.head import BASELINES, OURS, README, ROWS, TARGETS, _runnable, benchmark_head, sweep
 from partial_fc.benchmark.head_steps import LABELS, Cell, data
 from partial_fc.benchmark.measure import counted
@@ -158,7 +159,7 @@ def test_table_and_json(ranks, tmp_path, capsys):
     cell = Cell(6000, 256, 16, 1.0, ranks)
     variants = ["dense", "published", "recompute", "limit", *(["cache-bf16", "limit-ours"] if ranks == 1 else [])]
     report = benchmark_head(
-        [cell], variants, rounds=3, threads=1, device="cpu", json_file=tmp_path / "out.json", markdown=ranks == 2
+        [cell], variants, Measuring(3, 1, "cpu", json_file=tmp_path / "out.json", markdown=ranks == 2)
     )
     assert json.loads((tmp_path / "out.json").read_text()) == report
     said = capsys.readouterr().out
@@ -197,7 +198,7 @@ def test_table_and_json(ranks, tmp_path, capsys):
 
 def test_growth_compares_cells_in_turn(capsys):
     cells = [Cell(2000, 8, 8, 0.1), Cell(20_000, 8, 8, 0.01)]
-    report = benchmark_head(cells, ["recompute"], rounds=3, threads=1, device="cpu", growth=True)
+    report = benchmark_head(cells, ["recompute"], Measuring(3, 1, "cpu"), growth=True)
     small, large = (cell["variants"]["recompute"]["time"]["rounds"] for cell in report["cells"])
     (growth,) = report["growth"]
     assert growth["classes"] == [2000, 20_000]
@@ -207,7 +208,7 @@ def test_growth_compares_cells_in_turn(capsys):
 
 def test_a_profile_says_where_the_time_goes(capsys):
     cell = Cell(3000, 128, 64, 1.0)
-    report = benchmark_head([cell], ["published", "recompute"], rounds=1, threads=1, device="cpu", profile=True)
+    report = benchmark_head([cell], ["published", "recompute"], Measuring(1, 1, "cpu"), profile=True)
     variants = report["cells"][0]["variants"]
     assert "profile" not in variants["published"]
     operations = variants["recompute"]["profile"]

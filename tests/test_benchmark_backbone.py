@@ -10,6 +10,7 @@ from torch import nn
 from partial_fc import backbone, cli
 from partial_fc.benchmark.backbone import _runnable, benchmark_backbone
 from partial_fc.benchmark.backbone_steps import LR, Backbone, Cell, data, measure_memory, settings_of
+from partial_fc.benchmark.compare import Measuring
 from partial_fc.benchmark.ranks import on_ranks
 from partial_fc.config import Engine, Optim
 from partial_fc.parallel import distributed
@@ -148,7 +149,7 @@ def test_table_and_json(ranks, tmp_path, capsys):
     cell = Cell("smallnet", 8, 32, 8, ranks)
     variants = ["bf16", "channels_last+ema"] if ranks == 1 else ["bf16"]
     report = benchmark_backbone(
-        cell, variants, rounds=3, threads=1, device="cpu", json_file=tmp_path / "out.json", markdown=ranks == 2
+        cell, variants, Measuring(3, 1, "cpu", json_file=tmp_path / "out.json", markdown=ranks == 2)
     )
     assert json.loads((tmp_path / "out.json").read_text()) == report
     said = capsys.readouterr().out

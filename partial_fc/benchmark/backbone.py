@@ -1,7 +1,6 @@
 """partial-fc benchmark backbone: what engine options do to a training step's time and memory, beside plain fp32."""
 
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -9,7 +8,7 @@ from tqdm import tqdm
 from partial_fc import backbone
 from partial_fc.backbone.net import EmbeddingNet
 from partial_fc.benchmark.backbone_steps import OPTIONS, Backbone, Cell, data, measure_memory, settings_of
-from partial_fc.benchmark.compare import begin, finish, paired, times_in_turn
+from partial_fc.benchmark.compare import Measuring, begin, finish, paired, times_in_turn
 from partial_fc.benchmark.ranks import on_ranks
 from partial_fc.benchmark.table import print_backbone, print_header
 from partial_fc.parallel import distributed
@@ -26,16 +25,7 @@ NOTES = (
 )
 
 
-def benchmark_backbone(
-    cell: Cell,
-    variants: list[str] | None,
-    *,
-    rounds: int,
-    threads: int,
-    device: str,
-    json_file: Path | None = None,
-    markdown: bool = False,
-) -> dict:
+def benchmark_backbone(cell: Cell, variants: list[str] | None, measuring: Measuring) -> dict:
     """Measures a backbone's training step under each variant, prints a table, and returns (and writes) it as a dict.
 
     Time: all variants live in one process (one group of processes), and every round each makes a step, in an order
@@ -45,22 +35,17 @@ def benchmark_backbone(
     Raises ValueError for unknown variants, backbones and sizes, RunError for a rank that failed.
     """
     net = _check(cell)
+    device, threads = measuring.device, measuring.threads
     for variant in variants or ():
         check_engine(settings_of(variant), torch.device(device))
     speaks = distributed.rank() == 0
-    header, compiler = begin(
-        cell.ranks,
-        rounds=rounds,
-        threads=threads,
-        device=device,
-        json_file=json_file,
-        compiles=variants is None or any(settings_of(variant).compile for variant in variants),
-    )
+    compiles = variants is None or any(settings_of(variant).compile for variant in variants)
+    header, compiler = begin(measuring, compiles=compiles)
     variants = _runnable(variants, device, net, compiler)
     if speaks:
-        print_header(header, NOTES, markdown)
+        print_header(header, NOTES, measuring.markdown)
     group = [(cell, variant) for variant in variants]
-    measured = times_in_turn(Backbone, data, group, header["clock"], rounds, threads, device)
+    measured = times_in_turn(Backbone, data, group, header["clock"], measuring)
     plain = measured[0]
     for variant, result in zip(tqdm(variants, "memory", leave=False, disable=not speaks), measured, strict=True):
         result["time_ratio"] = paired(result, plain)
@@ -71,8 +56,8 @@ def benchmark_backbone(
             result["memory_ratio"] = (result["kept"] + result["peak"]) / (plain["kept"] + plain["peak"])
     report = {"header": header, **asdict(cell), "variants": dict(zip(variants, measured, strict=True))}
     if speaks:
-        print_backbone(cell, report["variants"], markdown)
-    finish(report, json_file)
+        print_backbone(cell, report["variants"], measuring.markdown)
+    finish(report, measuring)
     return report
 
 

@@ -3,11 +3,10 @@ computes, in time, memory and traffic, over sizes, sample rates and ranks."""
 
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 
 from tqdm import tqdm
 
-from partial_fc.benchmark.compare import begin, finish, paired, times_in_turn
+from partial_fc.benchmark.compare import Measuring, begin, finish, paired, times_in_turn
 from partial_fc.benchmark.head_steps import LABELS, LIMITS, Cell, build, data, measure_alone
 from partial_fc.benchmark.profile import profile_step
 from partial_fc.benchmark.ranks import on_ranks
@@ -68,12 +67,8 @@ ROWS_AT_MOST = 1.2
 def benchmark_head(
     cells: list[Cell],
     variants: list[str] | None,
+    measuring: Measuring,
     *,
-    rounds: int,
-    threads: int,
-    device: str,
-    json_file: Path | None = None,
-    markdown: bool = False,
     targets: tuple[Target, ...] = (),
     growth: bool = False,
     profile: bool = False,
@@ -93,10 +88,8 @@ def benchmark_head(
     unknown = [variant for variant in variants or () if variant not in LABELS]
     if unknown:
         raise ValueError(f"--variants: got {unknown[0]!r}; wanted some of {', '.join(LABELS)}")
-    speaks = distributed.rank() == 0
-    header, compiler = begin(
-        distributed.world_size(), rounds=rounds, threads=threads, device=device, json_file=json_file, compiles=True
-    )
+    speaks, markdown = distributed.rank() == 0, measuring.markdown
+    header, compiler = begin(measuring, compiles=True)
     variants = _runnable(variants, growth, compiler)
     report = {"header": header, "cells": []}
     if speaks:
@@ -108,7 +101,7 @@ def benchmark_head(
     if not all(groups) or not groups:
         raise ValueError("--variants: a cell has none left to run; dense is for one rank alone")
     for group in groups:
-        measured = _measure(group, header["clock"], rounds, threads, device)
+        measured = _measure(group, header["clock"], measuring)
         results = {}
         for (cell, variant), result in zip(group, measured, strict=True):
             results.setdefault(cell, {})[variant] = result
@@ -120,7 +113,7 @@ def benchmark_head(
             for variant in of_cell if profile else ():
                 if variant in OURS:
                     of_cell[variant]["profile"] = on_ranks(
-                        profile_step, cell.ranks, device, cell, variant, threads, device
+                        profile_step, cell.ranks, measuring.device, cell, variant, measuring.threads, measuring.device
                     )[0]
                     if speaks:
                         print_profile(variant, of_cell[variant]["profile"], markdown)
@@ -132,7 +125,7 @@ def benchmark_head(
     report["targets"] = [_reached(target, report["cells"]) for target in targets]
     if speaks:
         print_targets(report["targets"], markdown)
-    finish(report, json_file)
+    finish(report, measuring)
     return report
 
 
@@ -169,15 +162,16 @@ def _runnable(variants: list[str] | None, growth: bool, compiler: bool) -> list[
 # ---- from clocks to figures
 
 
-def _measure(group: list[tuple[Cell, str]], clock: str, rounds: int, threads: int, device: str) -> list[dict]:
+def _measure(group: list[tuple[Cell, str]], clock: str, measuring: Measuring) -> list[dict]:
     """Figures of contestants that are timed in turn, before they are compared."""
-    results = times_in_turn(build, data, group, clock, rounds, threads, device)
+    results = times_in_turn(build, data, group, clock, measuring)
     bar = tqdm(group, "memory", leave=False, disable=distributed.rank() > 0)
     for (cell, variant), result in zip(bar, results, strict=True):
         # a limit holds the rows in use alone, that is no head's memory, and has no collectives
         alone = [{"memory": None, "collectives": {}, "bytes": 0}]
         if variant not in LIMITS:
-            alone = on_ranks(measure_alone, cell.ranks, device, cell, variant, threads, device)
+            device = measuring.device
+            alone = on_ranks(measure_alone, cell.ranks, device, cell, variant, measuring.threads, device)
         result |= alone[0]
         if result["memory"] is not None:
             result["memory"] = max(rank["memory"] for rank in alone)
