@@ -3,6 +3,8 @@
 import hashlib
 import os
 import struct
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 from partial_fc import cli
 from partial_fc.data.reader import images_in_order
 from partial_fc.data.shards import verify
-from partial_fc.prepare.recordio import MAGIC, REASONS, RecordFile, prepare_recordio
+from partial_fc.prepare.images import Source, examine_all
+from partial_fc.prepare.recordio import MAGIC, REASONS, RecordFile, _images, prepare_recordio
 from tests.test_prepare_folder import dropped, put, stored
 
 REC = Path(__file__).parent / "insightface.rec"
@@ -154,6 +157,23 @@ def test_damaged_files_and_labels_are_errors(data, message, tmp_path):
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         prepare_recordio(tmp_path, tmp_path / "out")
     assert os.listdir(tmp_path) == ["train.rec"]
+
+
+def test_memory_of_an_image(tmp_path):
+    """What is kept of each until the last one is written."""
+    image, count = put(tmp_path / "0.png", 0, (2, 2)), 5000
+    (tmp_path / "train.rec").write_bytes(b"".join(record(image, i) for i in range(count)))
+    dropped_here = Counter()
+    with RecordFile(tmp_path / "train.rec") as file:
+        tracemalloc.start()
+        files = list(_images(file, dropped_here))
+        images = examine_all(files, Source(file.image, None), dropped_here, digests=False)
+        order = list(range(count))
+        kept = tracemalloc.get_traced_memory()[0] / count
+        tracemalloc.stop()
+    assert len(images) == len(order) == count
+    print(f"{kept:.0f} bytes an image")
+    assert 100 < kept < 500
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
