@@ -60,7 +60,7 @@ def build(config: Config, device: torch.device) -> Parts:
         torch.set_num_threads(config.run.threads)
     with distributed.together("preparing the run"):
         check_engine(config.engine, device)
-        index = with_label_noise(load_index(config.data.train), config.data.label_noise, config.run.seed)
+        index = training_data(config)
         size = image_size(index)
         order = order_of(config, index)
         net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
@@ -198,6 +198,17 @@ def build_head(config: Config, num_classes: int, device: torch.device) -> Partia
         check_labels=False,  # all labels were checked when the index was loaded
         device=device,
     )
+
+
+def training_data(config: Config) -> Index:
+    """The data set to train on, its labels as they are trained. Raises ValueError for a list of pairs."""
+    index = load_index(config.data.train)
+    if "pair" in index.extra:
+        raise ValueError(
+            f"data.train: {index.path} is a list of pairs, which does not say who is who: name it in evaluate.sets, "
+            "and a set of identities here"
+        )
+    return with_label_noise(index, config.data.label_noise, config.run.seed)
 
 
 def with_label_noise(index: Index, probability: float, seed: int) -> Index:

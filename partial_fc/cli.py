@@ -22,6 +22,7 @@ from partial_fc.figures.toy import EPOCHS
 from partial_fc.parallel import distributed
 from partial_fc.prepare.folder import prepare_folder
 from partial_fc.prepare.glyphs import prepare_glyphs
+from partial_fc.prepare.pairs import prepare_bin, prepare_pairs
 from partial_fc.prepare.recordio import prepare_recordio
 from partial_fc.report.page import write_report
 from partial_fc.storage import place
@@ -49,14 +50,17 @@ def _parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="turn images or fonts into shards")
     kinds = prepare.add_subparsers(required=True, metavar="KIND")
 
+    pair = "a text with a pair a line: two image files, relative to its folder, and 1 for one identity or 0"
     for name, kind, what, source in (
-        ("folder", prepare_folder, "a folder with a folder of images per identity", "SOURCE/<identity>/<images>"),
+        ("folder", prepare_folder, "a folder of images per identity", "SOURCE/<identity>/<images>"),
         (
             "recordio",
             prepare_recordio,
-            "MXNet's train.rec, as InsightFace publishes data sets; without MXNet",
-            "a .rec file, or a folder with train.rec; no .idx is needed",
+            "InsightFace's data sets, without MXNet",
+            "a .rec file or a folder with train.rec",
         ),
+        ("bin", prepare_bin, "InsightFace's verification sets", "lfw.bin and its like"),
+        ("pairs", prepare_pairs, "a list of pairs, for verification", pair),
     ):
         images = kinds.add_parser(name, help=what)
         images.add_argument("source", type=Path, help=source)
@@ -64,9 +68,11 @@ def _parser() -> argparse.ArgumentParser:
         images.add_argument(
             "--size", type=_size, metavar="HxW", help="112 or 112x96; unset: all images have one size already"
         )
-        images.add_argument("--min-samples", type=int, default=1, help="leave out identities with fewer images")
-        images.add_argument("--seed", type=int, default=0, help="of the samples' order")
-        images.set_defaults(run=_prepare_images, kind=kind)
+        of_identities = kind in (prepare_folder, prepare_recordio)
+        if of_identities:
+            images.add_argument("--min-samples", type=int, default=1, help="leave out identities with fewer images")
+            images.add_argument("--seed", type=int, default=0, help="of the samples' order")
+        images.set_defaults(run=_prepare_images, kind=kind, options=["size"] + ["min_samples", "seed"] * of_identities)
 
     glyphs = kinds.add_parser("glyphs", help="characters as identities, fonts as photos")
     glyphs.add_argument("source", help="small, medium or large (fetched), letters (no download), or a folder of fonts")
@@ -258,13 +264,8 @@ def _ranges(text: str) -> list[tuple[int, int]]:
 
 
 def _prepare_images(arguments: argparse.Namespace) -> None:
-    arguments.kind(
-        arguments.source,
-        arguments.out,
-        size=arguments.size,
-        min_samples=arguments.min_samples,
-        seed=arguments.seed,
-    )
+    options = {name: getattr(arguments, name) for name in arguments.options}
+    arguments.kind(arguments.source, arguments.out, **options)
 
 
 def _prepare_glyphs(arguments: argparse.Namespace) -> None:

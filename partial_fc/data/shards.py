@@ -7,7 +7,8 @@
     index/offset.npy     (N,) int64   where its image starts in that shard, in bytes
     index/size.npy       (N,) int32   length of its image, in bytes
     index/label.npy      (N,) int64   its class
-    index/<name>.npy     (N, …)       further arrays, one row a sample
+    index/<name>.npy     (N, …)       further arrays, one row a sample; `pair`, the number of
+                                       its pair, is there in lists of pairs for verification
     classes.txt          line i = name of class i, UTF-8
 
 N is the number of samples; they are numbered in the order of (shard, offset). The arrays are memory-mapped:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from partial_fc import checkpoint, storage
-from partial_fc.build import build_head, checkpoints_of, latest_of, order_of, with_label_noise
+from partial_fc.build import build_head, checkpoints_of, latest_of, order_of, training_data
 from partial_fc.config import Config
 from partial_fc.data.reader import image_size, images_in_order
-from partial_fc.data.shards import Index, load_index
+from partial_fc.data.shards import Index
 from partial_fc.doctor.sheet import Found, size_text
 from partial_fc.evaluate.runs import open_sets
 from partial_fc.parallel import distributed
@@ -23,7 +23,7 @@ COUNTED = 1024  # classes; a row's bytes do not depend on how many there are
 
 def data_set(config: Config) -> Found:
     """Every shard is there in its full length, every label is a class."""
-    index = with_label_noise(load_index(config.data.train), config.data.label_noise, config.run.seed)
+    index = training_data(config)
     size = sum((index.path / name).stat().st_size for name in index.shard_names)
     shards = f"{len(index.shard_names)} shard{'s' * (len(index.shard_names) > 1)}"
     text = f"{index.num_samples:,} samples of {index.num_classes:,} identities in {shards} of {size_text(size)}"

@@ -1,9 +1,9 @@
-"""Verification over every unordered pair of a set, divided over the ranks.
+"""Verification over pairs of a set: every unordered one, divided over the ranks, or those of a list.
 
-n samples of dimension D are scored tile by tile: (chunk, D) x (D, chunk), each tile by one rank, in float64
-on the exact grid of `scores`. What is kept of n (n - 1) / 2 scores is the genuine ones, the highest impostor
-ones, counts in bins, and the extreme pairs; all of it equal on all ranks and independent of the number of
-ranks, of `chunk` and of the device.
+n samples of dimension D have n (n - 1) / 2 pairs, scored tile by tile: (chunk, D) x (D, chunk), each tile by one rank,
+in float64 on the exact grid of `scores`. What is kept of the scores is the genuine ones, the highest impostor ones,
+counts in bins, and the extreme pairs; all of it equal on all ranks and independent of the number of ranks, of
+`chunk` and of the device.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from partial_fc.data.shards import Index
 from partial_fc.evaluate.scores import on_grid
 from partial_fc.evaluate.verification import false_accepts_allowed, tar_at_far_sorted
 from partial_fc.parallel.distributed import gather_objects, rank, world_size
@@ -115,6 +116,50 @@ def all_pairs(
         highest_impostor.add(impostor, _pair_finder(position[rows], position[columns], different))
 
     return _merge(genuine, highest, counts, lowest_genuine, highest_impostor, num_impostor)
+
+
+def pair_list(index: Index) -> np.ndarray | None:
+    """(P, 2) positions of the samples of each pair, where the data set is a list of pairs.
+
+    Raises ValueError where not every pair has two samples, or no pair, or every one, is of one identity.
+    """
+    if "pair" not in index.extra:
+        return None
+    pair = index.extra["pair"]
+    order = np.argsort(pair, kind="stable")
+    if not np.array_equal(pair[order], np.repeat(np.arange(len(pair) // 2), 2)):
+        raise ValueError(f"{index.path}: index/pair.npy wants each number from 0 on twice: prepare the list again")
+    pairs = order.reshape(-1, 2)
+    same = index.label[pairs[:, 0]] == index.label[pairs[:, 1]]
+    if same.all() or not same.any():
+        raise ValueError(
+            f"{index.path} has {same.sum()} genuine and {(~same).sum()} impostor pairs, wanted some of both"
+        )
+    return pairs
+
+
+def listed_pairs(embeddings: Tensor, pairs: np.ndarray, same: np.ndarray, *, hardest: int = 8) -> PairScores:
+    """Score the pairs of a list: (P, 2) sample positions, (P,) bool. Each rank for itself; otherwise as `all_pairs`."""
+    score = listed_scores(embeddings, pairs)
+    rows = [(int(min(pair)), int(max(pair)), float(value)) for pair, value in zip(pairs, score, strict=True)]
+    genuine = [row for row, one in zip(rows, same, strict=True) if one]
+    impostor = [row for row, one in zip(rows, same, strict=True) if not one]
+    return PairScores(
+        genuine=np.sort(score[same]),
+        impostor=np.sort(score[~same]),
+        num_impostor=len(impostor),
+        genuine_counts=_binned(torch.from_numpy(score[same])).numpy(),
+        impostor_counts=_binned(torch.from_numpy(score[~same])).numpy(),
+        lowest_genuine=_Hardest(hardest, sign=-1).merged([genuine]),
+        highest_impostor=_Hardest(hardest, sign=1).merged([impostor]),
+    )
+
+
+def listed_scores(embeddings: Tensor, pairs: np.ndarray) -> np.ndarray:
+    """(n, D) normalized embeddings and (P, 2) positions to (P,) float64 scores."""
+    exact = on_grid(embeddings)
+    first, second = torch.from_numpy(pairs).to(exact.device).T
+    return (exact[first] * exact[second]).sum(dim=1).cpu().numpy()
 
 
 def _merge(

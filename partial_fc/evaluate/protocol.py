@@ -4,15 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from partial_fc.data.shards import Index
 from partial_fc.evaluate.embed import embed
 from partial_fc.evaluate.identification import choose_gallery, detect_and_identify, identify
-from partial_fc.evaluate.pairs import BINS, Pair, PairScores, all_pairs
-from partial_fc.evaluate.scores import on_grid
-from partial_fc.evaluate.verification import fold_accuracy, verification_pairs
+from partial_fc.evaluate.pairs import BINS, Pair, PairScores, all_pairs, listed_pairs, listed_scores, pair_list
+from partial_fc.evaluate.verification import cut, fold_accuracy, verification_pairs
 from partial_fc.seeds import seed_for
 
 FARS = ("0.001", "0.0001", "1e-05")  # the keys in evaluation.json
@@ -30,9 +28,9 @@ def evaluate_sets(
     """The result of every set, under its name: what evaluation.json holds for one model.
 
     A set is its data and its distractors, or None. One sample of each distractor identity enlarges the gallery of
-    rank-1; verification and DIR know no distractors. `seed` chooses these samples, the gallery's, the known identities
-    of DIR, and the pairs of the 10-fold accuracy; `embedding` holds the options of `embed`. In and out equal on all
-    ranks. Sets that share data share its embeddings, its verification and its DIR.
+    rank-1; verification and DIR know no distractors. A list of pairs has verification alone. `seed` chooses these
+    samples, the gallery's, the known identities of DIR, and the pairs of the 10-fold accuracy; `embedding` holds the
+    options of `embed`. In and out equal on all ranks. Sets that share data share its embeddings, verification and DIR.
     """
     embeddings: dict[Path, Tensor] = {}
     others: dict[Path, Tensor] = {}
@@ -40,26 +38,17 @@ def evaluate_sets(
     results = {}
     for name, (index, distractors) in sets.items():
         if index.path not in embeddings:
-            embeddings[index.path] = embed(backbone, index, **embedding)
-            without_distractors[index.path] = verify(embeddings[index.path], index.label, seed) | {
-                "dir_at_far": open_set(embeddings[index.path], index.label, seed)
-            }
+            found = embeddings[index.path] = embed(backbone, index, **embedding)
+            pairs = pair_list(index)
+            dirs = open_set(found, index.label, seed) if pairs is None else dict.fromkeys(DIR_FARS)
+            without_distractors[index.path] = verify(found, index.label, seed, pairs) | {"dir_at_far": dirs}
         if distractors is not None and distractors.path not in others:
             others[distractors.path] = _embed_distractors(backbone, distractors, seed, embedding)
-        found = identify(
-            embeddings[index.path],
-            index.label,
-            distractors=None if distractors is None else others[distractors.path],
-            seed=seed,
-        )
+        distracting = None if distractors is None else others[distractors.path]
         results[name] = {
             "data": str(index.path),
             "distractors": None if distractors is None else str(distractors.path),
-            "num_distractors": found.num_distractors,
-            "num_gallery": found.num_gallery,
-            "num_probes": found.num_probes,
-            "rank1": found.rank1,
-            "cmc": found.cmc.tolist(),
+            **_closed_set(embeddings[index.path], index, distracting, seed),
             **without_distractors[index.path],
         }
     return results
@@ -75,20 +64,43 @@ def _embed_distractors(backbone: nn.Module, distractors: Index, seed: int, embed
     return embed(backbone, distractors, np.sort(choose_gallery(distractors.label, seed)[0]), **embedding)
 
 
-def verify(embeddings: Tensor, labels: np.ndarray, seed: int) -> dict:
+def _closed_set(embeddings: Tensor, index: Index, distractors: Tensor | None, seed: int) -> dict:
+    if "pair" in index.extra:
+        return {"num_distractors": 0, "num_gallery": 0, "num_probes": 0, "rank1": None, "cmc": []}
+    found = identify(embeddings, index.label, distractors=distractors, seed=seed)
+    return {
+        "num_distractors": found.num_distractors,
+        "num_gallery": found.num_gallery,
+        "num_probes": found.num_probes,
+        "rank1": found.rank1,
+        "cmc": found.cmc.tolist(),
+    }
+
+
+def verify(embeddings: Tensor, labels: np.ndarray, seed: int, listed: np.ndarray | None = None) -> dict:
     """Verification of normalized embeddings (n, D), as plain numbers ready for JSON.
 
     TAR at FAR, ROC and histograms are over all pairs of the set. A FAR of which the set's impostor pairs do not
     allow one false accept is null. The 10-fold accuracy is over a seeded list of 10 x (300 + 300) pairs, or fewer
     where the set has no more (num_fold_pairs); null if the set has fewer than 20 identities, or fewer than 10 of two
-    samples.
+    samples. With (P, 2) `listed` pairs everything is over these, in ten runs of equal length, and num_identities is
+    null.
     """
     labels = np.asarray(labels)
-    pairs = all_pairs(embeddings, labels, max_far=max(map(float, FARS)), hardest=EXAMPLES)
     counts = np.unique(labels, return_counts=True)[1]
+    chosen, same, fold = None, None, None
+    if listed is not None:
+        same = labels[listed[:, 0]] == labels[listed[:, 1]]
+        pairs = listed_pairs(embeddings, listed, same, hardest=EXAMPLES)
+        if len(listed) >= FOLDS:
+            chosen, fold = listed, cut(len(listed), FOLDS)
+    else:
+        pairs = all_pairs(embeddings, labels, max_far=max(map(float, FARS)), hardest=EXAMPLES)
+        if np.count_nonzero(counts > 1) >= FOLDS and len(counts) >= 2 * FOLDS:
+            chosen, same, fold = verification_pairs(labels, seed, PAIRS_PER_FOLD, FOLDS)
     result = {
         "num_samples": len(labels),
-        "num_identities": len(counts),
+        "num_identities": None if listed is not None else len(counts),
         "num_genuine": len(pairs.genuine),
         "num_impostor": pairs.num_impostor,
         "fold_accuracy": None,
@@ -108,11 +120,8 @@ def verify(embeddings: Tensor, labels: np.ndarray, seed: int) -> dict:
             "hardest": _examples(pairs.highest_impostor, False) + _examples(pairs.lowest_genuine, True),
         },
     }
-    if np.count_nonzero(counts > 1) >= FOLDS and len(counts) >= 2 * FOLDS:
-        chosen, same, fold = verification_pairs(labels, seed, PAIRS_PER_FOLD, FOLDS)
-        exact = on_grid(embeddings)
-        first, second = torch.from_numpy(chosen).to(exact.device).T
-        score = (exact[first] * exact[second]).sum(dim=1).cpu().numpy()
+    if chosen is not None:
+        score = listed_scores(embeddings, chosen)
         mean, std, thresholds = fold_accuracy(score, same, fold)
         result.update(
             fold_accuracy=mean,
@@ -217,17 +226,22 @@ def measures(result: Mapping) -> list[float | None]:
 def missing(result: Mapping) -> list[str]:
     """Why values of a result are null, a sentence each; shown under a table."""
     notes = []
+    listed = result["num_identities"] is None
     absent = [float(far) for far in FARS if result["tar_at_far"][far] is None]
     if absent:
         wanted = " and ".join(f"{round(1 / far):,} for FAR {far:.0e}".replace("e-0", "e-") for far in absent)
         notes.append(
             f"– where the {result['num_impostor']:,} impostor pairs are too few to show that FAR (wanted {wanted})."
         )
-    if "dir_at_far" in result and result["dir_at_far"][DIR_FARS[0]] is None:
+    if listed:
+        notes.append("– for rank-1 and DIR: a list of pairs does not say who is who.")
+    elif "dir_at_far" in result and result["dir_at_far"][DIR_FARS[0]] is None:
         notes.append(f"– for the DIR: it needs {1 / float(DIR_FARS[0]):.0f} probes of identities that it leaves out.")
-    if 0 < result.get("num_fold_pairs", 0) < 2 * FOLDS * PAIRS_PER_FOLD:
+    if not listed and 0 < result.get("num_fold_pairs", 0) < 2 * FOLDS * PAIRS_PER_FOLD:
         notes.append(f"the 10-fold accuracy is over {result['num_fold_pairs']:,} pairs: the set has no more.")
-    if result["fold_accuracy"] is None:
+    if listed and result["fold_accuracy"] is None:
+        notes.append(f"– for the 10-fold accuracy: it needs {FOLDS} pairs.")
+    elif result["fold_accuracy"] is None:
         notes.append(
             f"– for the 10-fold accuracy: it needs {2 * FOLDS} identities, {FOLDS} of them with two samples; "
             f"the set has {result['num_identities']:,} identities."

@@ -76,7 +76,7 @@ def fold_accuracy(score: np.ndarray, same: np.ndarray, folds: int | np.ndarray =
     if np.ndim(folds) == 0:
         if not 2 <= folds <= n:
             raise ValueError(f"got {folds} folds for {n} pairs, wanted 2 to {n}")
-        folds = np.repeat(np.arange(folds), np.diff(np.arange(folds + 1) * n // folds))
+        folds = cut(n, folds)
     folds = np.asarray(folds)
     if folds.shape != score.shape:
         raise ValueError(f"got folds of shape {folds.shape}, wanted {score.shape}: the fold of each pair")
@@ -93,6 +93,11 @@ def fold_accuracy(score: np.ndarray, same: np.ndarray, folds: int | np.ndarray =
         accuracies.append(np.mean((score[held_out] >= threshold) == same[held_out]))
         thresholds.append(threshold)
     return float(np.mean(accuracies)), float(np.std(accuracies)), np.array(thresholds)
+
+
+def cut(n: int, folds: int) -> np.ndarray:
+    """(n,) int: the fold of each pair, runs of equal length."""
+    return np.repeat(np.arange(folds), np.diff(np.arange(folds + 1) * n // folds))
 
 
 def _best_threshold(score: np.ndarray, same: np.ndarray) -> float:

@@ -95,6 +95,7 @@ def _evaluation(evaluation: dict | None) -> str:
     notes = []
     for name, result in results.items():
         cells = ["–" if value is None else f"{value:.4f}" for value in measures(result)]
-        lines.append(f"| {name} | {result['num_identities']:,} | {' | '.join(cells)} |")
+        identities = result["num_identities"]
+        lines.append(f"| {name} | {'–' if identities is None else f'{identities:,}'} | {' | '.join(cells)} |")
         notes += [f"{name}: {note}" for note in (result.get("note"), *missing(result)) if note]
     return "\n".join(lines + [""] * bool(notes) + [f"- {note}" for note in notes])

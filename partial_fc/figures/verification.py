@@ -43,7 +43,7 @@ def draw_verification(rows: Mapping[str, Sequence[tuple[str, dict]]]) -> Figure:
         left.xaxis.set_major_formatter(power_of_ten)
         left.set_ylabel("true accept rate")
         right.set_xscale("log")
-        longest = max(len(result["cmc"]) for _, result in curves)
+        longest = max(1, *(len(result["cmc"]) for _, result in curves))
         right.set_xlim(1, max(longest, 2))
         ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= longest]
         right.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -52,7 +52,10 @@ def draw_verification(rows: Mapping[str, Sequence[tuple[str, dict]]]) -> Figure:
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_ylim(-0.02, 1.03)
             axes.tick_params(labelbottom=True)
-        ends = [(result["cmc"][-1], label, line_of(number)["color"]) for number, (label, result) in enumerate(curves)]
+        ends = [  # a list of pairs has no CMC
+            (result["cmc"][-1] if result["cmc"] else 0.0, label, line_of(number)["color"])
+            for number, (label, result) in enumerate(curves)
+        ]
         label_ends(right, ends)
     for axes, name in zip(panels[-1], ("false accept rate", "rank"), strict=True):
         axes.set_xlabel(name)

@@ -101,13 +101,13 @@ def write_images(
             f"{place} has no image to use; dropped: {_said(dropped)}. Wanted {wanted}, and at least {min_samples} "
             "of an identity"
         )
-    size = size or _only_size(enough)
+    size = size or only_size(enough)
     identities = sorted({image.identity for image in enough})
     label_of = {identity: label for label, identity in enumerate(identities)}
     order = np.random.Generator(np.random.Philox(seed_for("prepare", seed))).permutation(len(enough))
 
     def sample(i: int) -> tuple[bytes, str, int]:
-        return (*_stored(enough[i], source, size, quality), label_of[enough[i].identity])
+        return (*stored(enough[i], source, size, quality), label_of[enough[i].identity])
 
     index = write_shards(
         out,
@@ -153,7 +153,7 @@ def read_image(path: str | os.PathLike) -> tuple[bytes, np.ndarray] | str:
     return "undecodable" if image is None else (data, image)
 
 
-def _only_size(images: list[Image]) -> tuple[int, int]:
+def only_size(images: list[Image]) -> tuple[int, int]:
     sizes = Counter(image.size for image in images).most_common()
     if len(sizes) > 1:
         examples = ", ".join(f"{height} x {width}: {count}" for (height, width), count in sizes[:3])
@@ -164,7 +164,7 @@ def _only_size(images: list[Image]) -> tuple[int, int]:
     return sizes[0][0]
 
 
-def _stored(image: Image, source: Source, size: tuple[int, int], quality: int) -> tuple[bytes, str]:
+def stored(image: Image, source: Source, size: tuple[int, int], quality: int) -> tuple[bytes, str]:
     """The bytes and the extension that go into the shard."""
     data = source.read(image.key)
     same = image.size == size
@@ -194,6 +194,14 @@ def fit(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     part = pixels[top : top + part_height, left : left + part_width]
     # Averaging areas does not alias when an image shrinks.
     return cv2.resize(part, size[::-1], interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+
+
+def kind_of(data: bytes) -> str:
+    """The extension for an image's bytes."""
+    for extension, start in (("jpg", b"\xff\xd8"), ("png", b"\x89PNG"), ("bmp", b"BM"), ("webp", b"RIFF")):
+        if data.startswith(start):
+            return extension
+    return "img"
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

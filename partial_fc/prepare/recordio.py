@@ -26,6 +26,7 @@ from partial_fc.prepare.images import (
     Source,
     check_options,
     examine_all,
+    kind_of,
     write_images,
 )
 
@@ -65,7 +66,7 @@ def prepare_recordio(
     dropped = Counter(dict.fromkeys(REASONS, 0))
     with RecordFile(source) as file:
         files = list(_images(file, dropped))
-        where = Source(file.image, lambda _, data: _kind(data))
+        where = Source(file.image, lambda _, data: kind_of(data))
         return write_images(
             out,
             files,
@@ -173,11 +174,3 @@ class RecordFile:
 
 def _padded(length: int) -> int:
     return -(-length // 4) * 4
-
-
-def _kind(data: bytes) -> str:
-    """The extension for an image's bytes."""
-    for extension, start in (("jpg", b"\xff\xd8"), ("png", b"\x89PNG"), ("bmp", b"BM"), ("webp", b"RIFF")):
-        if data.startswith(start):
-            return extension
-    return "img"

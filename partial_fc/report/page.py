@@ -120,12 +120,16 @@ def _tables(runs: Sequence[Run]) -> list[dict]:
 
 
 def _about(result: dict) -> str:
-    parts = [
-        *([result["note"]] if result.get("note") else []),
-        f"{result['num_samples']:,} samples of {result['num_identities']:,} identities",
-        f"{result['num_genuine']:,} genuine and {result['num_impostor']:,} impostor pairs",
-        f"{result['num_distractors']:,} distractors" if result["num_distractors"] else "no distractors",
-    ]
+    parts = [result["note"]] if result.get("note") else []
+    pairs = f"{result['num_genuine']:,} genuine and {result['num_impostor']:,} impostor pairs"
+    if result["num_identities"] is None:
+        parts.append(f"a list of {pairs}")
+    else:
+        parts += [
+            f"{result['num_samples']:,} samples of {result['num_identities']:,} identities",
+            pairs,
+            f"{result['num_distractors']:,} distractors" if result["num_distractors"] else "no distractors",
+        ]
     return " · ".join(parts)
 
 

@@ -1,0 +1,121 @@
+"""A verification set from a list of pairs: InsightFace's .bin files, or a text of one's own.
+
+The text has a pair a line: two image files, relative to its folder, and 1 for one identity or 0 for two, with tabs or
+commas between them, or spaces where no name has any. Samples 2 i and 2 i + 1 of the data set are the images of pair i,
+in the list's order, and its array `pair` says so. An image that is in several pairs is there as often.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from partial_fc.data.shards import Index, require_new, write_shards
+from partial_fc.prepare.bin_file import read_bin
+from partial_fc.prepare.images import (
+    File,
+    Source,
+    check_options,
+    examine_all,
+    in_threads,
+    kind_of,
+    only_size,
+    printable,
+    read_file,
+    stored,
+)
+
+
+def prepare_bin(source: Path, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95) -> Index:
+    """Write the pairs of InsightFace's file `source` to the new data set `out`; size and quality as `prepare_folder`'s.
+
+    Raises FileNotFoundError without the file, FileExistsError if `out` exists, and ValueError for a damaged file, an
+    image that cannot be decoded, if sizes differ, if there are not both kinds of pairs, or an option is out of range.
+    """
+    source = Path(source)
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} is no file; give a verification set of InsightFace's, as lfw.bin")
+    require_new(out)
+    images, same = read_bin(source)
+    where = Source(lambda i: images[i], lambda _, data: kind_of(data))
+    return _write(out, source, where, range(len(images)), same, "bin", size, quality)
+
+
+def prepare_pairs(source: Path, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95) -> Index:
+    """Write the pairs that the text file `source` lists to the new data set `out`. Otherwise as `prepare_bin`."""
+    source = Path(source)
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} is no file; give a text with a pair a line: image, image, 1 or 0")
+    require_new(out)
+    files, same = _read_list(source)
+    where = Source(read_file, lambda _, data: kind_of(data))
+    return _write(out, source, where, files, same, "pairs", size, quality)
+
+
+def _read_list(source: Path) -> tuple[list[str], list[bool]]:
+    files, same = [], []
+    try:
+        lines = source.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is no text in UTF-8: {error}; for a .bin file: partial-fc prepare bin") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        between = next((character for character in "\t," if character in line), None)
+        fields = [field.strip() for field in line.split(between)]
+        if len(fields) != 3 or fields[2] not in ("0", "1"):
+            raise ValueError(f"{source}, line {number}: got {line!r}, wanted image, image, and 1 for one identity or 0")
+        files += [str(source.parent / name) for name in fields[:2]]
+        same.append(fields[2] == "1")
+    return files, same
+
+
+def _write(
+    out: Path,
+    place: Path,
+    source: Source,
+    keys: Sequence[str | int],
+    same: list[bool],
+    kind: str,
+    size: tuple[int, int] | None,
+    quality: int,
+) -> Index:
+    """keys: of the images in `source`, two for each pair."""
+    check_options(1, quality, size)
+    if all(same) or not any(same):
+        raise ValueError(
+            f"{place} has {sum(same)} pairs of one identity and {len(same) - sum(same)} of two, wanted some of both"
+        )
+    names, labels = [], []
+    for number, one in enumerate(same):
+        labels += [len(names), len(names) if one else len(names) + 1]
+        names += [f"pair {number}"] if one else [f"pair {number}, first", f"pair {number}, second"]
+
+    dropped: Counter[str] = Counter()
+    images = examine_all(list(map(File, labels, keys)), source, dropped, digests=False)
+    if dropped:
+        there = {image.key for image in images}
+        first = next(i for i, key in enumerate(keys) if key not in there)
+        raise ValueError(
+            f"{place}: of pair {first // 2}, counted from 0, the {('first', 'second')[first % 2]} image, "
+            f"{keys[first]}, cannot be used; in all {', '.join(f'{count} {why}' for why, count in dropped.items())}. "
+            "Mend them, or take these pairs out of the list; left out here, the result would be one over other pairs"
+        )
+    size = size or only_size(images)
+    index = write_shards(
+        out,
+        in_threads(lambda image: (*stored(image, source, size, quality), image.identity), images),
+        names,
+        total=len(images),
+        arrays={"pair": np.repeat(np.arange(len(same), dtype=np.int32), 2)},
+        prepared={
+            "kind": kind,
+            "source": printable(str(place)),
+            "image_size": list(size),
+            "encoded_anew": sum(image.size != size for image in images),
+            "quality": quality,
+        },
+    )
+    print(f"{out}: {len(same)} pairs, {sum(same)} of one identity and {len(same) - sum(same)} of two")
+    return index

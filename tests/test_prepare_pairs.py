@@ -1,0 +1,275 @@
+"""Lists of pairs: InsightFace's .bin and a text of one's own, into a set that is evaluated over these pairs alone."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from partial_fc import cli
+from partial_fc.config import EvaluationSet
+from partial_fc.data.shards import load_index, verify
+from partial_fc.evaluate.embed import embed
+from partial_fc.evaluate.pairs import pair_list
+from partial_fc.evaluate.protocol import evaluate_set, format_table
+from partial_fc.evaluate.runs import evaluate_run, open_sets
+from partial_fc.figures import verification
+from partial_fc.prepare.bin_file import read_bin
+from partial_fc.prepare.pairs import prepare_bin, prepare_pairs
+from tests.conftest import run_ranks
+from tests.test_embed import OPTIONS, backbone
+from tests.test_figures import result_of, run_of, saved
+from tests.test_prepare_folder import put
+from tests.test_report import report
+from tests.test_train import train_here
+
+__all__ = ["saved"]  # a fixture
+SAME = [True, False, True, False, False]
+
+
+def encoded(folder: Path, count: int, size: tuple[int, int] = (16, 12)) -> list[bytes]:
+    return [put(folder / f"{i}.{('jpg', 'png')[i % 2]}", i, size) for i in range(count)]
+
+
+def bytes_of(index) -> list[bytes]:
+    """Of every sample, in their order."""
+    data = []
+    for i in range(index.num_samples):
+        with index.shard_path(i).open("rb") as file:
+            data.append(os.pread(file.fileno(), int(index.size[i]), int(index.offset[i])))
+    return data
+
+
+def python2(images: list[bytes], same: list[bool]) -> bytes:
+    """As lfw.bin is: strings of Python 2, protocol 2. Their opcodes T and U have lengths as those of bytes, B and C."""
+    data = b"\x80\x02(]q\x01("
+    for image in images:
+        data += (
+            b"U" + bytes([len(image)]) + image if len(image) < 256 else b"T" + len(image).to_bytes(4, "little") + image
+        )
+        data += b"q\x02"
+    return data + b"e]q\x03(" + b"".join(b"\x88" if one else b"\x89" for one in same) + b"etq\x04."
+
+
+def forms(images: list[bytes], same: list[bool]):
+    yield "python 2", python2(images, same)
+    for protocol in range(1, pickle.HIGHEST_PROTOCOL + 1):
+        yield f"protocol {protocol}", pickle.dumps((images, same), protocol=protocol)
+        arrays = [np.frombuffer(image, np.uint8).copy() for image in images]  # what cv2.imencode gives
+        yield f"arrays, protocol {protocol}", pickle.dumps((arrays, [np.bool_(one) for one in same]), protocol=protocol)
+        yield f"numbers, protocol {protocol}", pickle.dumps((images, [int(one) for one in same]), protocol=protocol)
+        yield f"one array, protocol {protocol}", pickle.dumps((images, np.array(same)), protocol=protocol)
+
+
+def test_every_form_of_the_file(tmp_path):
+    images = [*encoded(tmp_path, 8), b"short", b"x" * 255]
+    images[6] = images[0]  # pickle names it instead of writing it again
+    path = tmp_path / "lfw.bin"
+    for form, data in forms(images, SAME):
+        path.write_bytes(data)
+        assert read_bin(path) == (images, SAME), form
+    assert pickle.loads(python2(images, SAME), encoding="bytes") == (images, SAME)
+
+
+def test_samples_are_the_pairs_in_their_order(tmp_path, capsys):
+    images = encoded(tmp_path, 10)
+    images[6] = images[0]
+    (tmp_path / "lfw.bin").write_bytes(python2(images, SAME))
+    index = prepare_bin(tmp_path / "lfw.bin", tmp_path / "lfw")
+    assert bytes_of(index) == images and index.prepared["image_size"] == [16, 12]
+    pairs = pair_list(load_index(tmp_path / "lfw"))
+    assert pairs.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert (index.label[pairs[:, 0]] == index.label[pairs[:, 1]]).tolist() == SAME
+    assert index.classes()[0] == "pair 0" and index.classes()[-1] == "pair 4, second"
+    assert "5 pairs, 2 of one identity and 3 of two" in capsys.readouterr().out
+    verify(index)
+
+    resized = prepare_bin(tmp_path / "lfw.bin", tmp_path / "resized", size=(8, 8))
+    assert resized.prepared["image_size"] == [8, 8] and resized.prepared["encoded_anew"] == 10
+
+
+@pytest.mark.parametrize("between", ["\t", ",", ", ", " "])
+def test_a_text_gives_the_same_set(tmp_path, between, monkeypatch):
+    images = encoded(tmp_path / "faces", 10)
+    images[6] = images[0]
+    names = [f"faces/{i}.{('jpg', 'png')[i % 2]}" for i in range(10)]
+    names[6] = names[0]
+    lines = [between.join([*names[2 * i : 2 * i + 2], str(int(one))]) for i, one in enumerate(SAME)]
+    (tmp_path / "pairs.txt").write_text("\n".join(lines) + "\n\n")
+    (tmp_path / "lfw.bin").write_bytes(pickle.dumps((images, SAME)))
+    monkeypatch.setattr(
+        "sys.argv", ["partial-fc", "prepare", "pairs", str(tmp_path / "pairs.txt"), str(tmp_path / "a")]
+    )
+    cli.main()
+    of_bin = prepare_bin(tmp_path / "lfw.bin", tmp_path / "b")
+    assert load_index(tmp_path / "a").fingerprint == of_bin.fingerprint
+
+
+def test_nothing_that_a_file_names_is_called(tmp_path):
+    """The first two would make the file when unpickled, the third never ends where calls are followed."""
+    made = tmp_path / "made"
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {made}",)
+
+    path = tmp_path / "evil.bin"
+    for value in (Evil(), ([Evil(), b"a"], [True])):
+        path.write_bytes(pickle.dumps(value))
+        with pytest.raises(ValueError, match="evil.bin is no verification set as InsightFace's lfw.bin"):
+            read_bin(path)
+    state_of_itself = b"(](cos\nsystem\n(tRq\x01(h\x01tbe]\x88at."
+    path.write_bytes(b"\x80\x02" + state_of_itself)
+    with pytest.raises(ValueError, match="evil.bin is no verification set"):
+        read_bin(path)
+    assert not made.exists()
+
+
+def test_a_file_cut_anywhere_is_an_error(tmp_path):
+    path = tmp_path / "lfw.bin"
+    files = dict(forms([b"first", b"second" * 50, b"third", b"fourth"], [True, False]))
+    for form in ("python 2", "protocol 4", "arrays, protocol 2", "arrays, protocol 5"):
+        data = files[form]
+        for length in range(len(data)):
+            path.write_bytes(data[:length])
+            with pytest.raises(ValueError, match="copy it again"):
+                read_bin(path)
+                raise AssertionError((form, length))
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (([b"a", b"b", b"c"], [True, False]), "has 3 images for 2 pairs, wanted two for each"),
+        (([b"a", b"b"], [True, "no"]), "got str where bytes were wanted"),
+        (([b"a", {"b": 1}], [True]), "it has EMPTY_DICT at byte"),
+        (([b"a", b"b"], [True], "more"), "too many values to unpack"),
+        ([b"a", "b"], "got int where bytes were wanted"),
+    ],
+)
+def test_other_pickles_are_errors(tmp_path, value, message):
+    path = tmp_path / "other.bin"
+    path.write_bytes(pickle.dumps(value))
+    with pytest.raises(ValueError, match=message):
+        read_bin(path)
+
+
+def test_lists_that_cannot_be_used(tmp_path):
+    images = encoded(tmp_path, 4)
+    path, out = tmp_path / "lfw.bin", tmp_path / "out"
+
+    def refused(source: Path, message: str, prepare=prepare_bin, **options) -> None:
+        with pytest.raises((ValueError, OSError), match=message):
+            prepare(source, out, **options)
+        assert not out.exists() and not list(tmp_path.glob("*.partial"))
+
+    refused(tmp_path / "none.bin", "none.bin is no file")
+    path.write_bytes(pickle.dumps((images, [True, True])))
+    refused(path, "2 pairs of one identity and 0 of two, wanted some of both")
+    path.write_bytes(pickle.dumps(([*images[:3], b"no image"], [True, False])))
+    refused(path, "of pair 1, counted from 0, the second image, 3, cannot be used; in all 1 undecodable. Mend them")
+    path.write_bytes(pickle.dumps(([*images[:3], put(tmp_path / "large.png", 9, (20, 20))], [True, False])))
+    refused(path, "images of 2 sizes")
+    refused(path, "quality=0", size=(8, 8), quality=0)
+    refused(path, "no text in UTF-8.*partial-fc prepare bin", prepare_pairs)
+
+    text = tmp_path / "pairs.txt"
+    for line in ("0.jpg 1.png", "0.jpg 1.png yes", "a b.jpg 1.png 1", "0.jpg,1.png,1,2"):
+        text.write_text(f"0.jpg 1.png 0\n{line}\n")
+        refused(text, f"line 2: got '{line}', wanted image, image, and 1", prepare_pairs)
+    text.write_text("0.jpg 1.png 0\n0.jpg 7.png 1\n")
+    refused(text, "of pair 1, .* the second image, .*7.png, cannot be used; in all 1 unreadable", prepare_pairs)
+    out.mkdir()
+    with pytest.raises(FileExistsError, match="delete it, or choose another"):
+        prepare_pairs(text, out)
+
+
+@pytest.fixture(scope="module")
+def listed(glyphs_ci, tmp_path_factory) -> Path:
+    """A list of 60 pairs of letters in the fonts of the tests, ten runs of three of either kind, as LFW's is."""
+    index = load_index(glyphs_ci / "test_seen")
+    rng = np.random.default_rng(0)
+    data, same = bytes_of(index), np.tile([True] * 3 + [False] * 3, 10).tolist()
+    images = []
+    for one in same:
+        first = int(rng.integers(index.num_samples))
+        other = (index.label == index.label[first]) == one
+        other[first] = False
+        images += [data[first], data[int(rng.choice(np.flatnonzero(other)))]]
+    folder = tmp_path_factory.mktemp("listed")
+    (folder / "letters.bin").write_bytes(pickle.dumps((images, same)))
+    prepare_bin(folder / "letters.bin", folder / "letters")
+    return folder / "letters"
+
+
+def evaluate(path: Path) -> dict:
+    return evaluate_set(backbone(), load_index(path), batch_size=8, **OPTIONS)
+
+
+def test_the_result_is_that_of_the_listed_pairs(listed):
+    """Naively, from the embeddings: the threshold that is best on the other nine runs of pairs judges each run."""
+    index = load_index(listed)
+    embeddings = embed(backbone(), index, batch_size=8, **OPTIONS).double()
+    score = (embeddings[0::2] * embeddings[1::2]).sum(dim=1).numpy()
+    same = index.label[0::2] == index.label[1::2]
+    accuracy = []
+    for run in range(10):
+        held = np.arange(60) // 6 == run
+        tried = sorted(score[~held], reverse=True)
+        right = [np.mean((score[~held] >= threshold - 1e-7) == same[~held]) for threshold in tried]
+        accuracy.append(np.mean((score[held] >= tried[int(np.argmax(right))] - 1e-7) == same[held]))
+
+    result = evaluate(listed)
+    assert result["fold_accuracy"] == pytest.approx(np.mean(accuracy), abs=1e-12)
+    assert result["fold_accuracy_std"] == pytest.approx(np.std(accuracy), abs=1e-12)
+    assert (result["num_genuine"], result["num_impostor"], result["num_fold_pairs"]) == (30, 30, 60)
+    assert sum(result["histogram"]["genuine"]) == sum(result["histogram"]["impostor"]) == 30
+    highest = sorted(score[~same])[::-1]
+    for far, tar in result["roc"]:
+        threshold = highest[round(far * 30)] if far < 1 else -1  # the first impostor that is not accepted
+        assert tar == np.mean(score[same] > threshold + 1e-7)
+    hardest = result["examples"]["hardest"]
+    assert hardest[0]["score"] == pytest.approx(highest[0], abs=1e-6) and not hardest[0]["same"]
+    assert hardest[6]["score"] == pytest.approx(score[same].min(), abs=1e-6) and hardest[6]["same"]
+    assert hardest[0]["b"] == hardest[0]["a"] + 1 and hardest[0]["a"] % 2 == 0
+    assert result["rank1"] is None and result["dir_at_far"] == {"0.01": None} and result["num_identities"] is None
+    text = format_table({"trained": {"letters": result}})
+    assert "letters: – for rank-1 and DIR: a list of pairs does not say who is who." in text
+    assert "the set has no more" not in text
+
+
+def test_the_same_on_any_number_of_ranks(listed):
+    wanted = evaluate(listed)
+    for world_size in (2, 3):
+        assert run_ranks(evaluate, world_size, listed) == [wanted] * world_size
+
+
+def test_evaluated_reported_and_not_trained_on(listed, glyphs_ci, tmp_path):
+    """As a set of the config beside another, evaluated after the training; on the page and in the figure."""
+    sets = f"{{letters: {{data: {listed}}}, seen: {{data: {glyphs_ci}/test_seen}}}}"
+    run = tmp_path / "run"
+    run_ranks(train_here, 1, run, glyphs_ci / "train", "run.steps=3", f"evaluate.sets={sets}")
+    evaluation = evaluate_run(run, torch.device("cpu"))
+    results = evaluation["models"]["trained"]
+    assert results["letters"]["num_fold_pairs"] == 60 and results["seen"]["rank1"] is not None
+    page = report([run], tmp_path / "page.html")
+    assert "a list of 30 genuine and 30 impostor pairs" in page.text and "does not say who is who" in page.text
+    with pytest.raises(AssertionError, match="data.train: .* is a list of pairs, which does not say who is who"):
+        run_ranks(train_here, 1, tmp_path / "other", listed, "run.steps=3", "evaluate.sets={}")
+
+
+def test_lists_have_no_distractors(listed, glyphs_ci):
+    for data, distractors in ((listed, glyphs_ci / "test_seen"), (glyphs_ci / "test_seen", listed)):
+        sets = {"P": EvaluationSet(data=str(data), distractors=str(distractors))}
+        with pytest.raises(ValueError, match="evaluation set P: .*letters is a list of pairs: it has no gallery"):
+            open_sets(sets, (32, 32))
+    found = open_sets({"P": EvaluationSet(data=str(listed))}, (32, 32))
+    assert found["P"][0].num_samples == 120
+
+
+def test_a_figure_with_and_without_cmc(saved):
+    without = result_of(0.5) | {"cmc": []}
+    saved(verification.draw_verification(verification.curves_of([run_of("one", P1=result_of(0.5), list=without)])))
+    saved(verification.draw_verification(verification.curves_of([run_of("one", list=without)])))
