@@ -99,7 +99,7 @@ class Hosts:
             raise
 
     def start(self, host: int, run: Path, processes: int, *options: str) -> subprocess.Popen:
-        """README's command for one of several nodes, on this host."""
+        """launch/README.md's command for one of several nodes, on this host."""
         given = (
             "--nnodes=2",
             f"--nproc_per_node={processes}",

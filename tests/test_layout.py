@@ -151,7 +151,7 @@ def test_the_readme_shows_the_tree_as_it_is():
     assert not gone, f"in the README but not there: {sorted(gone)}"
 
 
-PAGES = [REPOSITORY / name for name in ("README.md", "configs/study/README.md", "figures/README.md")]
+PAGES = [REPOSITORY / folder / "README.md" for folder in (".", "configs/study", "figures", "launch")]
 
 
 def anchors(page: Path) -> set[str]:
