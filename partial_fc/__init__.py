@@ -1,7 +1,7 @@
 """Margin-softmax training with more classes than one device can hold."""
 
 from partial_fc.export.model import load_backbone, load_image
-from partial_fc.head.embedding_losses import CenterLoss, ContrastiveLoss, TripletLoss
+from partial_fc.head.embedding_losses import CenterLoss, ContrastiveLoss, EmbeddingLoss, TripletLoss
 from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.margins import (
     AdaFace,
@@ -35,6 +35,7 @@ __all__ = [
     "CurricularFace",
     "ElasticArcFace",
     "ElasticCosFace",
+    "EmbeddingLoss",
     "HardNegatives",
     "L2Softmax",
     "LSoftmax",

@@ -17,7 +17,7 @@ from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
 from partial_fc.evaluate.runs import open_sets
-from partial_fc.head.embedding_losses import PAIR_LOSSES, EmbeddingLoss, build_embedding_loss
+from partial_fc.head.embedding_losses import EmbeddingLoss, build_embedding_loss
 from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.margins import build_margin
 from partial_fc.head.partial_fc import PartialFC
@@ -146,10 +146,10 @@ def order_of(config: Config, index: Index) -> Order | Groups:
             f"data.accumulate {config.data.accumulate} leaves micro-batches empty: a rank has {smallest_part} "
             "samples of a step; lower it, or raise data.global_batch_size"
         )
-    pairs = PAIR_LOSSES & config.head.embedding_losses.keys()
+    pairs = [name for name, loss in _embedding_losses(config).items() if loss.compares]
     if pairs and config.data.accumulate > 1:
         raise ValueError(
-            f"head.embedding_losses {', '.join(sorted(pairs))} with data.accumulate {config.data.accumulate}: samples "
+            f"head.embedding_losses {', '.join(pairs)} with data.accumulate {config.data.accumulate}: samples "
             "would be compared inside a micro-batch alone; give data.accumulate=1"
         )
     return order
@@ -168,7 +168,11 @@ def check_batch_norm(config: Config, net: nn.Module, order: Order | Groups) -> N
 def build_losses(config: Config) -> tuple[Margin | WarmUp, list[EmbeddingLoss]]:
     """What the head is trained with. Raises ValueError for names and parameters that there are not."""
     margin = build_margin(config.head.margin.name, config.head.margin.parameters)
-    return margin, [build_embedding_loss(*loss) for loss in config.head.embedding_losses.items()]
+    return margin, [*_embedding_losses(config).values()]
+
+
+def _embedding_losses(config: Config) -> dict[str, EmbeddingLoss]:
+    return {name: build_embedding_loss(name, its) for name, its in config.head.embedding_losses.items()}
 
 
 def build_head(config: Config, num_classes: int, device: torch.device) -> PartialFC:

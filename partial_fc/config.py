@@ -134,7 +134,7 @@ class HardNegatives(Section):
 class Head(Section):
     margin: MarginChoice = MarginChoice()
     embedding_losses: dict[str, dict[str, Any]] = {}
-    """Losses beside the classifier, as {center: {weight: 0.003}}: center, triplet, contrastive and their parameters."""
+    """Beside the classifier, as {center: {weight: 0.003}}: center, triplet, contrastive, or your own module.Class."""
     sample_rate: float = Field(1.0, gt=0, le=1)
     """Probability of each negative class in a step; positives come on top."""
     dropout: float = Field(0.0, ge=0, lt=1)

@@ -1,6 +1,7 @@
 """Losses beside the classifier: against loops written from the papers, on ranks, beside other code, at the edges."""
 
 import math
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -26,6 +27,8 @@ from partial_fc.head.embedding_losses import (
 )
 from partial_fc.head.exchange import PADDING
 from partial_fc.head.partition import class_range
+from partial_fc.study.plan import digest
+from tests.conftest import REPOSITORY
 from tests.dense import EMBEDDING_LOSSES, EXACT, Case, assert_equals_dense, error, naive_distance, naive_loss
 
 CLASSES, DIM = 11, 5
@@ -118,6 +121,43 @@ def test_equals_the_formula_of_the_paper_at_any_number_of_ranks(loss, classes):
     for sizes in SIZES:
         for got, reference in zip(on_ranks(loss, x, labels, sizes), wanted, strict=True):
             assert error(got, reference) < EXACT, sizes
+
+
+def test_the_loss_of_the_readme_by_its_module(tmp_path, monkeypatch):
+    """Its mean at any number of ranks; as a config names it; its file counts in a study; compared across micro-batches
+    by nobody.
+    """
+    section = (REPOSITORY / "README.md").read_text().partition("\n## Margins")[2].partition("\n## ")[0]
+    program = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    (tmp_path / "readme_ring.py").write_text(program + "\n\nclass Plain(EmbeddingLoss):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "readme_ring.Ring"
+    loss = build_embedding_loss(name, {"weight": 0.3, "radius": 2})
+    x, labels = batch()
+    wanted = 0.3 * (x.norm(dim=1) - 2).square().mean() / 2
+    slope = 0.3 * ((1 - 2 / x.norm(dim=1, keepdim=True)) * x) / len(x)
+    for sizes in SIZES:
+        got, gradient = on_ranks(loss, x, labels, sizes)
+        assert error(got, wanted) < EXACT and error(gradient, slope) < EXACT, sizes
+
+    values = {"data": {"train": "", "global_batch_size": 8}, "head": {"embedding_losses": {name: {"radius": 2}}}}
+    before = digest(values, str)
+    assert before == digest(values, str)
+    (tmp_path / "readme_ring.py").write_text(program + "\n")
+    assert before != digest(values, str)
+
+    with pytest.raises(
+        ValueError, match="embedding_losses.readme_ring.Plain: .*wanted a subclass of EmbeddingLoss, below"
+    ):
+        build_embedding_loss("readme_ring.Plain", {})
+    with pytest.raises(ValueError, match="cannot be imported .*give module.Class"):
+        build_embedding_loss("nowhere.Ring", {})
+    assert not loss.compares and TripletLoss().compares and ContrastiveLoss().compares and not CenterLoss().compares
+
+
+def test_a_loss_without_its_function_says_so():
+    with pytest.raises(NotImplementedError, match="EmbeddingLoss has no of_anchors"):
+        on_ranks(EmbeddingLoss(), *batch(), [14])
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -14,7 +14,7 @@ Shapes: B gathered rows with padding, b this rank's rows among them, D embedding
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -85,12 +85,27 @@ def evaluate(
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingLoss:
-    """What all have. `weight`: what the loss is multiplied by before it is added to the classifier's."""
+    """What all have; one of your own has `of_anchors`.
 
+    weight: what the loss is multiplied by before it is added to the classifier's. compares: whether samples of a batch
+    are compared with each other, which they cannot be across micro-batches.
+    """
+
+    compares: ClassVar[bool] = False
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         check(self, "weight", 0 < self.weight < math.inf, "a positive number")
+
+    def of_anchors(self, x: Tensor, batch: Batch) -> Tensor:
+        """(b,): what the anchors x[batch.own] add to the loss of the global batch, of which x (B, D) float64 are all
+        embeddings; differentiable, without collectives. What it says of padding is left out.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no of_anchors(x, batch)")
+
+    def shares(self, x: Tensor, batch: Batch) -> Tensor:
+        own = torch.where(batch.real[batch.own], self.weight * self.of_anchors(x, batch), 0)
+        return F.pad(own, (batch.own.start, len(batch.labels) - batch.own.stop))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +119,7 @@ class TripletLoss(EmbeddingLoss):
     chose other triplets. Of equally hard pairs the first in the batch counts.
     """
 
+    compares: ClassVar[bool] = True
     margin: float | Literal["soft"] = "soft"
     normalize: bool = False
     squared: bool = False
@@ -113,7 +129,7 @@ class TripletLoss(EmbeddingLoss):
         good = self.margin == "soft" if isinstance(self.margin, str) else 0 <= self.margin < math.inf
         check(self, "margin", good, 'a number of 0 or more, or "soft"')
 
-    def shares(self, x: Tensor, batch: Batch) -> Tensor:
+    def of_anchors(self, x: Tensor, batch: Batch) -> Tensor:
         x = unit(x)[0] if self.normalize else x
         with torch.no_grad():
             chosen = [_hardest(x, batch, rows) for rows in _chunks(x, batch.own)]
@@ -121,7 +137,7 @@ class TripletLoss(EmbeddingLoss):
         gap = self._distance(x[batch.own] - x[positive]) - self._distance(x[batch.own] - x[negative])
         loss = torch.logaddexp(torch.zeros_like(gap), gap) if self.margin == "soft" else F.relu(self.margin + gap)
         anchors = (batch.alike > 1).sum().clamp_min(1)  # all of them, unless there is but one identity: no loss then
-        return _placed(self.weight * torch.where(has_both, loss, 0) / anchors, batch)
+        return torch.where(has_both, loss, 0) / anchors
 
     def _distance(self, difference: Tensor) -> Tensor:
         return difference.square().sum(dim=1) if self.squared else torch.linalg.vector_norm(difference, dim=1)
@@ -146,6 +162,7 @@ class ContrastiveLoss(EmbeddingLoss):
     Euclidean distance of the embeddings, as they are, or normalized: then it is at most 2.
     """
 
+    compares: ClassVar[bool] = True
     margin: float = 1.0
     normalize: bool = False
 
@@ -153,7 +170,7 @@ class ContrastiveLoss(EmbeddingLoss):
         super().__post_init__()
         check(self, "margin", 0 < self.margin < math.inf, "a positive number")
 
-    def shares(self, x: Tensor, batch: Batch) -> Tensor:
+    def of_anchors(self, x: Tensor, batch: Batch) -> Tensor:
         x = unit(x)[0] if self.normalize else x
         positives = torch.where(batch.real, batch.alike - 1, 0).sum().clamp_min(1)  # ordered pairs, as the anchors see
         negatives = torch.where(batch.real, batch.count - batch.alike, 0).sum().clamp_min(1)
@@ -164,7 +181,7 @@ class ContrastiveLoss(EmbeddingLoss):
             pull = torch.where(positive, distance.square(), 0).sum(dim=1)
             push = torch.where(negative, F.relu(self.margin - distance).square(), 0).sum(dim=1)
             parts.append(pull / positives + push / negatives)
-        return _placed(self.weight / 2 * torch.cat(parts), batch)
+        return torch.cat(parts) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,13 +243,15 @@ class FeatureCenters:
 
 
 BY_NAME: dict[str, type[EmbeddingLoss]] = {"center": CenterLoss, "triplet": TripletLoss, "contrastive": ContrastiveLoss}
-PAIR_LOSSES = {"triplet", "contrastive"}  # compare samples of a batch
 
 
 def build_embedding_loss(name: str, parameters: dict) -> EmbeddingLoss:
-    """The loss of a config: head.embedding_losses.<name> and its parameters. Raises ValueError naming what there is."""
+    """The loss of a config: head.embedding_losses.<name> and its parameters.
+
+    name: one of BY_NAME, or module.Class of a module that can be imported. Raises ValueError naming what there is.
+    """
     key = f"head.embedding_losses.{name}"
-    return fill(choose(BY_NAME, name, "embedding loss", key), name, parameters, key)
+    return fill(choose(BY_NAME, name, "embedding loss", key, EmbeddingLoss), name, parameters, key)
 
 
 # ---- pairs
@@ -248,8 +267,3 @@ def _chunks(x: Tensor, own: slice) -> Iterator[slice]:
     size = max(1, PAIR_NUMBERS // x.numel())
     starts = range(own.start, max(own.stop, own.start + 1), size)
     return (slice(start, min(start + size, own.stop)) for start in starts)
-
-
-def _placed(own: Tensor, batch: Batch) -> Tensor:
-    """(b,) of this rank's rows to (B,), zeros around."""
-    return F.pad(own, (batch.own.start, len(batch.labels) - batch.own.stop))

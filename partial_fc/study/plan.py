@@ -218,7 +218,7 @@ def config_of(trial: Trial, run: Path) -> Config:
 def digest(values: dict, fingerprint) -> str:
     """16 hexadecimal digits: equal for equal given settings, whatever does not touch the result left out.
 
-    `fingerprint(folder)` stands for a data set, its file for a margin given as module.Class. Defaults are not in it: a
+    `fingerprint(folder)` stands for a data set, their files for losses given as module.Class. Defaults are not in it: a
     setting that a later version adds, and that nobody gives, changes no digest.
     """
     kept = copy.deepcopy(values)
@@ -228,9 +228,11 @@ def digest(values: dict, fingerprint) -> str:
     for name in ("workers", "prefetch"):
         kept["data"].pop(name, None)
     kept["data"]["train"] = fingerprint(kept["data"]["train"])
-    source = source_of(kept.get("head", {}).get("margin", {}).get("name", ""))
-    if source is not None:
-        kept["margin_source"] = hashlib.sha256(source.read_bytes()).hexdigest()
+    head = kept.get("head", {})
+    losses = {f"{name}_source": name for name in head.get("embedding_losses") or {}}
+    for key, name in {"margin_source": head.get("margin", {}).get("name", ""), **losses}.items():
+        if source := source_of(name):
+            kept[key] = hashlib.sha256(source.read_bytes()).hexdigest()
     evaluate = kept.pop("evaluate", None) or {}
     sets = {name: EvaluationSet.model_validate(one) for name, one in evaluate.get("sets", {}).items()}
     kept["evaluate"] = {
