@@ -22,6 +22,7 @@ from partial_fc.figures.toy import EPOCHS
 from partial_fc.parallel import distributed
 from partial_fc.prepare.folder import prepare_folder
 from partial_fc.prepare.glyphs import prepare_glyphs
+from partial_fc.prepare.listing import prepare_list
 from partial_fc.prepare.pairs import prepare_bin, prepare_pairs
 from partial_fc.prepare.recordio import prepare_recordio
 from partial_fc.report.page import write_report
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
             "InsightFace's data sets, without MXNet",
             "a .rec file or a folder with train.rec",
         ),
+        ("list", prepare_list, "images named in a text", "a text with a line an image: file, identity"),
         ("bin", prepare_bin, "InsightFace's verification sets", "lfw.bin and its like"),
         ("pairs", prepare_pairs, "a list of pairs, for verification", pair),
     ):
@@ -68,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         images.add_argument(
             "--size", type=_size, metavar="HxW", help="112 or 112x96; unset: all images have one size already"
         )
-        of_identities = kind in (prepare_folder, prepare_recordio)
+        of_identities = kind in (prepare_folder, prepare_recordio, prepare_list)
         if of_identities:
             images.add_argument("--min-samples", type=int, default=1, help="leave out identities with fewer images")
             images.add_argument("--seed", type=int, default=0, help="of the samples' order")

@@ -173,12 +173,14 @@ def test_lists_that_cannot_be_used(tmp_path):
     path.write_bytes(pickle.dumps(([*images[:3], put(tmp_path / "large.png", 9, (20, 20))], [True, False])))
     refused(path, "images of 2 sizes")
     refused(path, "quality=0", size=(8, 8), quality=0)
-    refused(path, "no text in UTF-8.*partial-fc prepare bin", prepare_pairs)
+    refused(path, "no text in UTF-8 or CSV .*wanted a line each: image, image, 1", prepare_pairs)
 
     text = tmp_path / "pairs.txt"
-    for line in ("0.jpg 1.png", "0.jpg 1.png yes", "a b.jpg 1.png 1", "0.jpg,1.png,1,2"):
+    for line in ("0.jpg 1.png", "a b.jpg 1.png 1", "0.jpg,1.png,1,2", "0.jpg,,1"):
         text.write_text(f"0.jpg 1.png 0\n{line}\n")
-        refused(text, f"line 2: got '{line}', wanted image, image, and 1", prepare_pairs)
+        refused(text, f"line 2: got '{line}', wanted image, image, 1 for one identity or 0, with a tab", prepare_pairs)
+    text.write_text("\n0.jpg 1.png yes\n")
+    refused(text, "line 2: got 'yes' behind two images, wanted 1 for one identity or 0", prepare_pairs)
     text.write_text("0.jpg 1.png 0\n0.jpg 7.png 1\n")
     refused(text, "of pair 1, .* the second image, .*7.png, cannot be used; in all 1 unreadable", prepare_pairs)
     out.mkdir()

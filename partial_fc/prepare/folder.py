@@ -24,9 +24,9 @@ from tqdm import tqdm
 from partial_fc.data.shards import Index, require_new
 from partial_fc.prepare.images import (
     File,
-    Image,
     Source,
     check_options,
+    drop_repeated,
     examine_all,
     read_file,
     write_images,
@@ -75,7 +75,7 @@ def prepare_folder(
     files = _list(source, dropped)
     where = Source(read_file, lambda path, data: _kind(path))
     images = examine_all(files, where, dropped, digests=True)
-    images = _drop_repeated(images, dropped)
+    images = drop_repeated(images, dropped)
     return write_images(
         out,
         files,
@@ -127,19 +127,6 @@ def images_below(top: str) -> tuple[list[str], int]:
             else:
                 others += 1
     return paths, others
-
-
-def _drop_repeated(images: list[Image], dropped: Counter[str]) -> list[Image]:
-    """Without the images that several identities have, and with one of those that an identity has several times."""
-    owner: dict[bytes, str] = {}
-    shared = {image.digest for image in images if owner.setdefault(image.digest, image.identity) != image.identity}
-    kept: dict[bytes, Image] = {}
-    for image in images:
-        if image.digest in shared:
-            dropped["two_identities"] += 1
-        elif kept.setdefault(image.digest, image) is not image:
-            dropped["duplicate"] += 1
-    return list(kept.values())
 
 
 def _kind(path: str) -> str:

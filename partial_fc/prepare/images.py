@@ -72,6 +72,19 @@ def examine_all(files: list[File], source: Source, dropped: Counter[str], *, dig
     return images
 
 
+def drop_repeated(images: list[Image], dropped: Counter[str]) -> list[Image]:
+    """Without the images that several identities have, and with one of those that an identity has several times."""
+    owner: dict[bytes, str] = {}
+    shared = {image.digest for image in images if owner.setdefault(image.digest, image.identity) != image.identity}
+    kept: dict[bytes, Image] = {}
+    for image in images:
+        if image.digest in shared:
+            dropped["two_identities"] += 1
+        elif kept.setdefault(image.digest, image) is not image:
+            dropped["duplicate"] += 1
+    return list(kept.values())
+
+
 def write_images(
     out: Path,
     files: list[File],

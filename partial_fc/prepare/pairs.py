@@ -1,8 +1,8 @@
 """A verification set from a list of pairs: InsightFace's .bin files, or a text of one's own.
 
-The text has a pair a line: two image files, relative to its folder, and 1 for one identity or 0 for two, with tabs or
-commas between them, or spaces where no name has any. Samples 2 i and 2 i + 1 of the data set are the images of pair i,
-in the list's order, and its array `pair` says so. An image that is in several pairs is there as often.
+The text has a pair a line, two image files and 1 for one identity or 0 for two, as `prepare.listing` reads it. Samples
+2 i and 2 i + 1 of the data set are the images of pair i, in the list's order, and its array `pair` says so. An image
+that is in several pairs is there as often.
 """
 
 from collections import Counter
@@ -25,6 +25,7 @@ from partial_fc.prepare.images import (
     read_file,
     stored,
 )
+from partial_fc.prepare.listing import read_rows
 
 
 def prepare_bin(source: Path, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95) -> Index:
@@ -33,7 +34,7 @@ def prepare_bin(source: Path, out: Path, *, size: tuple[int, int] | None = None,
     Raises FileNotFoundError without the file, FileExistsError if `out` exists, and ValueError for a damaged file, an
     image that cannot be decoded, if sizes differ, if there are not both kinds of pairs, or an option is out of range.
     """
-    source = Path(source)
+    source, out = Path(source), Path(out)
     if not source.is_file():
         raise FileNotFoundError(f"{source} is no file; give a verification set of InsightFace's, as lfw.bin")
     require_new(out)
@@ -44,31 +45,16 @@ def prepare_bin(source: Path, out: Path, *, size: tuple[int, int] | None = None,
 
 def prepare_pairs(source: Path, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95) -> Index:
     """Write the pairs that the text file `source` lists to the new data set `out`. Otherwise as `prepare_bin`."""
-    source = Path(source)
-    if not source.is_file():
-        raise FileNotFoundError(f"{source} is no file; give a text with a pair a line: image, image, 1 or 0")
+    source, out = Path(source), Path(out)
     require_new(out)
-    files, same = _read_list(source)
+    files, same = [], []
+    for number, (first, second, one) in read_rows(source, "image, image, 1 for one identity or 0"):
+        if one not in ("0", "1"):
+            raise ValueError(f"{source}, line {number}: got {one!r} behind two images, wanted 1 for one identity or 0")
+        files += [str(source.parent / first), str(source.parent / second)]
+        same.append(one == "1")
     where = Source(read_file, lambda _, data: kind_of(data))
     return _write(out, source, where, files, same, "pairs", size, quality)
-
-
-def _read_list(source: Path) -> tuple[list[str], list[bool]]:
-    files, same = [], []
-    try:
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is no text in UTF-8: {error}; for a .bin file: partial-fc prepare bin") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        between = next((character for character in "\t," if character in line), None)
-        fields = [field.strip() for field in line.split(between)]
-        if len(fields) != 3 or fields[2] not in ("0", "1"):
-            raise ValueError(f"{source}, line {number}: got {line!r}, wanted image, image, and 1 for one identity or 0")
-        files += [str(source.parent / name) for name in fields[:2]]
-        same.append(fields[2] == "1")
-    return files, same
 
 
 def _write(
