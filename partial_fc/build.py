@@ -150,7 +150,8 @@ def order_of(config: Config, index: Index) -> Order | Groups:
     if pairs and config.data.accumulate > 1:
         raise ValueError(
             f"head.embedding_losses {', '.join(pairs)} with data.accumulate {config.data.accumulate}: samples "
-            "would be compared inside a micro-batch alone; give data.accumulate=1"
+            "would be compared inside a micro-batch alone; give data.accumulate=1, or, where a loss of yours looks at "
+            "single samples, compares = False in its class"
         )
     return order
 

@@ -414,6 +414,10 @@ def test_collectives_of_a_step(margin, count):
         (lambda: SubCenterArcFace(sub_centers=True), "sub_centers is True; give a positive whole number"),
         (lambda: PartialFC(4, 2, embedding_losses=CenterLoss()), "give a list of objects such as CenterLoss"),
         (lambda: PartialFC(4, 2, embedding_losses=[CenterLoss()] * 2), "give one CenterLoss at most"),
+        (
+            lambda: PartialFC(4, 2, embedding_losses=[type("Mine", (CenterLoss,), {})()]),
+            "derive a loss of yours from EmbeddingLoss",
+        ),
         (lambda: WarmUp(CosFace(), 5, {}), "WarmUp: steps and start are 5 and {}"),
         (lambda: WarmUp(CosFace(), 5, {"m": 0.0}), "CosFace has no number m to warm up; it has scale, margin"),
         (lambda: WarmUp(SphereFace(), 5, {"margin": 1}), "has no number margin to warm up; it has lambda_max"),

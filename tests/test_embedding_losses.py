@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from partial_fc import PartialFC
+from partial_fc.build import build_losses
+from partial_fc.config_file import load_config
 from partial_fc.head import embedding_losses
 from partial_fc.head.centers import initial_centers
 from partial_fc.head.embedding_losses import (
@@ -70,7 +72,8 @@ def gathered(x: Tensor, labels: Tensor, sizes: list[int]) -> tuple[Tensor, Tenso
     """x, labels, real as the ranks gather parts of these `sizes`, each rank's rows, and where the samples went."""
     rows = max(sizes) + 1  # one row of padding at least
     places = torch.cat([torch.arange(size) + rank * rows for rank, size in enumerate(sizes)])
-    everything = torch.full((len(sizes) * rows, x.shape[1]), 2.5, dtype=x.dtype)  # whatever stands there
+    everything = torch.zeros(len(sizes) * rows, x.shape[1], dtype=x.dtype)
+    everything[1::2] = 2.5  # whatever stands there; zeros are what the head gathers
     everything[places] = x
     padded = torch.full((len(everything),), PADDING)
     padded[1::2] = 1  # nor does the label matter
@@ -140,6 +143,8 @@ def test_the_loss_of_the_readme_by_its_module(tmp_path, monkeypatch):
         got, gradient = on_ranks(loss, x, labels, sizes)
         assert error(got, wanted) < EXACT and error(gradient, slope) < EXACT, sizes
 
+    given = "head.embedding_losses={readme_ring.Ring: {weight: 0.3, radius: 2}}"
+    assert build_losses(load_config(REPOSITORY / "configs" / "glyphs_ci.yaml", [given]))[1] == [loss]
     values = {"data": {"train": "", "global_batch_size": 8}, "head": {"embedding_losses": {name: {"radius": 2}}}}
     before = digest(values, str)
     assert before == digest(values, str)
@@ -150,9 +155,44 @@ def test_the_loss_of_the_readme_by_its_module(tmp_path, monkeypatch):
         ValueError, match="embedding_losses.readme_ring.Plain: .*wanted a subclass of EmbeddingLoss, below"
     ):
         build_embedding_loss("readme_ring.Plain", {})
+    (tmp_path / "needs_losses.py").write_text(program.replace("radius: float = 20.0", "radius: float"))
+    with pytest.raises(ValueError, match="embedding_losses.needs_losses.Ring.radius: needs_losses.Ring has no default"):
+        build_embedding_loss("needs_losses.Ring", {"weight": 2})
     with pytest.raises(ValueError, match="cannot be imported .*give module.Class"):
         build_embedding_loss("nowhere.Ring", {})
     assert not loss.compares and TripletLoss().compares and ContrastiveLoss().compares and not CenterLoss().compares
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(EmbeddingLoss):
+    """What of_anchors gives is `form` of these: the cosine of each sample with the batch's mean direction."""
+
+    form: str = "right"
+
+    def of_anchors(self, x, batch):
+        unit = x / x.square().sum(dim=1, keepdim=True).sqrt()
+        mean = (unit * batch.real.unsqueeze(1)).sum(dim=0) / batch.count
+        cosine = unit @ mean / batch.count
+        forms = {"right": cosine[batch.own], "mean": cosine[batch.own].mean(), "all": cosine, "column": cosine[:, None]}
+        return forms[self.form]
+
+
+def test_a_loss_that_normalizes_beside_padding():
+    """Zeros in its rows would be NaN in the gradient of all."""
+    x, labels = batch()
+    reference = x.clone().requires_grad_()
+    unit = reference / reference.norm(dim=1, keepdim=True)
+    wanted = (unit @ unit.mean(dim=0)).mean()
+    (slope,) = torch.autograd.grad(wanted, reference)
+    for sizes in SIZES:
+        got, gradient = on_ranks(Own(), x, labels, sizes)
+        assert error(got, wanted.detach()) < EXACT and error(gradient, slope) < EXACT, sizes
+
+
+@pytest.mark.parametrize("form, shape", [("mean", r"\(\)"), ("all", r"\(16,\)"), ("column", r"\(16, 1\)")])
+def test_a_loss_of_another_shape_is_an_error(form, shape):
+    with pytest.raises(ValueError, match=rf"Own.of_anchors gave {shape}, wanted \(8,\): what each of this rank's rows"):
+        on_ranks(Own(form=form), *batch(), [7, 7])
 
 
 def test_a_loss_without_its_function_says_so():

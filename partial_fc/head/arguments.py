@@ -43,6 +43,11 @@ def check_arguments(
         raise ValueError(f"embedding_losses are {embedding_losses!r}; give a list of objects such as CenterLoss()")
     if sum(isinstance(loss, CenterLoss) for loss in embedding_losses) > 1:
         raise ValueError(f"embedding_losses are {embedding_losses!r}; give one CenterLoss at most")
+    if any(isinstance(loss, CenterLoss) and type(loss) is not CenterLoss for loss in embedding_losses):
+        raise ValueError(
+            f"embedding_losses are {embedding_losses!r}; a CenterLoss is what its head makes of it: derive a loss of "
+            "yours from EmbeddingLoss"
+        )
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype is {dtype}; give torch.float32 or torch.float64")
     if not (margin is None or isinstance(margin, Margin | WarmUp)):

@@ -72,7 +72,8 @@ def evaluate(
         x = x.detach().requires_grad_(training)
         shares = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         if len(x):
-            everything = x.double()
+            # zeros would give 0 / 0 where a loss normalizes, and no mask behind it keeps NaN out of a gradient
+            everything = torch.where(real.unsqueeze(1), x.double(), 1.0)
             for term in terms:
                 shares = shares + term.shares(everything, batch)
         if not training:
@@ -88,23 +89,30 @@ class EmbeddingLoss:
     """What all have; one of your own has `of_anchors`.
 
     weight: what the loss is multiplied by before it is added to the classifier's. compares: whether samples of a batch
-    are compared with each other, which they cannot be across micro-batches.
+    are compared with each other, so that micro-batches would change the loss.
     """
 
-    compares: ClassVar[bool] = False
+    compares: ClassVar[bool] = True
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         check(self, "weight", 0 < self.weight < math.inf, "a positive number")
 
     def of_anchors(self, x: Tensor, batch: Batch) -> Tensor:
-        """(b,): what the anchors x[batch.own] add to the loss of the global batch, of which x (B, D) float64 are all
-        embeddings; differentiable, without collectives. What it says of padding is left out.
+        """(b,): what each of the anchors x[batch.own] adds to the loss of the global batch; their sum over the ranks is
+        that loss. x (B, D) float64 are the embeddings of all ranks, and ones where batch.real is False: padding, which
+        ranks with fewer samples have. What is returned for padding is left out. Differentiable, without collectives.
         """
         raise NotImplementedError(f"{type(self).__name__} has no of_anchors(x, batch)")
 
     def shares(self, x: Tensor, batch: Batch) -> Tensor:
-        own = torch.where(batch.real[batch.own], self.weight * self.of_anchors(x, batch), 0)
+        own, real = self.of_anchors(x, batch), batch.real[batch.own]
+        if own.shape != real.shape:
+            raise ValueError(
+                f"{type(self).__name__}.of_anchors gave {tuple(own.shape)}, wanted {tuple(real.shape)}: what each of "
+                "this rank's rows, batch.own, adds to the loss of the global batch; neither their mean nor all ranks'"
+            )
+        own = torch.where(real, self.weight * own, 0)
         return F.pad(own, (batch.own.start, len(batch.labels) - batch.own.stop))
 
 
@@ -119,7 +127,6 @@ class TripletLoss(EmbeddingLoss):
     chose other triplets. Of equally hard pairs the first in the batch counts.
     """
 
-    compares: ClassVar[bool] = True
     margin: float | Literal["soft"] = "soft"
     normalize: bool = False
     squared: bool = False
@@ -162,7 +169,6 @@ class ContrastiveLoss(EmbeddingLoss):
     Euclidean distance of the embeddings, as they are, or normalized: then it is at most 2.
     """
 
-    compares: ClassVar[bool] = True
     margin: float = 1.0
     normalize: bool = False
 
@@ -194,6 +200,7 @@ class CenterLoss(EmbeddingLoss):
     embeddings x_i of class j that all forwards of the step saw.
     """
 
+    compares: ClassVar[bool] = False
     weight: float = 0.003
     alpha: float = 0.5
 

@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import types
 import typing
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,7 +57,7 @@ def source_of(name: str) -> Path | None:
 def fill(chosen: type[T], name: str, parameters: dict[str, Any], key: str) -> T:
     """The dataclass called `name` with `parameters`, which stand below the config's `key`.
 
-    Raises ValueError for a parameter that it does not have, or that is not of its type.
+    Raises ValueError for a parameter that it does not have, that is not of its type, or that it lacks.
     """
     types_of = typing.get_type_hints(chosen)
     known = {field.name: types_of[field.name] for field in fields(chosen) if field.init}
@@ -65,6 +65,9 @@ def fill(chosen: type[T], name: str, parameters: dict[str, Any], key: str) -> T:
         if parameter not in known:
             has = ", ".join(known) or "none"
             raise ValueError(f"{key}.{parameter}: {name} has no such parameter; it has {has}")
+    for field in fields(chosen):
+        if field.init and field.name not in parameters and field.default is field.default_factory is MISSING:
+            raise ValueError(f"{key}.{field.name}: {name} has no default for it; give one")
     return chosen(**{one: read(f"{key}.{one}", value, known[one]) for one, value in parameters.items()})
 
 
