@@ -293,7 +293,7 @@ class Track(Section):
 
 class EvaluationSet(Section):
     data: str
-    """Folder of shards: verification over all pairs, identification of each sample against one per identity."""
+    """Folder of shards: all pairs are verified, each sample identified among one per identity; or a list of pairs."""
     distractors: str | None = None
     """Folder of shards whose identities join the gallery."""
     note: str = ""

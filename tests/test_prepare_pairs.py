@@ -1,7 +1,11 @@
 """Lists of pairs: InsightFace's .bin and a text of one's own, into a set that is evaluated over these pairs alone."""
 
+import hashlib
+import json
 import os
 import pickle
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +14,9 @@ import torch
 
 from partial_fc import cli
 from partial_fc.config import EvaluationSet
-from partial_fc.data.shards import load_index, verify
+from partial_fc.data.shards import load_index, verify, write_shards
 from partial_fc.evaluate.embed import embed
-from partial_fc.evaluate.pairs import pair_list
+from partial_fc.evaluate.pairs import listed_scores
 from partial_fc.evaluate.protocol import evaluate_set, format_table
 from partial_fc.evaluate.runs import evaluate_run, open_sets
 from partial_fc.figures import verification
@@ -22,7 +26,7 @@ from tests.conftest import run_ranks
 from tests.test_embed import OPTIONS, backbone
 from tests.test_figures import result_of, run_of, saved
 from tests.test_prepare_folder import put
-from tests.test_report import report
+from tests.test_report import report, write_run
 from tests.test_train import train_here
 
 __all__ = ["saved"]  # a fixture
@@ -61,6 +65,9 @@ def forms(images: list[bytes], same: list[bool]):
         yield f"arrays, protocol {protocol}", pickle.dumps((arrays, [np.bool_(one) for one in same]), protocol=protocol)
         yield f"numbers, protocol {protocol}", pickle.dumps((images, [int(one) for one in same]), protocol=protocol)
         yield f"one array, protocol {protocol}", pickle.dumps((images, np.array(same)), protocol=protocol)
+        wide = [np.int64(one) for one in same]
+        yield f"wide numbers, protocol {protocol}", pickle.dumps((images, wide), protocol=protocol)
+        yield f"a wide array, protocol {protocol}", pickle.dumps((images, np.array(wide)), protocol=protocol)
 
 
 def test_every_form_of_the_file(tmp_path):
@@ -73,21 +80,42 @@ def test_every_form_of_the_file(tmp_path):
     assert pickle.loads(python2(images, SAME), encoding="bytes") == (images, SAME)
 
 
-def test_samples_are_the_pairs_in_their_order(tmp_path, capsys):
+def test_pairs_in_their_order_and_each_image_once(tmp_path, capsys):
     images = encoded(tmp_path, 10)
     images[6] = images[0]
     (tmp_path / "lfw.bin").write_bytes(python2(images, SAME))
     index = prepare_bin(tmp_path / "lfw.bin", tmp_path / "lfw")
-    assert bytes_of(index) == images and index.prepared["image_size"] == [16, 12]
-    pairs = pair_list(load_index(tmp_path / "lfw"))
-    assert pairs.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
-    assert (index.label[pairs[:, 0]] == index.label[pairs[:, 1]]).tolist() == SAME
-    assert index.classes()[0] == "pair 0" and index.classes()[-1] == "pair 4, second"
-    assert "5 pairs, 2 of one identity and 3 of two" in capsys.readouterr().out
+    assert bytes_of(index) == images[:6] + images[7:] and index.prepared["image_size"] == [16, 12]
+    wanted = [[0, 1, 1], [2, 3, 0], [4, 5, 1], [0, 6, 0], [7, 8, 0]]
+    assert load_index(tmp_path / "lfw").pairs.tolist() == wanted
+    assert index.label.tolist() == list(range(9)) and index.classes()[5:7] == ["image 5", "image 7"]
+    assert "9 images in 5 pairs, 2 of one identity, 3 of two" in capsys.readouterr().out
     verify(index)
 
     resized = prepare_bin(tmp_path / "lfw.bin", tmp_path / "resized", size=(8, 8))
-    assert resized.prepared["image_size"] == [8, 8] and resized.prepared["encoded_anew"] == 10
+    assert resized.prepared["image_size"] == [8, 8] and resized.prepared["encoded_anew"] == 9
+
+
+def test_a_data_set_with_pairs_is_of_a_later_version_and_checked(tmp_path):
+    (tmp_path / "lfw.bin").write_bytes(python2(encoded(tmp_path, 4), [True, False]))
+    path = prepare_bin(tmp_path / "lfw.bin", tmp_path / "lfw").path
+    description = json.loads((path / "index.json").read_text())
+    assert description["version"] == 2
+    pairs = path / "index" / "pairs.npy"
+    good = np.load(pairs)
+    for bad in (good[:, :2], good.astype(np.int32), good + [[4, 0, 0]], good - [[1, 0, 0]], good + [[0, 0, 1]]):
+        np.save(pairs, bad)
+        with pytest.raises(ValueError, match="pairs.npy is damaged: its sha256"):
+            load_index(path)
+        description["pairs_sha256"] = hashlib.sha256(pairs.read_bytes()).hexdigest()
+        (path / "index.json").write_text(json.dumps(description))
+        with pytest.raises(
+            ValueError, match=r"pairs.npy has int.*, wanted int64 \(P, 3\): two of 4 samples, and 1 or 0"
+        ):
+            load_index(path)
+    pairs.unlink()
+    with pytest.raises(FileNotFoundError, match="pairs.npy is missing"):
+        load_index(path)
 
 
 @pytest.mark.parametrize("between", ["\t", ",", ", ", " "])
@@ -103,12 +131,13 @@ def test_a_text_gives_the_same_set(tmp_path, between, monkeypatch):
         "sys.argv", ["partial-fc", "prepare", "pairs", str(tmp_path / "pairs.txt"), str(tmp_path / "a")]
     )
     cli.main()
-    of_bin = prepare_bin(tmp_path / "lfw.bin", tmp_path / "b")
-    assert load_index(tmp_path / "a").fingerprint == of_bin.fingerprint
+    of_bin, of_text = prepare_bin(tmp_path / "lfw.bin", tmp_path / "b"), load_index(tmp_path / "a")
+    assert bytes_of(of_text) == bytes_of(of_bin) and of_text.pairs.tolist() == of_bin.pairs.tolist()
+    assert of_text.classes()[:2] == [f"{tmp_path}/faces/0.jpg", f"{tmp_path}/faces/1.png"]
 
 
 def test_nothing_that_a_file_names_is_called(tmp_path):
-    """The first two would make the file when unpickled, the third never ends where calls are followed."""
+    """The first two would make the file when unpickled; the third holds itself."""
     made = tmp_path / "made"
 
     class Evil:
@@ -127,6 +156,31 @@ def test_nothing_that_a_file_names_is_called(tmp_path):
     assert not made.exists()
 
 
+def test_a_hostile_file_takes_no_more_time_and_memory_than_its_size(tmp_path):
+    """Nested as deep as it is long; lengths beyond any memory; one string that is made into bytes again and again."""
+    path = tmp_path / "hostile.bin"
+    number, long = 100_000, b"X" + (10**6).to_bytes(4, "little") + b"a" * 10**6
+    start = b"\x80\x02c_codecs\nencode\nq\x01" + long + b"q\x02(]("
+    files = [
+        b"\x80\x02" + b"(" * number + b"t" * number + b".",
+        b"\x80\x02" + b"(]" * number + b"e" * number + b".",
+        b"\x80\x04\x8e" + (2**45).to_bytes(8, "little") + b"abc.",
+        b"\x80\x04\x8e" + (2**63 - 1).to_bytes(8, "little") + b"abc.",
+        b"\x80\x04\x8d" + (2**45).to_bytes(8, "little") + b"abc.",
+        start + b"h\x01h\x02\x85R" * number + b"e]\x88at.",
+    ]
+    for data in files:
+        path.write_bytes(data)
+        tracemalloc.start()
+        began = time.process_time()
+        with pytest.raises(ValueError, match="hostile.bin is no verification set"):
+            read_bin(path)
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        # quadratic time would be minutes, all of the copies 100 GB
+        assert time.process_time() - began < 30 and used < 100e6, (data[:20], used)
+
+
 def test_a_file_cut_anywhere_is_an_error(tmp_path):
     path = tmp_path / "lfw.bin"
     files = dict(forms([b"first", b"second" * 50, b"third", b"fourth"], [True, False]))
@@ -143,10 +197,14 @@ def test_a_file_cut_anywhere_is_an_error(tmp_path):
     "value, message",
     [
         (([b"a", b"b", b"c"], [True, False]), "has 3 images for 2 pairs, wanted two for each"),
-        (([b"a", b"b"], [True, "no"]), "got str where bytes were wanted"),
+        (([b"a", b"b"], [True, "no"]), "it has str where bytes were wanted"),
         (([b"a", {"b": 1}], [True]), "it has EMPTY_DICT at byte"),
-        (([b"a", b"b"], [True], "more"), "too many values to unpack"),
-        ([b"a", "b"], "got int where bytes were wanted"),
+        (([b"a", b"b"], [True], "more"), "it does not hold a list of images and one of truth values"),
+        ((np.zeros((4, 2), np.uint8), [True, False]), "it does not hold a list of images and one of truth values"),
+        ([b"a", "b"], "it does not hold a list of images"),
+        (([b"a", b"b"], [-1]), "it has -1 where true or false was wanted"),
+        (([b"a", b"b"], np.array([1, 0, 1])), "it has 1 pairs of images and an array of 24 bytes|it has .* where true"),
+        (([], np.array([])), "it has 0 pairs of images and an array of 0 bytes"),
     ],
 )
 def test_other_pickles_are_errors(tmp_path, value, message):
@@ -169,10 +227,11 @@ def test_lists_that_cannot_be_used(tmp_path):
     path.write_bytes(pickle.dumps((images, [True, True])))
     refused(path, "2 pairs of one identity and 0 of two, wanted some of both")
     path.write_bytes(pickle.dumps(([*images[:3], b"no image"], [True, False])))
-    refused(path, "of pair 1, counted from 0, the second image, 3, cannot be used; in all 1 undecodable. Mend them")
+    refused(path, "lfw.bin: image 3 cannot be used; in all 1 undecodable. Mend them")
     path.write_bytes(pickle.dumps(([*images[:3], put(tmp_path / "large.png", 9, (20, 20))], [True, False])))
     refused(path, "images of 2 sizes")
-    refused(path, "quality=0", size=(8, 8), quality=0)
+    refused(path, "got quality=0, wanted 1 to 100", size=(8, 8), quality=0)
+    refused(path, "got the size 0 x 8, wanted height", size=(0, 8))
     refused(path, "no text in UTF-8 or CSV .*wanted a line each: image, image, 1", prepare_pairs)
 
     text = tmp_path / "pairs.txt"
@@ -182,7 +241,7 @@ def test_lists_that_cannot_be_used(tmp_path):
     text.write_text("\n0.jpg 1.png yes\n")
     refused(text, "line 2: got 'yes' behind two images, wanted 1 for one identity or 0", prepare_pairs)
     text.write_text("0.jpg 1.png 0\n0.jpg 7.png 1\n")
-    refused(text, "of pair 1, .* the second image, .*7.png, cannot be used; in all 1 unreadable", prepare_pairs)
+    refused(text, "pairs.txt: .*/7.png cannot be used; in all 1 unreadable. Mend them", prepare_pairs)
     out.mkdir()
     with pytest.raises(FileExistsError, match="delete it, or choose another"):
         prepare_pairs(text, out)
@@ -190,7 +249,7 @@ def test_lists_that_cannot_be_used(tmp_path):
 
 @pytest.fixture(scope="module")
 def listed(glyphs_ci, tmp_path_factory) -> Path:
-    """A list of 60 pairs of letters in the fonts of the tests, ten runs of three of either kind, as LFW's is."""
+    """A list of 60 pairs of letters in the fonts of the tests, ten folds of three of either kind, as LFW's is."""
     index = load_index(glyphs_ci / "test_seen")
     rng = np.random.default_rng(0)
     data, same = bytes_of(index), np.tile([True] * 3 + [False] * 3, 10).tolist()
@@ -210,18 +269,28 @@ def evaluate(path: Path) -> dict:
     return evaluate_set(backbone(), load_index(path), batch_size=8, **OPTIONS)
 
 
-def test_the_result_is_that_of_the_listed_pairs(listed):
-    """Naively, from the embeddings: the threshold that is best on the other nine runs of pairs judges each run."""
-    index = load_index(listed)
+def scores_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Of every pair, and whether it is of one identity; naively."""
+    index = load_index(path)
     embeddings = embed(backbone(), index, batch_size=8, **OPTIONS).double()
-    score = (embeddings[0::2] * embeddings[1::2]).sum(dim=1).numpy()
-    same = index.label[0::2] == index.label[1::2]
+    first, second, same = index.pairs.T
+    return (embeddings[first.copy()] * embeddings[second.copy()]).sum(dim=1).numpy(), same == 1
+
+
+def accuracy_of(score: np.ndarray, same: np.ndarray, fold: np.ndarray) -> list[float]:
+    """Of every fold, by the threshold that is best on the others."""
     accuracy = []
-    for run in range(10):
-        held = np.arange(60) // 6 == run
+    for name in range(10):
+        held = fold == name
         tried = sorted(score[~held], reverse=True)
         right = [np.mean((score[~held] >= threshold - 1e-7) == same[~held]) for threshold in tried]
         accuracy.append(np.mean((score[held] >= tried[int(np.argmax(right))] - 1e-7) == same[held]))
+    return accuracy
+
+
+def test_the_result_is_that_of_the_listed_pairs(listed):
+    score, same = scores_of(listed)
+    accuracy = accuracy_of(score, same, np.arange(60) // 6)  # the list's own folds
 
     result = evaluate(listed)
     assert result["fold_accuracy"] == pytest.approx(np.mean(accuracy), abs=1e-12)
@@ -233,13 +302,54 @@ def test_the_result_is_that_of_the_listed_pairs(listed):
         threshold = highest[round(far * 30)] if far < 1 else -1  # the first impostor that is not accepted
         assert tar == np.mean(score[same] > threshold + 1e-7)
     hardest = result["examples"]["hardest"]
-    assert hardest[0]["score"] == pytest.approx(highest[0], abs=1e-6) and not hardest[0]["same"]
-    assert hardest[6]["score"] == pytest.approx(score[same].min(), abs=1e-6) and hardest[6]["same"]
-    assert hardest[0]["b"] == hardest[0]["a"] + 1 and hardest[0]["a"] % 2 == 0
+    assert [pair["score"] for pair in hardest[:6]] == pytest.approx(highest[:6], abs=1e-6)
+    assert [pair["score"] for pair in hardest[6:]] == pytest.approx(sorted(score[same])[:6], abs=1e-6)
+    pairs = {(*sorted(pair[:2]), bool(pair[2])) for pair in load_index(listed).pairs.tolist()}
+    for group in result["examples"].values():
+        assert {(pair["a"], pair["b"], pair["same"]) for pair in group} <= pairs | {(b, a, s) for a, b, s in pairs}
     assert result["rank1"] is None and result["dir_at_far"] == {"0.01": None} and result["num_identities"] is None
     text = format_table({"trained": {"letters": result}})
     assert "letters: – for rank-1 and DIR: a list of pairs does not say who is who." in text
     assert "the set has no more" not in text
+
+
+def rewritten(listed: Path, out: Path, order: np.ndarray) -> Path:
+    """The set with its pairs in another order, or fewer of them."""
+    index = load_index(listed)
+    samples = [(data, "png", label) for label, data in enumerate(bytes_of(index))]
+    prepared = dict(index.prepared)
+    return write_shards(out, samples, index.classes(), prepared=prepared, pairs=index.pairs[order]).path
+
+
+def test_a_list_that_is_sorted_or_uneven_has_folds_of_both_kinds(listed, tmp_path):
+    """All of one kind first is the same as fold after fold; of 23 and 27 pairs the folds are 2 or 3 of either kind."""
+    same = load_index(listed).pairs[:, 2] == 1
+    by_kind = rewritten(listed, tmp_path / "by_kind", np.argsort(~same, kind="stable"))
+    wanted = evaluate(listed)
+    assert {name: wanted[name] for name in ("fold_accuracy", "fold_accuracy_std", "roc", "tar_at_far")} == {
+        name: evaluate(by_kind)[name] for name in ("fold_accuracy", "fold_accuracy_std", "roc", "tar_at_far")
+    }
+    order = np.random.default_rng(1).permutation([*np.flatnonzero(same)[:23], *np.flatnonzero(~same)[:27]])
+    uneven = rewritten(listed, tmp_path / "uneven", order)
+    score, same = scores_of(uneven)
+    fold = np.empty(50, dtype=int)
+    for kind, sizes in ((same, [2, 2, 2, 3, 2, 2, 3, 2, 2, 3]), (~same, [2, 3, 3, 2, 3, 3, 2, 3, 3, 3])):
+        fold[kind] = np.repeat(np.arange(10), sizes)
+    assert evaluate(uneven)["fold_accuracy"] == pytest.approx(np.mean(accuracy_of(score, same, fold)), abs=1e-12)
+    few = evaluate(rewritten(listed, tmp_path / "few", np.arange(50)[:30]))
+    assert few["num_fold_pairs"] == 30
+    fewer = evaluate(rewritten(listed, tmp_path / "fewer", np.arange(12)))
+    assert fewer["fold_accuracy"] is None and fewer["num_genuine"] == 6
+    assert "it needs 10 pairs of one identity, and of two" in format_table({"trained": {"fewer": fewer}})
+    one_kind = rewritten(listed, tmp_path / "one_kind", np.arange(3))
+    with pytest.raises(ValueError, match="one_kind has pairs of one kind alone"):
+        open_sets({"P": EvaluationSet(data=str(one_kind))}, (32, 32))
+
+
+def test_scores_in_chunks_are_the_same():
+    embeddings = torch.nn.functional.normalize(torch.randn(20, 8))
+    pairs = np.random.default_rng(0).integers(0, 20, (50, 2))
+    assert np.array_equal(listed_scores(embeddings, pairs, chunk=7), listed_scores(embeddings, pairs))
 
 
 def test_the_same_on_any_number_of_ranks(listed):
@@ -268,10 +378,23 @@ def test_lists_have_no_distractors(listed, glyphs_ci):
         with pytest.raises(ValueError, match="evaluation set P: .*letters is a list of pairs: it has no gallery"):
             open_sets(sets, (32, 32))
     found = open_sets({"P": EvaluationSet(data=str(listed))}, (32, 32))
-    assert found["P"][0].num_samples == 120
+    assert len(found["P"][0].pairs) == 60
 
 
 def test_a_figure_with_and_without_cmc(saved):
     without = result_of(0.5) | {"cmc": []}
-    saved(verification.draw_verification(verification.curves_of([run_of("one", P1=result_of(0.5), list=without)])))
+    runs = [run_of(name, P1=result_of(0.5), list=without) for name in ("one", "two")]
+    figure = verification.draw_verification(verification.curves_of(runs))
+    assert [axes.get_xlim()[1] for axes in figure.axes[1::2]] == [3, 3]  # the row without CMC shares the axis
+    assert "one (no CMC)" in [text.get_text() for text in figure.axes[3].texts]
+    saved(figure)
     saved(verification.draw_verification(verification.curves_of([run_of("one", list=without)])))
+
+
+def test_other_lists_of_the_same_size_are_told_apart(listed, tmp_path):
+    order = np.random.default_rng(0).permutation(60)
+    for name, path in (("first", listed), ("second", rewritten(listed, tmp_path / "other", order))):
+        write_run(tmp_path / name, {"trained": {"list": evaluate(path)}}, lr=0.1)
+    different = "The runs were evaluated on different data"
+    assert different in report([tmp_path / "first", tmp_path / "second"], tmp_path / "page.html").text
+    assert different not in report([tmp_path / "first", tmp_path / "first"], tmp_path / "page.html").text

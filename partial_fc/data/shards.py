@@ -7,8 +7,10 @@
     index/offset.npy     (N,) int64   where its image starts in that shard, in bytes
     index/size.npy       (N,) int32   length of its image, in bytes
     index/label.npy      (N,) int64   its class
-    index/<name>.npy     (N, …)       further arrays, one row a sample; `pair`, the number of
-                                       its pair, is there in lists of pairs for verification
+    index/<name>.npy     (N, …)       further arrays, one row a sample
+    index/pairs.npy      (P, 3) int64 of a list of pairs for verification alone: two samples, and
+                                       whether they are of one identity, 1 or 0. Its samples have a
+                                       class each, since who is who is not known
     classes.txt          line i = name of class i, UTF-8
 
 N is the number of samples; they are numbered in the order of (shard, offset). The arrays are memory-mapped:
@@ -31,7 +33,8 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 FORMAT = "partial_fc-index"
-VERSION = 1
+VERSION = 2
+WITHOUT_PAIRS = 1  # what data sets without pairs.npy have, which the version before reads
 SHARD_BYTES = 256 * 2**20
 
 _DTYPES = {"shard": np.int32, "offset": np.int64, "size": np.int32, "label": np.int64}
@@ -55,6 +58,7 @@ class Index:
     extra: dict[str, np.ndarray]  # further arrays, (N, …) each
     prepared: dict[str, Any]  # how the data set was made: kind, source, image_size, what was dropped and why
     fingerprint: str  # sha256 over the checksums of the arrays and shards: the identity of the data set
+    pairs: np.ndarray | None = None  # (P, 3) int64 of a list of pairs
 
     @property
     def samples_per_shard(self) -> np.ndarray:
@@ -102,14 +106,15 @@ def write_shards(
     prepared: dict[str, Any],
     total: int | None = None,
     arrays: dict[str, np.ndarray] | None = None,
+    pairs: np.ndarray | None = None,
 ) -> Index:
     """Write `samples` (image bytes, extension without dot, label) to the new folder `out`, in this order.
 
     The reader shuffles within windows only: give the samples in a seeded random order. Equal input gives
     equal shards and arrays, byte for byte. The samples of a shard take at most `shard_bytes`, unless there is
     only one. `total`, the number of samples, is for the progress bar. `arrays` are further arrays of one row
-    a sample. `prepared` says what made the data set; the reader needs its `image_size: [H, W]`. The folder
-    appears when it is complete; until then it is `out` + ".partial".
+    a sample; `pairs` (P, 3) makes it a list of pairs. `prepared` says what made the data set; the reader needs its
+    `image_size: [H, W]`. The folder appears when it is complete; until then it is `out` + ".partial".
 
     Raises FileExistsError if `out` exists, ValueError on a bad label, class name, extension or array.
     """
@@ -117,7 +122,7 @@ def write_shards(
     require_new(out)
     _check_class_names(classes)
     for name in arrays or {}:
-        if name in _DTYPES or not name.isidentifier():
+        if name in (*_DTYPES, "pairs") or not name.isidentifier():
             raise ValueError(f"got an extra array named {name!r}, wanted an identifier other than {', '.join(_DTYPES)}")
 
     partial = out.with_name(out.name + ".partial")
@@ -133,12 +138,14 @@ def write_shards(
         columns.update(arrays or {})
         for name, values in columns.items():
             np.save(partial / "index" / f"{name}.npy", values, allow_pickle=False)
+        if pairs is not None:
+            np.save(partial / "index" / "pairs.npy", pairs.astype(np.int64), allow_pickle=False)
 
         (partial / "classes.txt").write_bytes("".join(name + "\n" for name in classes).encode("utf-8"))
         counts = np.bincount(columns["shard"], minlength=len(shard_names))
         description = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": WITHOUT_PAIRS if pairs is None else VERSION,
             "num_samples": num_samples,
             "num_classes": len(classes),
             "shards": [
@@ -152,6 +159,7 @@ def write_shards(
             ],
             "classes_sha256": _sha256(partial / "classes.txt"),
             "arrays": {name: _sha256(partial / "index" / f"{name}.npy") for name in columns},
+            **({} if pairs is None else {"pairs_sha256": _sha256(partial / "index" / "pairs.npy")}),
             "prepared": prepared,
         }
         (partial / "index.json").write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -180,7 +188,12 @@ def load_index(path: Path | str) -> Index:
         if name not in arrays or arrays[name].dtype != dtype or arrays[name].ndim != 1:
             got = f"{arrays[name].dtype} {arrays[name].shape}" if name in arrays else "none"
             raise ValueError(f"{path}: got {got} for the array {name!r}, wanted {np.dtype(dtype)} (N,): {_AGAIN}")
+    pairs = None
+    if "pairs_sha256" in description:
+        _check_checksum(path / "index" / "pairs.npy", description["pairs_sha256"])
+        pairs = _open_pairs(path / "index" / "pairs.npy", num_samples)
     checksums = [
+        *([] if pairs is None else [("pairs", description["pairs_sha256"])]),
         ("classes.txt", description["classes_sha256"]),
         *sorted(description["arrays"].items()),
         *((shard["name"], shard["sha256"]) for shard in shards),
@@ -192,6 +205,7 @@ def load_index(path: Path | str) -> Index:
         shard_names=[shard["name"] for shard in shards],
         **{name: arrays.pop(name) for name in _DTYPES},
         extra=arrays,
+        pairs=pairs,
         prepared=description["prepared"],
         fingerprint=hashlib.sha256(json.dumps(checksums).encode()).hexdigest(),
     )
@@ -209,6 +223,8 @@ def verify(index: Index) -> None:
     files = [(index.path / "index" / f"{name}.npy", sha256) for name, sha256 in description["arrays"].items()]
     files += [(index.path / shard["name"], shard["sha256"]) for shard in description["shards"]]
     files.append((index.path / "classes.txt", description["classes_sha256"]))
+    if index.pairs is not None:
+        files.append((index.path / "index" / "pairs.npy", description["pairs_sha256"]))
     for file, wanted in tqdm(files, desc=f"verifying {index.path.name}", unit=" files", mininterval=1):
         _check_checksum(file, wanted)
 
@@ -303,6 +319,16 @@ def _open_array(file: Path, num_samples: int) -> np.ndarray:
     if len(values) != num_samples:
         raise ValueError(f"{file} has {len(values)} rows, index.json says {num_samples} samples: {_AGAIN}")
     return values
+
+
+def _open_pairs(file: Path, num_samples: int) -> np.ndarray:
+    pairs = np.load(file, mmap_mode="r", allow_pickle=False)
+    good = pairs.ndim == 2 and pairs.shape[1] == 3 and pairs.dtype == np.int64
+    if not good or (pairs < 0).any() or (pairs[:, :2] >= num_samples).any() or (pairs[:, 2] > 1).any():
+        raise ValueError(
+            f"{file} has {pairs.dtype} {pairs.shape}, wanted int64 (P, 3): two of {num_samples} samples, and 1 or 0"
+        )
+    return pairs
 
 
 def _check_samples(index: Index, shard_bytes: np.ndarray) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from partial_fc.data.shards import Index
 from partial_fc.evaluate.scores import on_grid
 from partial_fc.evaluate.verification import false_accepts_allowed, tar_at_far_sorted
 from partial_fc.parallel.distributed import gather_objects, rank, world_size
@@ -118,48 +117,41 @@ def all_pairs(
     return _merge(genuine, highest, counts, lowest_genuine, highest_impostor, num_impostor)
 
 
-def pair_list(index: Index) -> np.ndarray | None:
-    """(P, 2) positions of the samples of each pair, where the data set is a list of pairs.
+def listed_pairs(embeddings: Tensor, pairs: np.ndarray, *, hardest: int = 8) -> tuple[PairScores, np.ndarray]:
+    """Score the pairs of a list, (P, 3) as an index has it; each rank for itself.
 
-    Raises ValueError where not every pair has two samples, or no pair, or every one, is of one identity.
+    In: (n, D) normalized embeddings. Out: as `all_pairs`, every score kept, and the (P,) float64 scores. Memory: n D
+    float64, and P scores. Raises ValueError if there is no genuine or no impostor pair.
     """
-    if "pair" not in index.extra:
-        return None
-    pair = index.extra["pair"]
-    order = np.argsort(pair, kind="stable")
-    if not np.array_equal(pair[order], np.repeat(np.arange(len(pair) // 2), 2)):
-        raise ValueError(f"{index.path}: index/pair.npy wants each number from 0 on twice: prepare the list again")
-    pairs = order.reshape(-1, 2)
-    same = index.label[pairs[:, 0]] == index.label[pairs[:, 1]]
+    same = pairs[:, 2] == 1
     if same.all() or not same.any():
-        raise ValueError(
-            f"{index.path} has {same.sum()} genuine and {(~same).sum()} impostor pairs, wanted some of both"
-        )
-    return pairs
-
-
-def listed_pairs(embeddings: Tensor, pairs: np.ndarray, same: np.ndarray, *, hardest: int = 8) -> PairScores:
-    """Score the pairs of a list: (P, 2) sample positions, (P,) bool. Each rank for itself; otherwise as `all_pairs`."""
+        raise ValueError(f"got {same.sum()} genuine and {(~same).sum()} impostor pairs, wanted some of both")
     score = listed_scores(embeddings, pairs)
-    rows = [(int(min(pair)), int(max(pair)), float(value)) for pair, value in zip(pairs, score, strict=True)]
-    genuine = [row for row, one in zip(rows, same, strict=True) if one]
-    impostor = [row for row, one in zip(rows, same, strict=True) if not one]
-    return PairScores(
+    low, high = np.sort(pairs[:, :2], axis=1).T
+
+    def first(chosen: np.ndarray, sign: int) -> list[Pair]:
+        rows = np.flatnonzero(chosen)
+        rows = rows[np.lexsort((high[rows], low[rows], -sign * score[rows]))[:hardest]]
+        return [(int(low[row]), int(high[row]), float(score[row])) for row in rows]
+
+    found = PairScores(
         genuine=np.sort(score[same]),
         impostor=np.sort(score[~same]),
-        num_impostor=len(impostor),
+        num_impostor=int((~same).sum()),
         genuine_counts=_binned(torch.from_numpy(score[same])).numpy(),
         impostor_counts=_binned(torch.from_numpy(score[~same])).numpy(),
-        lowest_genuine=_Hardest(hardest, sign=-1).merged([genuine]),
-        highest_impostor=_Hardest(hardest, sign=1).merged([impostor]),
+        lowest_genuine=first(same, -1),
+        highest_impostor=first(~same, 1),
     )
+    return found, score
 
 
-def listed_scores(embeddings: Tensor, pairs: np.ndarray) -> np.ndarray:
-    """(n, D) normalized embeddings and (P, 2) positions to (P,) float64 scores."""
+def listed_scores(embeddings: Tensor, pairs: np.ndarray, chunk: int = 2**14) -> np.ndarray:
+    """(n, D) normalized embeddings and the positions in the first two columns of (P, ...) to (P,) float64 scores."""
     exact = on_grid(embeddings)
-    first, second = torch.from_numpy(pairs).to(exact.device).T
-    return (exact[first] * exact[second]).sum(dim=1).cpu().numpy()
+    first, second = torch.tensor(pairs[:, :2]).to(exact.device).T
+    parts = [(exact[a] * exact[b]).sum(dim=1) for a, b in zip(first.split(chunk), second.split(chunk), strict=True)]
+    return torch.cat(parts).cpu().numpy()
 
 
 def _merge(

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from partial_fc.data.shards import Index
 from partial_fc.evaluate.embed import embed
 from partial_fc.evaluate.identification import choose_gallery, detect_and_identify, identify
-from partial_fc.evaluate.pairs import BINS, Pair, PairScores, all_pairs, listed_pairs, listed_scores, pair_list
-from partial_fc.evaluate.verification import cut, fold_accuracy, verification_pairs
+from partial_fc.evaluate.pairs import BINS, Pair, PairScores, all_pairs, listed_pairs, listed_scores
+from partial_fc.evaluate.verification import fold_accuracy, folds_of_list, verification_pairs
 from partial_fc.seeds import seed_for
 
 FARS = ("0.001", "0.0001", "1e-05")  # the keys in evaluation.json
@@ -39,14 +39,14 @@ def evaluate_sets(
     for name, (index, distractors) in sets.items():
         if index.path not in embeddings:
             found = embeddings[index.path] = embed(backbone, index, **embedding)
-            pairs = pair_list(index)
-            dirs = open_set(found, index.label, seed) if pairs is None else dict.fromkeys(DIR_FARS)
-            without_distractors[index.path] = verify(found, index.label, seed, pairs) | {"dir_at_far": dirs}
+            dirs = open_set(found, index.label, seed) if index.pairs is None else dict.fromkeys(DIR_FARS)
+            without_distractors[index.path] = verify(found, index.label, seed, index.pairs) | {"dir_at_far": dirs}
         if distractors is not None and distractors.path not in others:
             others[distractors.path] = _embed_distractors(backbone, distractors, seed, embedding)
         distracting = None if distractors is None else others[distractors.path]
         results[name] = {
             "data": str(index.path),
+            "fingerprint": index.fingerprint,
             "distractors": None if distractors is None else str(distractors.path),
             **_closed_set(embeddings[index.path], index, distracting, seed),
             **without_distractors[index.path],
@@ -65,7 +65,7 @@ def _embed_distractors(backbone: nn.Module, distractors: Index, seed: int, embed
 
 
 def _closed_set(embeddings: Tensor, index: Index, distractors: Tensor | None, seed: int) -> dict:
-    if "pair" in index.extra:
+    if index.pairs is not None:
         return {"num_distractors": 0, "num_gallery": 0, "num_probes": 0, "rank1": None, "cmc": []}
     found = identify(embeddings, index.label, distractors=distractors, seed=seed)
     return {
@@ -83,24 +83,25 @@ def verify(embeddings: Tensor, labels: np.ndarray, seed: int, listed: np.ndarray
     TAR at FAR, ROC and histograms are over all pairs of the set. A FAR of which the set's impostor pairs do not
     allow one false accept is null. The 10-fold accuracy is over a seeded list of 10 x (300 + 300) pairs, or fewer
     where the set has no more (num_fold_pairs); null if the set has fewer than 20 identities, or fewer than 10 of two
-    samples. With (P, 2) `listed` pairs everything is over these, in ten runs of equal length, and num_identities is
-    null.
+    samples. With `listed` pairs, as an index has them, everything is over these, num_identities is null, and so is the
+    10-fold accuracy of fewer than ten pairs of either kind.
     """
     labels = np.asarray(labels)
     counts = np.unique(labels, return_counts=True)[1]
-    chosen, same, fold = None, None, None
+    chosen = None
     if listed is not None:
-        same = labels[listed[:, 0]] == labels[listed[:, 1]]
-        pairs = listed_pairs(embeddings, listed, same, hardest=EXAMPLES)
-        if len(listed) >= FOLDS:
-            chosen, fold = listed, cut(len(listed), FOLDS)
+        pairs, score = listed_pairs(embeddings, listed, hardest=EXAMPLES)
+        if min(len(pairs.genuine), pairs.num_impostor) >= FOLDS:
+            chosen, same = listed[:, :2], listed[:, 2] == 1
+            fold = folds_of_list(same, FOLDS)
     else:
         pairs = all_pairs(embeddings, labels, max_far=max(map(float, FARS)), hardest=EXAMPLES)
         if np.count_nonzero(counts > 1) >= FOLDS and len(counts) >= 2 * FOLDS:
             chosen, same, fold = verification_pairs(labels, seed, PAIRS_PER_FOLD, FOLDS)
+            score = listed_scores(embeddings, chosen)
     result = {
         "num_samples": len(labels),
-        "num_identities": None if listed is not None else len(counts),
+        "num_identities": len(counts) if listed is None else None,
         "num_genuine": len(pairs.genuine),
         "num_impostor": pairs.num_impostor,
         "fold_accuracy": None,
@@ -121,7 +122,6 @@ def verify(embeddings: Tensor, labels: np.ndarray, seed: int, listed: np.ndarray
         },
     }
     if chosen is not None:
-        score = listed_scores(embeddings, chosen)
         mean, std, thresholds = fold_accuracy(score, same, fold)
         result.update(
             fold_accuracy=mean,
@@ -223,10 +223,15 @@ def measures(result: Mapping) -> list[float | None]:
     return [result["fold_accuracy"], *(at and at["tar"] for at in tars), result["rank1"], detected and detected["dir"]]
 
 
+def of_a_list(result: Mapping) -> bool:
+    """Whether a result is that of a list of pairs, which knows no identities."""
+    return result["num_identities"] is None
+
+
 def missing(result: Mapping) -> list[str]:
     """Why values of a result are null, a sentence each; shown under a table."""
     notes = []
-    listed = result["num_identities"] is None
+    listed = of_a_list(result)
     absent = [float(far) for far in FARS if result["tar_at_far"][far] is None]
     if absent:
         wanted = " and ".join(f"{round(1 / far):,} for FAR {far:.0e}".replace("e-0", "e-") for far in absent)
@@ -240,7 +245,7 @@ def missing(result: Mapping) -> list[str]:
     if not listed and 0 < result.get("num_fold_pairs", 0) < 2 * FOLDS * PAIRS_PER_FOLD:
         notes.append(f"the 10-fold accuracy is over {result['num_fold_pairs']:,} pairs: the set has no more.")
     if listed and result["fold_accuracy"] is None:
-        notes.append(f"– for the 10-fold accuracy: it needs {FOLDS} pairs.")
+        notes.append(f"– for the 10-fold accuracy: it needs {FOLDS} pairs of one identity, and of two.")
     elif result["fold_accuracy"] is None:
         notes.append(
             f"– for the 10-fold accuracy: it needs {2 * FOLDS} identities, {FOLDS} of them with two samples; "

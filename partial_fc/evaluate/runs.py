@@ -12,11 +12,10 @@ from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone
 from partial_fc.config import Config, Evaluate, EvaluationSet
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
-from partial_fc.evaluate.pairs import pair_list
 from partial_fc.evaluate.protocol import evaluate_sets, format_table
 from partial_fc.parallel import distributed
 
-FORMAT, VERSION = "partial_fc-evaluation", 1
+FORMAT, VERSION = "partial_fc-evaluation", 2
 
 
 def evaluate_run(
@@ -97,14 +96,20 @@ def open_sets(sets: dict[str, EvaluationSet], size: tuple[int, int]) -> dict[str
                     f"evaluation set {name}: {one.path} has images of {image_size(one)} pixels, the backbone is "
                     f"trained on {size}: prepare the set at that size"
                 )
-        lists = [one for one in (index, distractors) if one is not None and pair_list(one) is not None]
+        lists = [one for one in (index, distractors) if one is not None and one.pairs is not None]
         if lists and distractors is not None:
             raise ValueError(
                 f"evaluation set {name}: {lists[0].path} is a list of pairs: it has no gallery that distractors "
                 "could join, nor identities to be distractors; give sets of `prepare folder`, or no distractors"
             )
         samples = np.unique(index.label, return_counts=True)[1]
-        if len(samples) < 2 or samples.max() < 2:
+        if index.pairs is not None:
+            if len(np.unique(index.pairs[:, 2])) < 2:
+                raise ValueError(
+                    f"evaluation set {name}: {index.path} has pairs of one kind alone; wanted some of one identity and "
+                    "some of two"
+                )
+        elif len(samples) < 2 or samples.max() < 2:
             raise ValueError(
                 f"evaluation set {name}: {index.path} has {len(samples)} identities of at most {samples.max()} "
                 "samples; wanted two identities or more, one of them with two samples or more"

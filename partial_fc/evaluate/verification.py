@@ -76,7 +76,7 @@ def fold_accuracy(score: np.ndarray, same: np.ndarray, folds: int | np.ndarray =
     if np.ndim(folds) == 0:
         if not 2 <= folds <= n:
             raise ValueError(f"got {folds} folds for {n} pairs, wanted 2 to {n}")
-        folds = cut(n, folds)
+        folds = _cut(n, folds)
     folds = np.asarray(folds)
     if folds.shape != score.shape:
         raise ValueError(f"got folds of shape {folds.shape}, wanted {score.shape}: the fold of each pair")
@@ -95,8 +95,20 @@ def fold_accuracy(score: np.ndarray, same: np.ndarray, folds: int | np.ndarray =
     return float(np.mean(accuracies)), float(np.std(accuracies)), np.array(thresholds)
 
 
-def cut(n: int, folds: int) -> np.ndarray:
-    """(n,) int: the fold of each pair, runs of equal length."""
+def folds_of_list(same: np.ndarray, folds: int = 10) -> np.ndarray:
+    """(P,) bool, of a list, to the fold (P,) int of each pair: pairs of either kind are cut, in the list's order, into
+    parts that differ by one at most.
+
+    So a list like LFW's, fold after fold with as many of either kind, has its own folds, and one that is sorted by kind
+    has folds of both kinds all the same.
+    """
+    fold = np.empty(len(same), dtype=np.int64)
+    for kind in (same, ~same):
+        fold[kind] = _cut(np.count_nonzero(kind), folds)
+    return fold
+
+
+def _cut(n: int, folds: int) -> np.ndarray:
     return np.repeat(np.arange(folds), np.diff(np.arange(folds + 1) * n // folds))
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from partial_fc.checkpoint import Checkpoint
 from partial_fc.config import Config
-from partial_fc.evaluate.protocol import COLUMNS, measures, missing
+from partial_fc.evaluate.protocol import COLUMNS, measures, missing, of_a_list
 from partial_fc.export.formats import TOLERANCE
 from partial_fc.export.model import Embedder
 
@@ -95,7 +95,7 @@ def _evaluation(evaluation: dict | None) -> str:
     notes = []
     for name, result in results.items():
         cells = ["–" if value is None else f"{value:.4f}" for value in measures(result)]
-        identities = result["num_identities"]
-        lines.append(f"| {name} | {'–' if identities is None else f'{identities:,}'} | {' | '.join(cells)} |")
+        identities = "–" if of_a_list(result) else f"{result['num_identities']:,}"
+        lines.append(f"| {name} | {identities} | {' | '.join(cells)} |")
         notes += [f"{name}: {note}" for note in (result.get("note"), *missing(result)) if note]
     return "\n".join(lines + [""] * bool(notes) + [f"- {note}" for note in notes])

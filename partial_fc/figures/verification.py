@@ -27,6 +27,7 @@ def draw_verification(rows: Mapping[str, Sequence[tuple[str, dict]]]) -> Figure:
     """A row of ROC and CMC for each title; sets of one run that share their pairs share the ROC of the first."""
     figure = new_figure(3.4 * len(rows))
     panels = figure.subplots(len(rows), 2, squeeze=False, sharex="col", sharey="col")
+    longest = max(1, *(len(result["cmc"]) for curves in rows.values() for _, result in curves))
     for (left, right), (title, curves) in zip(panels, rows.items(), strict=True):
         drawn = []
         for number, (_, result) in enumerate(curves):
@@ -43,7 +44,6 @@ def draw_verification(rows: Mapping[str, Sequence[tuple[str, dict]]]) -> Figure:
         left.xaxis.set_major_formatter(power_of_ten)
         left.set_ylabel("true accept rate")
         right.set_xscale("log")
-        longest = max(1, *(len(result["cmc"]) for _, result in curves))
         right.set_xlim(1, max(longest, 2))
         ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= longest]
         right.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -52,10 +52,12 @@ def draw_verification(rows: Mapping[str, Sequence[tuple[str, dict]]]) -> Figure:
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_ylim(-0.02, 1.03)
             axes.tick_params(labelbottom=True)
-        ends = [  # a list of pairs has no CMC
-            (result["cmc"][-1] if result["cmc"] else 0.0, label, line_of(number)["color"])
-            for number, (label, result) in enumerate(curves)
-        ]
+        ends = []
+        for number, (label, result) in enumerate(curves):
+            if result["cmc"]:
+                ends.append((result["cmc"][-1], label, line_of(number)["color"]))
+            else:
+                ends.append((0.0, f"{label} (no CMC)", line_of(number)["color"]))
         label_ends(right, ends)
     for axes, name in zip(panels[-1], ("false accept rate", "rank"), strict=True):
         axes.set_xlabel(name)

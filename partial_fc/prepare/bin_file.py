@@ -3,19 +3,18 @@
 The two images of a pair follow each other in `images`, encoded bytes each; `same` has one truth value a pair.
 Unpickling a file calls whatever it names. Here its instructions are read one by one, and only lists, tuples, bytes,
 strings and numbers come of them; a call that it asks for is written down, not made, which is enough to find the bytes
-in an array of NumPy's.
+in an array of NumPy's. Time and memory are proportional to the file's size, whatever is in it.
 """
 
 import pickletools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-AGAIN = "if it was cut short or damaged, copy it again"
-_MARK = object()
 _BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
 _STRINGS = {"BINSTRING", "SHORT_BINSTRING"}  # Python 2's: bytes, which pickletools gives as latin-1
 _PLAIN = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1", "INT"}
+_CONSTANTS = {"NEWTRUE": True, "NEWFALSE": False, "NONE": None}
 _OF_LENGTH = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -34,49 +33,61 @@ def read_bin(path: Path) -> tuple[list[bytes], list[bool]]:
     Written by Python 2 or 3, protocol 2 or later; images as bytes or as arrays of them. Raises ValueError for another
     or a damaged file.
     """
-    with path.open("rb") as file:
-        try:
-            images, same = _value(file)
-            images, same = [_bytes(image) for image in images], _truths(same)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"{path} is no verification set as InsightFace's lfw.bin, a pickle of (images, same): {error}; {AGAIN}"
-            ) from error
-    if len(images) != 2 * len(same):
-        raise ValueError(f"{path} has {len(images)} images for {len(same)} pairs, wanted two for each")
-    return images, same
+    try:
+        value = _value(path.read_bytes())
+        if not (isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], list)):
+            raise ValueError("it does not hold a list of images and one of truth values")
+        images = [_bytes(image) for image in value[0]]
+        same = _truths(value[1], len(images) // 2)
+    except ValueError as error:
+        why = str(error)
+    except (TypeError, LookupError, AttributeError, RecursionError):
+        why = "its instructions do not fit together"
+    else:
+        if len(images) != 2 * len(same):
+            raise ValueError(f"{path} has {len(images)} images for {len(same)} pairs, wanted two for each")
+        return images, same
+    raise ValueError(
+        f"{path} is no verification set as InsightFace's lfw.bin: {why}. Wanted a pickle of (images, same), of "
+        "protocol 2 or later: bytes, two a pair, and true or false; if it was cut short or damaged, copy it again"
+    )
 
 
-def _value(file: BinaryIO) -> Any:
+def _value(data: bytes) -> Any:
     """What the pickle holds, calls as _Call."""
     stack: list = []
+    marks: list[int] = []  # lengths of the stack
     memo: dict[int, Any] = {}
-    for opcode, argument, place in pickletools.genops(file):
+    room = len(data)  # for what calls make of strings: each may be named many times
+    for opcode, argument, place in pickletools.genops(data):
         name = opcode.name
         if name in ("PROTO", "FRAME"):
             continue
         elif name == "STOP":
             break
         elif name == "MARK":
-            stack.append(_MARK)
+            marks.append(len(stack))
         elif name in _BYTES:
             stack.append(bytes(argument))
         elif name in _STRINGS:
             stack.append(argument.encode("latin-1"))
         elif name in _PLAIN:
             stack.append(argument)
-        elif name in ("NEWTRUE", "NEWFALSE", "NONE"):
-            stack.append({"NEWTRUE": True, "NEWFALSE": False}.get(name))
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
         elif name == "EMPTY_LIST":
             stack.append([])
         elif name == "APPEND":
             value = stack.pop()
             stack[-1].append(value)
-        elif name == "APPENDS":
-            values = _since_mark(stack)
-            stack[-1].extend(values)
-        elif name == "TUPLE":
-            stack.append(tuple(_since_mark(stack)))
+        elif name in ("APPENDS", "TUPLE"):
+            start = marks.pop()
+            values = stack[start:]
+            del stack[start:]
+            if name == "APPENDS":
+                stack[-1].extend(values)
+            else:
+                stack.append(tuple(values))
         elif name in _OF_LENGTH:
             start = len(stack) - _OF_LENGTH[name]
             stack[start:] = [tuple(stack[start:])]
@@ -89,21 +100,20 @@ def _value(file: BinaryIO) -> Any:
         elif name == "STACK_GLOBAL":
             stack[-2:] = stack[-1:]
         elif name == "REDUCE":
-            stack[-2:] = [_Call(*stack[-2:])]
+            call = _Call(*stack[-2:])
+            if call.name == "encode":  # of protocol 2 by Python 3: bytes as a string, latin1
+                room -= len(call.arguments[0])
+                if room < 0:
+                    raise ValueError("it makes more bytes than it has")
+                call = call.arguments[0].encode("latin-1")
+            stack[-2:] = [call]
         elif name == "BUILD":
             state = stack.pop()
             stack[-1].state = state
         else:
-            raise ValueError(f"it has {name} at byte {place}, which no list of images needs")
+            raise ValueError(f"it has {name} at byte {place}, which no list of images of protocol 2 or later needs")
     (value,) = stack
     return value
-
-
-def _since_mark(stack: list) -> list:
-    at = len(stack) - 1 - stack[::-1].index(_MARK)
-    values = stack[at + 1 :]
-    del stack[at:]
-    return values
 
 
 def _bytes(value: Any) -> bytes:
@@ -117,13 +127,21 @@ def _bytes(value: Any) -> bytes:
             return _bytes(value.arguments[0])
         if value.name == "scalar":  # dtype, data
             return _bytes(value.arguments[1])
-        if value.name == "encode":  # of protocol 2 by Python 3: bytes as a string, latin1
-            return value.arguments[0].encode("latin-1")
-    raise ValueError(f"got {type(value).__name__} where bytes were wanted")
+    raise ValueError(f"it has {'a call' if isinstance(value, _Call) else type(value).__name__} where bytes were wanted")
 
 
-def _truths(same: Any) -> list[bool]:
-    """From a list of truth values, of Python's or NumPy's, or an array of bytes."""
-    if not isinstance(same, list):
-        return [byte != 0 for byte in _bytes(same)]
-    return [bool(one) if isinstance(one, int) else _bytes(one) != b"\0" for one in same]
+def _truths(same: Any, count: int) -> list[bool]:
+    """From a list of truth values or whole numbers, of Python's or NumPy's, or an array of `count`."""
+    if isinstance(same, list):
+        return [_truth(one if isinstance(one, int) else int.from_bytes(_bytes(one), "little")) for one in same]
+    data = _bytes(same)
+    size = len(data) // max(count, 1)  # of a number
+    if not size or size * count != len(data):
+        raise ValueError(f"it has {count} pairs of images and an array of {len(data)} bytes for them")
+    return [_truth(int.from_bytes(data[start : start + size], "little")) for start in range(0, len(data), size)]
+
+
+def _truth(number: int) -> bool:
+    if number not in (0, 1):
+        raise ValueError(f"it has {number} where true or false was wanted")
+    return number == 1

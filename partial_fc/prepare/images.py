@@ -43,11 +43,12 @@ class Source(NamedTuple):
 
 
 def check_options(min_samples: int, quality: int, size: tuple[int, int] | None) -> None:
-    if min_samples < 1 or not 1 <= quality <= 100 or (size is not None and min(size) < 1):
-        raise ValueError(
-            f"got min_samples={min_samples}, quality={quality}, size={size}: wanted at least 1, 1 to 100, and "
-            "positive (height, width) or None"
-        )
+    if min_samples < 1:
+        raise ValueError(f"got min_samples={min_samples}, wanted 1 or more")
+    if not 1 <= quality <= 100:
+        raise ValueError(f"got quality={quality}, wanted 1 to 100")
+    if size is not None and min(size) < 1:
+        raise ValueError(f"got the size {size[0]} x {size[1]}, wanted height and width of 1 or more")
 
 
 def examine_all(files: list[File], source: Source, dropped: Counter[str], *, digests: bool) -> list[Image]:

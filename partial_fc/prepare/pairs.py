@@ -1,8 +1,8 @@
 """A verification set from a list of pairs: InsightFace's .bin files, or a text of one's own.
 
-The text has a pair a line, two image files and 1 for one identity or 0 for two, as `prepare.listing` reads it. Samples
-2 i and 2 i + 1 of the data set are the images of pair i, in the list's order, and its array `pair` says so. An image
-that is in several pairs is there as often.
+The text has a pair a line, two image files and 1 for one identity or 0 for two, as `prepare.listing` reads it. An image
+that is in several pairs, with the same bytes in a .bin, the same name in a text, is stored once. Samples are in the
+order in which the list has them first.
 """
 
 from collections import Counter
@@ -39,8 +39,8 @@ def prepare_bin(source: Path, out: Path, *, size: tuple[int, int] | None = None,
         raise FileNotFoundError(f"{source} is no file; give a verification set of InsightFace's, as lfw.bin")
     require_new(out)
     images, same = read_bin(source)
-    where = Source(lambda i: images[i], lambda _, data: kind_of(data))
-    return _write(out, source, where, range(len(images)), same, "bin", size, quality)
+    where = Source(lambda data: data, lambda _, data: kind_of(data))
+    return _write(out, source, where, images, same, "bin", size, quality)
 
 
 def prepare_pairs(source: Path, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95) -> Index:
@@ -61,40 +61,39 @@ def _write(
     out: Path,
     place: Path,
     source: Source,
-    keys: Sequence[str | int],
+    keys: Sequence[str | bytes],
     same: list[bool],
     kind: str,
     size: tuple[int, int] | None,
     quality: int,
 ) -> Index:
-    """keys: of the images in `source`, two for each pair."""
+    """keys: of the images in `source`, two for each pair; a .bin's are the images themselves."""
     check_options(1, quality, size)
     if all(same) or not any(same):
         raise ValueError(
             f"{place} has {sum(same)} pairs of one identity and {len(same) - sum(same)} of two, wanted some of both"
         )
-    names, labels = [], []
-    for number, one in enumerate(same):
-        labels += [len(names), len(names) if one else len(names) + 1]
-        names += [f"pair {number}"] if one else [f"pair {number}, first", f"pair {number}, second"]
-
+    sample: dict[str | bytes, int] = {}
+    samples = [sample.setdefault(key, len(sample)) for key in keys]
+    first = dict(zip(reversed(samples), reversed(range(len(samples))), strict=True))  # place in the list of a sample
+    names = [key if isinstance(key, str) else f"image {first[i]}" for key, i in sample.items()]
     dropped: Counter[str] = Counter()
-    images = examine_all(list(map(File, labels, keys)), source, dropped, digests=False)
+    images = examine_all([File(i, key) for key, i in sample.items()], source, dropped, digests=False)
     if dropped:
-        there = {image.key for image in images}
-        first = next(i for i, key in enumerate(keys) if key not in there)
+        there = {image.identity for image in images}
+        missing = next(i for i in range(len(sample)) if i not in there)
+        counts = ", ".join(f"{count} {why}" for why, count in dropped.items())
         raise ValueError(
-            f"{place}: of pair {first // 2}, counted from 0, the {('first', 'second')[first % 2]} image, "
-            f"{keys[first]}, cannot be used; in all {', '.join(f'{count} {why}' for why, count in dropped.items())}. "
-            "Mend them, or take these pairs out of the list; left out here, the result would be one over other pairs"
+            f"{place}: {names[missing]} cannot be used; in all {counts}. Mend them, or take their pairs out of the "
+            "list: left out here, the result would be one over other pairs"
         )
     size = size or only_size(images)
     index = write_shards(
         out,
         in_threads(lambda image: (*stored(image, source, size, quality), image.identity), images),
-        names,
+        [printable(name) for name in names],
         total=len(images),
-        arrays={"pair": np.repeat(np.arange(len(same), dtype=np.int32), 2)},
+        pairs=np.column_stack([np.reshape(samples, (-1, 2)), same]),
         prepared={
             "kind": kind,
             "source": printable(str(place)),
@@ -103,5 +102,7 @@ def _write(
             "quality": quality,
         },
     )
-    print(f"{out}: {len(same)} pairs, {sum(same)} of one identity and {len(same) - sum(same)} of two")
+    print(
+        f"{out}: {len(images)} images in {len(same)} pairs, {sum(same)} of one identity, {len(same) - sum(same)} of two"
+    )
     return index

@@ -10,7 +10,7 @@ from partial_fc.data.shards import Index, load_index
 GROUPS = {
     "right": "Decided rightly (drawn at random)",
     "wrong": "Decided wrongly (furthest from the threshold)",
-    "hardest": "Hardest of all pairs (most alike impostors, least alike genuine)",
+    "hardest": "Hardest of the pairs (most alike impostors, least alike genuine)",
 }
 _SIGNATURES = {
     b"\x89PNG": "image/png",

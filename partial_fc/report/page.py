@@ -9,7 +9,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from partial_fc.evaluate.protocol import COLUMNS, FARS, measures, missing
+from partial_fc.evaluate.protocol import COLUMNS, FARS, measures, missing, of_a_list
 from partial_fc.phases import NAMES as PHASES
 from partial_fc.report import plots
 from partial_fc.report.examples import example_groups
@@ -100,7 +100,7 @@ def _tables(runs: Sequence[Run]) -> list[dict]:
     """A table for each set: a row for each run and model, a column for each measure."""
     tables = []
     for name in _set_names(runs):
-        rows, notes, about = [], [], []
+        rows, notes, about, data = [], [], [], set()
         for color, run in _evaluated(runs):
             for model, results in _models(run, ("untrained", "trained", "averaged")):
                 if name not in results:
@@ -109,7 +109,8 @@ def _tables(runs: Sequence[Run]) -> list[dict]:
                 rows.append({"run": run.name, "color": color, "model": model, "values": measures(result)})
                 notes += [note for note in missing(result) if note not in notes]
                 about += [_about(result)] if _about(result) not in about else []
-        if len(about) > 1:
+                data.add(result.get("fingerprint"))  # early evaluations have none
+        if len(about) > 1 or len(data - {None}) > 1:
             notes.insert(
                 0, f"The runs were evaluated on different data, so compare none of these rows: {'; '.join(about)}."
             )
@@ -122,7 +123,7 @@ def _tables(runs: Sequence[Run]) -> list[dict]:
 def _about(result: dict) -> str:
     parts = [result["note"]] if result.get("note") else []
     pairs = f"{result['num_genuine']:,} genuine and {result['num_impostor']:,} impostor pairs"
-    if result["num_identities"] is None:
+    if of_a_list(result):
         parts.append(f"a list of {pairs}")
     else:
         parts += [

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-EVALUATION_VERSION = 1
+EVALUATION_VERSION = 2
 
 
 @dataclass(frozen=True)
