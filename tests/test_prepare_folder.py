@@ -223,6 +223,10 @@ def test_wrong_arguments_are_errors(tmp_path):
         prepare_folder(tmp_path / "missing", tmp_path / "out", size=SIZE)
     with pytest.raises(FileExistsError, match="delete it, or choose another"):
         prepare_folder(tmp_path / "source", tmp_path / "source", size=SIZE)
-    for wrong in ({"min_samples": 0}, {"quality": 101}, {"size": (0, 4)}):
-        with pytest.raises(ValueError, match="wanted at least 1, 1 to 100"):
+    for wrong, message in (
+        ({"min_samples": 0}, "got min_samples=0, wanted 1 or more"),
+        ({"quality": 101}, "got quality=101, wanted 1 to 100"),
+        ({"size": (0, 4)}, "got the size 0 x 4, wanted height and width of 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
             prepare_folder(tmp_path / "source", tmp_path / "out", **{"size": SIZE} | wrong)

@@ -219,8 +219,8 @@ def test_broken_inputs_are_errors_that_name_the_file(run, tmp_path):
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is not JSON"):
         write_report([tmp_path / "damaged"], tmp_path / "report.html")
     evaluation = json.loads((run / "evaluation.json").read_text())
-    (tmp_path / "damaged" / "evaluation.json").write_text(json.dumps(evaluation | {"version": 2}))
-    with pytest.raises(ValueError, match="reads up to 1"):
+    (tmp_path / "damaged" / "evaluation.json").write_text(json.dumps(evaluation | {"version": 3}))
+    with pytest.raises(ValueError, match="reads up to 2"):
         write_report([tmp_path / "damaged"], tmp_path / "report.html")
 
 

@@ -187,7 +187,7 @@ def test_a_folder_without_an_index_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "format version 2, this partial_fc reads up to 1"),
+        ({"version": 3}, "format version 3, this partial_fc reads up to 2"),
         ({"format": "other"}, "has the format 'other'"),
         ({"num_samples": 26}, "has 25 rows, index.json says 26 samples"),
         ({"arrays": {}}, "got none for the array 'shard'"),
