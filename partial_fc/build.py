@@ -149,7 +149,7 @@ def order_of(config: Config, index: Index) -> Order | Groups:
     pairs = [name for name, loss in _embedding_losses(config).items() if loss.compares]
     if pairs and config.data.accumulate > 1:
         raise ValueError(
-            f"head.embedding_losses {', '.join(pairs)} with data.accumulate {config.data.accumulate}: samples "
+            f"head.embedding_losses {', '.join(sorted(pairs))} with data.accumulate {config.data.accumulate}: samples "
             "would be compared inside a micro-batch alone; give data.accumulate=1, or, where a loss of yours looks at "
             "single samples, compares = False in its class"
         )
