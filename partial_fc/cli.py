@@ -215,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     table = parts.add_parser("table", help="mean and range of the seeds, and differences from the reference row")
     table.add_argument("plan", type=Path, help="a plan that was run, or is running")
     table.add_argument("--ledger", type=Path, metavar="FILE", help="unset: ledger.jsonl beside the plan")
+    table.add_argument("--against", metavar="ROW", help="that all rows are compared with; unset: the plan's")
     table.add_argument("--table", choices=("plain", "markdown"), default="plain")
     table.set_defaults(run=_study_table)
     return parser
@@ -405,7 +406,7 @@ def _study_run(arguments: argparse.Namespace) -> None:
 
 def _study_table(arguments: argparse.Namespace) -> None:
     file = arguments.ledger or default_ledger(arguments.plan)
-    print(study_table(arguments.plan, file, markdown=arguments.table == "markdown"))
+    print(study_table(arguments.plan, file, arguments.table == "markdown", arguments.against))
 
 
 if __name__ == "__main__":

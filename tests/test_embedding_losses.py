@@ -127,9 +127,7 @@ def test_equals_the_formula_of_the_paper_at_any_number_of_ranks(loss, classes):
 
 
 def test_the_loss_of_the_readme_by_its_module(tmp_path, monkeypatch):
-    """Its mean at any number of ranks; as a config names it; its file counts in a study; compared across micro-batches
-    by nobody.
-    """
+    """Its mean at any number of ranks; as a config names it; its file counts in a study; it compares no samples."""
     section = (REPOSITORY / "README.md").read_text().partition("\n## Margins")[2].partition("\n## ")[0]
     program = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[1]
     (tmp_path / "readme_ring.py").write_text(program + "\n\nclass Plain(EmbeddingLoss):\n    pass\n")

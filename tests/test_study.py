@@ -444,6 +444,12 @@ def test_a_row_may_be_compared_with_another_than_the_reference(write, tmp_path):
     assert ["am", "softmax", "+0.200", "+0.200", "+0.200"] in rows
     assert ["third", "am", "+0.010", "+0.010", "+0.010"] in rows
     assert not any(row[:2] == ["softmax", "softmax"] for row in rows)
+    rows = [line.split() for line in study_table(path, tmp_path / "ledger.jsonl", against="third").splitlines()]
+    assert ["am", "third", "-0.010", "-0.010", "-0.010"] in rows
+    assert ["softmax", "third", "-0.210", "-0.210", "-0.210"] in rows
+    assert not any(row[:2] == ["third", "third"] for row in rows)
+    with pytest.raises(ValueError, match="has no row 'fourth'; there are softmax, am, third"):
+        study_table(path, tmp_path / "ledger.jsonl", against="fourth")
 
 
 def test_the_table_needs_no_data_where_the_ledger_has_its_fingerprints(write, tmp_path, monkeypatch):

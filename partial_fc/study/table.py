@@ -27,13 +27,15 @@ class Line:
     against: str | None
 
 
-def study_table(path: Path, ledger_file: Path, markdown: bool = False) -> str:
+def study_table(path: Path, ledger_file: Path, markdown: bool = False, against: str | None = None) -> str:
     """The table of a plan as far as its ledger goes.
 
     Each cell: mean (lowest–highest) of the seeds, the value itself for one seed. Below, the same of the differences
     from the row that each is compared with, taken seed by seed. A range that holds 0 shows no difference; one that does
     not may still be chance (1 in 4, of three seeds without a difference). Data sets that are not here are taken to be
-    those of the ledger.
+    those of the ledger. `against`: the row that all are compared with; None, each with its own.
+
+    Raises ValueError where the plan has no such row, and what `load_plan` does.
     """
     entries = ledger.read(ledger_file)
     plan = load_plan(path, ledger.recorded_data(entries))
@@ -44,7 +46,10 @@ def study_table(path: Path, ledger_file: Path, markdown: bool = False) -> str:
     rows = [[line.name, _tuned(line), *(cell(line.values[column].values()) for column in columns)] for line in lines]
     text += _format(["", "tuned", *columns], rows, markdown)
     by_name = {line.name: line for line in lines}
-    pairs = [(line, by_name[line.against]) for line in lines if line.against in by_name and line.against != line.name]
+    if against is not None and against not in by_name:
+        raise ValueError(f"{path} has no row {against!r}; there are {', '.join(by_name)}")
+    others = [(line, line.against if against is None else against) for line in lines]
+    pairs = [(line, by_name[other]) for line, other in others if other in by_name and other != line.name]
     if pairs:
         text += [
             "",
