@@ -1,6 +1,7 @@
 """partial-fc: one subcommand a task."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,10 @@ def main() -> None:
     arguments = _parser().parse_args()
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # our lines' reader is gone, as `| head` is; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -108,3 +108,13 @@ def test_prepare_glyphs(tmp_path):
 )
 def test_errors_are_one_line(arguments, message):
     assert message in partial_fc(*arguments, code=1)
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    """As in `partial-fc study table PLAN | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "partial_fc.cli", "study", "table", "configs/study/margins.yaml"]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
