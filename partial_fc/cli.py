@@ -1,4 +1,4 @@
-"""partial-fc: one subcommand a task."""
+"""partial-fc: one subcommand a task, what each takes."""
 
 import argparse
 import os
@@ -6,30 +6,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from partial_fc import commands
 from partial_fc.benchmark import backbone_steps
-from partial_fc.benchmark.backbone import benchmark_backbone
-from partial_fc.benchmark.compare import Measuring
-from partial_fc.benchmark.head import README, ROWS, TARGETS, benchmark_head, sweep
 from partial_fc.benchmark.head_steps import LABELS
-from partial_fc.benchmark.sampler import benchmark_sampler
-from partial_fc.config import EvaluationSet
-from partial_fc.doctor.run import doctor
-from partial_fc.evaluate.runs import evaluate_run
-from partial_fc.export.embed import embed_images
 from partial_fc.export.formats import FORMATS
-from partial_fc.export.run import export_run
-from partial_fc.figures.draw import FIGURES, draw_figures
+from partial_fc.figures.draw import FIGURES
 from partial_fc.figures.toy import EPOCHS
-from partial_fc.parallel import distributed
 from partial_fc.prepare.folder import prepare_folder
-from partial_fc.prepare.glyphs import prepare_glyphs
 from partial_fc.prepare.listing import prepare_list
 from partial_fc.prepare.pairs import prepare_bin, prepare_pairs
 from partial_fc.prepare.recordio import prepare_recordio
-from partial_fc.report.page import write_report
 from partial_fc.storage import place
-from partial_fc.study.run import default_ledger, run_study
-from partial_fc.study.table import study_table
 
 RUN = "run folder, folder of one checkpoint, or the URL of either"
 
@@ -51,9 +38,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="partial-fc",
         description="Data, checks, evaluation, reports, figures, exports, benchmarks, studies of partial_fc.",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    prepare = commands.add_parser("prepare", help="turn images or fonts into shards")
+    prepare = subcommands.add_parser("prepare", help="turn images or fonts into shards")
     kinds = prepare.add_subparsers(required=True, metavar="KIND")
 
     pair = "a text with a pair a line: two image files, relative to its folder, and 1 for one identity or 0"
@@ -79,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
         if of_identities:
             images.add_argument("--min-samples", type=int, default=1, help="leave out identities with fewer images")
             images.add_argument("--seed", type=int, default=0, help="of the samples' order")
-        images.set_defaults(run=_prepare_images, kind=kind, options=["size"] + ["min_samples", "seed"] * of_identities)
+        images.set_defaults(
+            run=commands.prepare_images, kind=kind, options=["size"] + ["min_samples", "seed"] * of_identities
+        )
 
     glyphs = kinds.add_parser("glyphs", help="characters as identities, fonts as photos")
     glyphs.add_argument("source", help="small, medium or large (fetched), letters (no download), or a folder of fonts")
@@ -95,9 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     glyphs.add_argument("--detail", type=int, metavar="PIXELS", help="low resolution: reduced to this, enlarged again")
     glyphs.add_argument("--blur", type=float, default=0.0, metavar="PIXELS", help="deviation of a Gaussian; unset: 0")
     glyphs.add_argument("--seed", type=int, default=0, help="of the split and the samples' order")
-    glyphs.set_defaults(run=_prepare_glyphs)
+    glyphs.set_defaults(run=commands.prepare_glyphs)
 
-    evaluate = commands.add_parser(
+    evaluate = subcommands.add_parser(
         "evaluate", help="verification and identification of a run, on all ranks of torchrun"
     )
     evaluate.add_argument("path", type=place, help=RUN)
@@ -105,19 +94,19 @@ def _parser() -> argparse.ArgumentParser:
         "--data", action="append", default=[], metavar="NAME=DIR[,DISTRACTORS]", help="instead of the run's sets"
     )
     evaluate.add_argument("--untrained", action="store_true", help="the backbone as it was initialized, too")
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=commands.evaluate)
 
-    checks = commands.add_parser("doctor", help="what would go wrong in a run, on all ranks of torchrun")
+    checks = subcommands.add_parser("doctor", help="what would go wrong in a run, on all ranks of torchrun")
     checks.add_argument("config", nargs="?", type=Path, help="unset: the machines and their network alone")
     checks.add_argument("overrides", nargs="*", metavar="section.key=value")
-    checks.set_defaults(run=_doctor)
+    checks.set_defaults(run=commands.doctor)
 
-    report = commands.add_parser("report", help="one HTML page about a run, or about several compared")
+    report = subcommands.add_parser("report", help="one HTML page about a run, or about several compared")
     report.add_argument("runs", type=Path, nargs="+", help="run folders")
     report.add_argument("--out", type=Path, help="unset: report.html in the first run folder")
-    report.set_defaults(run=_report)
+    report.set_defaults(run=commands.report)
 
-    figures = commands.add_parser("figures", help="the pictures of the margin-softmax papers, for any margins")
+    figures = subcommands.add_parser("figures", help="the pictures of the margin-softmax papers, for any margins")
     figures.add_argument("out", type=Path, help="folder for the pictures and the page that shows them")
     figures.add_argument("--only", type=_names, metavar="NAME,...", help=f"some of {','.join(FIGURES)}")
     figures.add_argument(
@@ -132,9 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     figures.add_argument("--epochs", type=int, default=EPOCHS, help=f"of the small networks; unset: {EPOCHS}")
     figures.add_argument("--format", choices=("png", "svg"), default="png")
     figures.add_argument("--seed", type=int, default=0)
-    figures.set_defaults(run=_figures)
+    figures.set_defaults(run=commands.figures)
 
-    export = commands.add_parser("export", help="a run's backbone in a folder that others can load")
+    export = subcommands.add_parser("export", help="a run's backbone in a folder that others can load")
     export.add_argument("path", type=place, help=RUN)
     export.add_argument("out", type=Path, help="new folder: model.safetensors, config.json, README.md")
     export.add_argument(
@@ -142,9 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--gallery", action="store_true", help="class centers and class names, too")
     export.add_argument("--images", type=Path, help="folder or data set to check with; unset: the run's own data")
-    export.set_defaults(run=_export)
+    export.set_defaults(run=commands.export)
 
-    embed = commands.add_parser("embed", help="embeddings of images into a file, on all ranks of torchrun")
+    embed = subcommands.add_parser("embed", help="embeddings of images into a file, on all ranks of torchrun")
     embed.add_argument("model", help=f"exported folder, owner/name on the hub, {RUN}")
     embed.add_argument("source", type=Path, help="folder of images in any layout, or a prepared data set")
     embed.add_argument(
@@ -152,9 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     embed.add_argument("--batch", type=int, default=256, help="images embedded at once by a rank; unset: 256")
     embed.add_argument("--workers", type=int, default=2, help="reader processes of a rank, for a data set; unset: 2")
-    embed.set_defaults(run=_embed)
+    embed.set_defaults(run=commands.embed)
 
-    benchmark = commands.add_parser("benchmark", help="what a part costs, beside what it replaces")
+    benchmark = subcommands.add_parser("benchmark", help="what a part costs, beside what it replaces")
     parts = benchmark.add_subparsers(required=True, metavar="PART")
     head = parts.add_parser("head", help="time, memory and traffic of a training step; comma lists are swept")
     head.add_argument(
@@ -174,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     head.add_argument("--variants", type=_names, metavar="NAME,...", help=f"some of {','.join(LABELS)}")
     head.add_argument("--profile", action="store_true", help="also where the time of a step goes, by torch's profiler")
     _add_measuring(head)
-    head.set_defaults(run=_benchmark_head)
+    head.set_defaults(run=commands.benchmark_head)
 
     net = parts.add_parser("backbone", help="what engine options do to a training step's time and memory")
     net.add_argument("--backbone", default="iresnet18", metavar="NAME", help="as backbone.name; unset: iresnet18")
@@ -190,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         "all that can run here, and two that join some",
     )
     _add_measuring(net)
-    net.set_defaults(run=_benchmark_backbone)
+    net.set_defaults(run=commands.benchmark_backbone)
 
     sampler = parts.add_parser("sampler", help="how much of the full softmax's negatives samplers hold, in a run")
     sampler.add_argument("path", type=place, help=f"{RUN}; it stays as it is")
@@ -205,9 +194,9 @@ def _parser() -> argparse.ArgumentParser:
         help="neighbours:rate, 3:0.02,3:0.01,16:0.01",
     )
     sampler.add_argument("--batches", type=int, default=10, help="of the run's training data")
-    sampler.set_defaults(run=_benchmark_sampler)
+    sampler.set_defaults(run=commands.benchmark_sampler)
 
-    study = commands.add_parser("study", help="many runs that differ in a few settings, tuned alike, and their table")
+    study = subcommands.add_parser("study", help="many runs that differ in few settings, tuned alike, and their table")
     parts = study.add_subparsers(required=True, metavar="PART")
     trials = parts.add_parser("run", help="what the ledger lacks; then the table")
     trials.add_argument("plan", type=Path, help="rows, grids and seeds, as configs/study/table1.yaml")
@@ -216,13 +205,14 @@ def _parser() -> argparse.ArgumentParser:
     trials.add_argument("--jobs", type=int, default=1, help="runs side by side, one core each")
     trials.add_argument("--hours", type=float, help="then runs save and stop; the same command goes on")
     trials.add_argument("--retry-failed", action="store_true", help="run those again that failed")
-    trials.set_defaults(run=_study_run)
+    trials.set_defaults(run=commands.study_run)
     table = parts.add_parser("table", help="mean and range of the seeds, and differences from the reference row")
     table.add_argument("plan", type=Path, help="a plan that was run, or is running")
     table.add_argument("--ledger", type=Path, metavar="FILE", help="unset: ledger.jsonl beside the plan")
     table.add_argument("--against", metavar="ROW", help="that all rows are compared with; unset: the plan's")
     table.add_argument("--table", choices=("plain", "markdown"), default="plain")
-    table.set_defaults(run=_study_table)
+    table.add_argument("--picture", type=Path, metavar="FILE", help="draws it: .png or .svg")
+    table.set_defaults(run=commands.study_table)
     return parser
 
 
@@ -269,149 +259,6 @@ def _ranges(text: str) -> list[tuple[int, int]]:
         return [(int(first, 16), int(last, 16)) for first, last in (part.split("-") for part in text.split(","))]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of ranges; give 4E00-9FFF,3400-4DBF") from None
-
-
-def _prepare_images(arguments: argparse.Namespace) -> None:
-    options = {name: getattr(arguments, name) for name in arguments.options}
-    arguments.kind(arguments.source, arguments.out, **options)
-
-
-def _prepare_glyphs(arguments: argparse.Namespace) -> None:
-    indexes = prepare_glyphs(
-        arguments.source,
-        arguments.out,
-        min_samples=arguments.min_samples,
-        size=arguments.size,
-        seed=arguments.seed,
-        ranges=arguments.ranges,
-        hold_out=arguments.hold_out,
-        validation=arguments.validation,
-        identities=arguments.identities,
-        detail=arguments.detail,
-        blur=arguments.blur,
-    )
-    for name, index in indexes.items():
-        print(f"{arguments.out / name}: {index.num_samples:,} samples of {index.num_classes:,} identities")
-    dropped = next(iter(indexes.values())).prepared["dropped"]
-    print(
-        "left out: " + ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
-    )
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    sets = {}
-    for text in arguments.data:
-        name, equals, folders = text.partition("=")
-        if not equals:
-            name, folders = Path(text.partition(",")[0]).name, text
-        data, _, distractors = folders.partition(",")
-        sets[name] = EvaluationSet(data=data, distractors=distractors or None)
-    with distributed.job() as device:
-        evaluate_run(arguments.path, device, sets=sets or None, untrained=arguments.untrained)
-
-
-def _doctor(arguments: argparse.Namespace) -> None:
-    with distributed.job(timeout_seconds=60) as device:
-        fine = doctor(arguments.config, arguments.overrides, device)
-    if not fine:
-        sys.exit(1)
-
-
-def _report(arguments: argparse.Namespace) -> None:
-    out = arguments.out or arguments.runs[0] / "report.html"
-    write_report(arguments.runs, out)
-    print(f"report: {out}")
-
-
-def _figures(arguments: argparse.Namespace) -> None:
-    draw_figures(
-        arguments.out,
-        only=arguments.only,
-        margins=arguments.margins,
-        runs=arguments.runs,
-        fashion_mnist=arguments.fashion_mnist,
-        seed=arguments.seed,
-        epochs=arguments.epochs,
-        format=arguments.format,
-    )
-    print(f"page: {arguments.out / 'index.html'}")
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    export_run(arguments.path, arguments.out, arguments.formats, gallery=arguments.gallery, images=arguments.images)
-
-
-def _embed(arguments: argparse.Namespace) -> None:
-    with distributed.job() as device:
-        embed_images(
-            arguments.model,
-            arguments.source,
-            arguments.out,
-            device,
-            batch_size=arguments.batch,
-            workers=arguments.workers,
-        )
-
-
-def _measuring(arguments: argparse.Namespace) -> Measuring:
-    markdown = arguments.table == "markdown"
-    return Measuring(arguments.rounds, arguments.threads, arguments.device, arguments.json, markdown)
-
-
-def _benchmark_head(arguments: argparse.Namespace) -> None:
-    with distributed.job():
-        ranks = arguments.ranks or [distributed.world_size()]
-        cells = sweep(arguments.classes, arguments.dim, arguments.batch, arguments.rate, ranks)
-        benchmark_head(
-            {"readme": list(README), "rows": list(ROWS)}.get(arguments.preset, cells),
-            arguments.variants,
-            _measuring(arguments),
-            targets=TARGETS if arguments.preset == "readme" else (),
-            growth=arguments.preset == "rows",
-            profile=arguments.profile,
-        )
-
-
-def _benchmark_backbone(arguments: argparse.Namespace) -> None:
-    with distributed.job():
-        benchmark_backbone(
-            backbone_steps.Cell(
-                arguments.backbone,
-                arguments.dim,
-                arguments.size,
-                arguments.batch,
-                distributed.world_size() if arguments.ranks is None else arguments.ranks,
-            ),
-            arguments.variants,
-            _measuring(arguments),
-        )
-
-
-def _benchmark_sampler(arguments: argparse.Namespace) -> None:
-    with distributed.job() as device:
-        benchmark_sampler(
-            arguments.path, device, random=arguments.random, hard=arguments.hard, batches=arguments.batches
-        )
-
-
-def _study_run(arguments: argparse.Namespace) -> None:
-    sys.stdout.reconfigure(line_buffering=True)  # hours long, and mostly into a file
-    finished = run_study(
-        arguments.plan,
-        ledger_file=arguments.ledger,
-        runs=arguments.runs,
-        jobs=arguments.jobs,
-        hours=arguments.hours,
-        retry_failed=arguments.retry_failed,
-    )
-    print(study_table(arguments.plan, arguments.ledger or default_ledger(arguments.plan)))
-    if not finished:
-        sys.exit(2)
-
-
-def _study_table(arguments: argparse.Namespace) -> None:
-    file = arguments.ledger or default_ledger(arguments.plan)
-    print(study_table(arguments.plan, file, arguments.table == "markdown", arguments.against))
 
 
 if __name__ == "__main__":

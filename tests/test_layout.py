@@ -24,8 +24,10 @@ FLOORS = [
     {"metrics", "evaluate"},
     {"build", "benchmark", "export"},
     {"train", "doctor"},
-    {"report", "study"},
+    {"report"},
     {"figures"},
+    {"study"},
+    {"commands"},
     {"cli", "launch"},
 ]
 DOORS = {

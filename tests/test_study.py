@@ -21,9 +21,10 @@ from partial_fc.config_file import load_config
 from partial_fc.data.shards import load_index
 from partial_fc.study import ledger
 from partial_fc.study.choice import choose, judge, to_do, untunable
+from partial_fc.study.picture import draw_study, group_lines
 from partial_fc.study.plan import digest, load_plan
 from partial_fc.study.run import asked_to_stop, run_study
-from partial_fc.study.table import cell, study_table
+from partial_fc.study.table import Line, cell, load_lines, study_table
 from partial_fc.study.trial import Process, the_only_study_in
 from partial_fc.train import train
 from tests.conftest import REPOSITORY
@@ -450,6 +451,34 @@ def test_a_row_may_be_compared_with_another_than_the_reference(write, tmp_path):
     assert not any(row[:2] == ["third", "third"] for row in rows)
     with pytest.raises(ValueError, match="has no row 'fourth'; there are softmax, am, third"):
         study_table(path, tmp_path / "ledger.jsonl", against="fourth")
+
+
+def test_the_picture_has_the_rows_that_have_results(write, tmp_path):
+    path = write(seeds=[1, 2])
+    plan = load_plan(path)
+    entries = tuned_entries(plan, {"softmax": [0.3, 0.4], "am": [0.2, 0.1]})
+    ledger_file = tmp_path / "ledger.jsonl"
+    ledger_file.write_text("".join(json.dumps(one) + "\n" for one in entries.values()))
+    with pytest.raises(ValueError, match="nothing to draw yet"):
+        draw_study(load_lines(path, ledger_file), tmp_path / "study.svg")
+    for trial, value in zip(plan.final_trials(plan.rows[0], {"optim.lr": 0.1}), (0.25, 0.35), strict=True):
+        entries[trial.digest] = entry(trial, value)
+    ledger_file.write_text("".join(json.dumps(one) + "\n" for one in entries.values()))
+    lines = load_lines(path, ledger_file)
+    draw_study(lines, tmp_path / "study.svg")
+    text = (tmp_path / "study.svg").read_text()
+    assert ">softmax</text>" in text and ">am</text>" not in text and ">seen DIR@1%</text>" in text
+    draw_study(lines, tmp_path / "study.png")
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"study\.pdf: wanted a name that ends in \.png or \.svg"):
+        draw_study(lines, tmp_path / "study.pdf")
+
+
+def test_rows_of_a_picture_are_grouped_by_what_they_are_compared_with():
+    names = {"a": None, "x": None, "b": "a", "c": "b", "y": "x", "own": "own", "turn": "back", "back": "turn"}
+    lines = [Line(name, None, {}, "", against) for name, against in names.items()]
+    groups = [[line.name for line in group] for group in group_lines(lines)]
+    assert groups[:3] == [["a", "b", "c"], ["x", "y"], ["own"]]
 
 
 def test_the_table_needs_no_data_where_the_ledger_has_its_fingerprints(write, tmp_path, monkeypatch):

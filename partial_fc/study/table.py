@@ -37,8 +37,7 @@ def study_table(path: Path, ledger_file: Path, markdown: bool = False, against: 
 
     Raises ValueError where the plan has no such row, and what `load_plan` does.
     """
-    entries = ledger.read(ledger_file)
-    plan = load_plan(path, ledger.recorded_data(entries))
+    plan, entries = _load(path, ledger_file)
     lines = [_line(plan, row, entries) for row in plan.rows]
     columns = list(lines[0].values)
     seeds = len(plan.seeds)
@@ -63,6 +62,17 @@ def study_table(path: Path, ledger_file: Path, markdown: bool = False, against: 
         text += _format(["", "from", *columns], rows, markdown)
     text += ["", *_notes(plan, lines, entries)]
     return "\n".join(text)
+
+
+def load_lines(path: Path, ledger_file: Path) -> list[Line]:
+    """The rows of a plan with what its ledger has of them. Raises what `load_plan` does."""
+    plan, entries = _load(path, ledger_file)
+    return [_line(plan, row, entries) for row in plan.rows]
+
+
+def _load(path: Path, ledger_file: Path) -> tuple[Plan, dict[str, dict]]:
+    entries = ledger.read(ledger_file)
+    return load_plan(path, ledger.recorded_data(entries)), entries
 
 
 def differences(line: Line, reference: Line, column: str) -> list[float]:

@@ -1,0 +1,165 @@
+"""What each subcommand of partial-fc does, given its parsed arguments."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from partial_fc.benchmark import backbone, backbone_steps, head, sampler
+from partial_fc.benchmark.compare import Measuring
+from partial_fc.config import EvaluationSet
+from partial_fc.doctor import run as doctor_run
+from partial_fc.evaluate.runs import evaluate_run
+from partial_fc.export.embed import embed_images
+from partial_fc.export.run import export_run
+from partial_fc.figures.draw import draw_figures
+from partial_fc.parallel import distributed
+from partial_fc.prepare import glyphs
+from partial_fc.report.page import write_report
+from partial_fc.study import picture, table
+from partial_fc.study.run import default_ledger, run_study
+
+
+def prepare_images(arguments: argparse.Namespace) -> None:
+    options = {name: getattr(arguments, name) for name in arguments.options}
+    arguments.kind(arguments.source, arguments.out, **options)
+
+
+def prepare_glyphs(arguments: argparse.Namespace) -> None:
+    indexes = glyphs.prepare_glyphs(
+        arguments.source,
+        arguments.out,
+        min_samples=arguments.min_samples,
+        size=arguments.size,
+        seed=arguments.seed,
+        ranges=arguments.ranges,
+        hold_out=arguments.hold_out,
+        validation=arguments.validation,
+        identities=arguments.identities,
+        detail=arguments.detail,
+        blur=arguments.blur,
+    )
+    for name, index in indexes.items():
+        print(f"{arguments.out / name}: {index.num_samples:,} samples of {index.num_classes:,} identities")
+    dropped = next(iter(indexes.values())).prepared["dropped"]
+    print(
+        "left out: " + ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
+    )
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    sets = {}
+    for text in arguments.data:
+        name, equals, folders = text.partition("=")
+        if not equals:
+            name, folders = Path(text.partition(",")[0]).name, text
+        data, _, distractors = folders.partition(",")
+        sets[name] = EvaluationSet(data=data, distractors=distractors or None)
+    with distributed.job() as device:
+        evaluate_run(arguments.path, device, sets=sets or None, untrained=arguments.untrained)
+
+
+def doctor(arguments: argparse.Namespace) -> None:
+    with distributed.job(timeout_seconds=60) as device:
+        fine = doctor_run.doctor(arguments.config, arguments.overrides, device)
+    if not fine:
+        sys.exit(1)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    out = arguments.out or arguments.runs[0] / "report.html"
+    write_report(arguments.runs, out)
+    print(f"report: {out}")
+
+
+def figures(arguments: argparse.Namespace) -> None:
+    draw_figures(
+        arguments.out,
+        only=arguments.only,
+        margins=arguments.margins,
+        runs=arguments.runs,
+        fashion_mnist=arguments.fashion_mnist,
+        seed=arguments.seed,
+        epochs=arguments.epochs,
+        format=arguments.format,
+    )
+    print(f"page: {arguments.out / 'index.html'}")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    export_run(arguments.path, arguments.out, arguments.formats, gallery=arguments.gallery, images=arguments.images)
+
+
+def embed(arguments: argparse.Namespace) -> None:
+    with distributed.job() as device:
+        embed_images(
+            arguments.model,
+            arguments.source,
+            arguments.out,
+            device,
+            batch_size=arguments.batch,
+            workers=arguments.workers,
+        )
+
+
+def measuring(arguments: argparse.Namespace) -> Measuring:
+    markdown = arguments.table == "markdown"
+    return Measuring(arguments.rounds, arguments.threads, arguments.device, arguments.json, markdown)
+
+
+def benchmark_head(arguments: argparse.Namespace) -> None:
+    with distributed.job():
+        ranks = arguments.ranks or [distributed.world_size()]
+        cells = head.sweep(arguments.classes, arguments.dim, arguments.batch, arguments.rate, ranks)
+        head.benchmark_head(
+            {"readme": list(head.README), "rows": list(head.ROWS)}.get(arguments.preset, cells),
+            arguments.variants,
+            measuring(arguments),
+            targets=head.TARGETS if arguments.preset == "readme" else (),
+            growth=arguments.preset == "rows",
+            profile=arguments.profile,
+        )
+
+
+def benchmark_backbone(arguments: argparse.Namespace) -> None:
+    with distributed.job():
+        backbone.benchmark_backbone(
+            backbone_steps.Cell(
+                arguments.backbone,
+                arguments.dim,
+                arguments.size,
+                arguments.batch,
+                distributed.world_size() if arguments.ranks is None else arguments.ranks,
+            ),
+            arguments.variants,
+            measuring(arguments),
+        )
+
+
+def benchmark_sampler(arguments: argparse.Namespace) -> None:
+    with distributed.job() as device:
+        sampler.benchmark_sampler(
+            arguments.path, device, random=arguments.random, hard=arguments.hard, batches=arguments.batches
+        )
+
+
+def study_run(arguments: argparse.Namespace) -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # hours long, and mostly into a file
+    finished = run_study(
+        arguments.plan,
+        ledger_file=arguments.ledger,
+        runs=arguments.runs,
+        jobs=arguments.jobs,
+        hours=arguments.hours,
+        retry_failed=arguments.retry_failed,
+    )
+    print(table.study_table(arguments.plan, arguments.ledger or default_ledger(arguments.plan)))
+    if not finished:
+        sys.exit(2)
+
+
+def study_table(arguments: argparse.Namespace) -> None:
+    file = arguments.ledger or default_ledger(arguments.plan)
+    print(table.study_table(arguments.plan, file, arguments.table == "markdown", arguments.against))
+    if arguments.picture is not None:
+        picture.draw_study(table.load_lines(arguments.plan, file), arguments.picture)
+        print(f"picture: {arguments.picture}")
