@@ -162,7 +162,7 @@ def _hardest(x: Tensor, batch: Batch, rows: slice) -> tuple[Tensor, Tensor, Tens
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveLoss(EmbeddingLoss):
     """Contrastive loss: d^2 / 2 of a positive pair, max(0, margin - d)^2 / 2 of a negative one. Hadsell, Chopra and
-    LeCun, CVPR 2006.
+    LeCun, CVPR 2006, eq. 4.
 
     The mean over all positive pairs of the global batch plus the mean over all negative ones. (The paper sums over
     pairs that were listed before; of all pairs of a batch of many identities nearly all are negative.) d is the
@@ -193,7 +193,7 @@ class ContrastiveLoss(EmbeddingLoss):
 @dataclass(frozen=True, kw_only=True)
 class CenterLoss(EmbeddingLoss):
     """Center loss: |x - c_y|^2 / 2, c_y a center of the class's embeddings, beside the classifier's class center. Wen,
-    Zhang, Li and Qiao, ECCV 2016.
+    Zhang, Li and Qiao, ECCV 2016, eqs. 2, 4.
 
     The mean over the real samples of the global batch, as the classifier's loss is; the paper writes a sum. weight is
     its lambda. Each step moves the centers of the batch's classes by alpha * sum(x_i - c_j) / (1 + n_j), with the

@@ -54,7 +54,7 @@ class NormSoftmax(Margin):
 
 @dataclass(frozen=True, kw_only=True)
 class LSoftmax(Margin):
-    """Large-margin softmax: |x| |w| psi(theta), psi = (-1)^k cos(m theta) - 2k. Liu et al. (arXiv 1612.02295).
+    """Large-margin softmax: |x| |w| psi, psi = (-1)^k cos(m theta) - 2k. Liu et al. (arXiv 1612.02295), eq. 4, 6.
 
     Training starts near plain softmax: psi is (psi + lambda cos) / (1 + lambda), lambda = max(lambda_min, lambda_max /
     (1 + gamma step)), as its authors' code anneals it; lambda_min 5 and gamma .12 are SphereFace's.
@@ -161,7 +161,7 @@ class CombinedMargin(Margin):
 
 @dataclass(frozen=True, kw_only=True)
 class MagFace(Margin):
-    """Additive angular margin that grows with |x|, and a regularizer. MagFace (arXiv 2103.06627).
+    """Additive angular margin that grows with |x|, and a regularizer. MagFace (arXiv 2103.06627), eq. 2.
 
     m(a) is linear from `low_margin` at a = `low` to `high_margin` at `high`, a = |x| clipped to them; the loss has
     `regularization` * (a / high^2 + 1 / a) beside it. Both let gradient flow through |x|.
@@ -268,9 +268,10 @@ class ElasticArcFace(Margin):
 class CurricularFace(ArcFace):
     """ArcFace whose hard negatives weigh more as training goes on. CurricularFace (arXiv 2004.00288).
 
-    A negative is hard for a sample where cos(theta_j) > cos(theta + m); its f is then (t + cos(theta_j)) cos(theta_j).
-    t is a running mean of the target cosine, of weight `momentum` for each batch, and begins at 0. The paper gives that
-    weight as 0.99, its authors' code is what is here: 0.01. No gradient flows through t nor through what is hard.
+    A negative is hard for a sample where cos(theta_j) > cos(theta + m), continued past pi; its f is then
+    (t + cos(theta_j)) cos(theta_j). t is a running mean of the target cosine, of weight `momentum` for each batch, and
+    begins at 0. The paper gives that weight as 0.99, its authors' code is what is here: 0.01. No gradient flows through
+    t nor through what is hard.
 
     Negatives wait for the target's cosine: one collective more a forward.
     """
