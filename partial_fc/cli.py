@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,15 +23,24 @@ RUN = "run folder, folder of one checkpoint, or the URL of either"
 
 
 def main() -> None:
-    arguments = _parser().parse_args()
     try:
+        arguments = _parser().parse_args()
         arguments.run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # our lines' reader is gone, as `| head` is; what is left in the buffer goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(1 if isinstance(error, BrokenPipeError) and _reader_is_gone() else f"error: {error}")
+    finally:
+        if _reader_is_gone():  # the interpreter flushes stdout at its end, and would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, as of `| head -1`."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+    except ValueError:  # a stdout without a descriptor
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -196,7 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     sampler.add_argument("--batches", type=int, default=10, help="of the run's training data")
     sampler.set_defaults(run=commands.benchmark_sampler)
 
-    study = subcommands.add_parser("study", help="many runs that differ in few settings, tuned alike, and their table")
+    study = subcommands.add_parser(
+        "study", help="many runs that differ in a few settings, tuned alike, and their table"
+    )
     parts = study.add_subparsers(required=True, metavar="PART")
     trials = parts.add_parser("run", help="what the ledger lacks; then the table")
     trials.add_argument("plan", type=Path, help="rows, grids and seeds, as configs/study/table1.yaml")

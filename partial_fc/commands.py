@@ -101,7 +101,7 @@ def embed(arguments: argparse.Namespace) -> None:
         )
 
 
-def measuring(arguments: argparse.Namespace) -> Measuring:
+def _measuring(arguments: argparse.Namespace) -> Measuring:
     markdown = arguments.table == "markdown"
     return Measuring(arguments.rounds, arguments.threads, arguments.device, arguments.json, markdown)
 
@@ -113,7 +113,7 @@ def benchmark_head(arguments: argparse.Namespace) -> None:
         head.benchmark_head(
             {"readme": list(head.README), "rows": list(head.ROWS)}.get(arguments.preset, cells),
             arguments.variants,
-            measuring(arguments),
+            _measuring(arguments),
             targets=head.TARGETS if arguments.preset == "readme" else (),
             growth=arguments.preset == "rows",
             profile=arguments.profile,
@@ -131,7 +131,7 @@ def benchmark_backbone(arguments: argparse.Namespace) -> None:
                 distributed.world_size() if arguments.ranks is None else arguments.ranks,
             ),
             arguments.variants,
-            measuring(arguments),
+            _measuring(arguments),
         )
 
 
@@ -161,5 +161,5 @@ def study_table(arguments: argparse.Namespace) -> None:
     file = arguments.ledger or default_ledger(arguments.plan)
     print(table.study_table(arguments.plan, file, arguments.table == "markdown", arguments.against))
     if arguments.picture is not None:
-        picture.draw_study(table.load_lines(arguments.plan, file), arguments.picture)
+        picture.draw_study(table.load_lines(arguments.plan, file, arguments.against), arguments.picture)
         print(f"picture: {arguments.picture}")

@@ -537,7 +537,8 @@ def test_equals_pytorch_metric_learning(name):
         "lsoftmax-2": (LSoftmax(margin=2, **none), losses.LargeMarginSoftmaxLoss(23, 5, margin=2, scale=1)),
     }[name]
     got, wanted, theta = both(ours, theirs)
-    assert theta.min() < 0.6 and 2.1 < theta.max() < math.pi - math.radians(5)
+    farthest = 2.1 if name == "subcenterarcface" else 2.5  # the nearest of two centers; m = 4 turns at 2.36
+    assert theta.min() < 0.6 and farthest < theta.max() < math.pi - math.radians(5)
     for some, other in zip(got, wanted, strict=True):
         assert error(some, other) < EXACT
 

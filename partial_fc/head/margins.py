@@ -54,7 +54,7 @@ class NormSoftmax(Margin):
 
 @dataclass(frozen=True, kw_only=True)
 class LSoftmax(Margin):
-    """Large-margin softmax: |x| |w| psi, psi = (-1)^k cos(m theta) - 2k. Liu et al. (arXiv 1612.02295), eq. 4, 6.
+    """Large-margin softmax: |x| |w| psi, psi = (-1)^k cos(m theta) - 2k. Liu et al. (arXiv 1612.02295), eqs. 4, 6.
 
     Training starts near plain softmax: psi is (psi + lambda cos) / (1 + lambda), lambda = max(lambda_min, lambda_max /
     (1 + gamma step)), as its authors' code anneals it; lambda_min 5 and gamma .12 are SphereFace's.

@@ -14,8 +14,8 @@ ROW = 0.25  # inches: a line of text at 11 points is 0.2
 def draw_study(lines: Sequence[Line], path: Path) -> None:
     """A panel a column of the table, a row of dots a line: the seeds, pale, and their mean.
 
-    Rows that are compared with each other have a color each; a line divides them from the next ones. Rows without
-    any result are left out.
+    Lines divide groups of rows that are compared with each other, and then each place in a group has its color. Rows
+    without any result are left out.
 
     Raises ValueError where none has one, and for a file that is neither .png nor .svg.
     """

@@ -1,7 +1,7 @@
 """partial-fc study table: mean and range over the seeds, and paired differences from one row."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,14 @@ def study_table(path: Path, ledger_file: Path, markdown: bool = False, against: 
     Raises ValueError where the plan has no such row, and what `load_plan` does.
     """
     plan, entries = _load(path, ledger_file)
-    lines = [_line(plan, row, entries) for row in plan.rows]
+    lines = _lines(plan, entries, against)
     columns = list(lines[0].values)
     seeds = len(plan.seeds)
     text = [f"mean (range) of {seeds} seed{'s' * (seeds > 1)}, or of those that are done", ""]
     rows = [[line.name, _tuned(line), *(cell(line.values[column].values()) for column in columns)] for line in lines]
     text += _format(["", "tuned", *columns], rows, markdown)
     by_name = {line.name: line for line in lines}
-    if against is not None and against not in by_name:
-        raise ValueError(f"{path} has no row {against!r}; there are {', '.join(by_name)}")
-    others = [(line, line.against if against is None else against) for line in lines]
-    pairs = [(line, by_name[other]) for line, other in others if other in by_name and other != line.name]
+    pairs = [(line, by_name[line.against]) for line in lines if line.against not in (None, line.name)]
     if pairs:
         text += [
             "",
@@ -64,15 +61,23 @@ def study_table(path: Path, ledger_file: Path, markdown: bool = False, against: 
     return "\n".join(text)
 
 
-def load_lines(path: Path, ledger_file: Path) -> list[Line]:
-    """The rows of a plan with what its ledger has of them. Raises what `load_plan` does."""
+def load_lines(path: Path, ledger_file: Path, against: str | None = None) -> list[Line]:
+    """The rows of a plan with what its ledger has of them; against and errors as of `study_table`."""
     plan, entries = _load(path, ledger_file)
-    return [_line(plan, row, entries) for row in plan.rows]
+    return _lines(plan, entries, against)
 
 
 def _load(path: Path, ledger_file: Path) -> tuple[Plan, dict[str, dict]]:
     entries = ledger.read(ledger_file)
     return load_plan(path, ledger.recorded_data(entries)), entries
+
+
+def _lines(plan: Plan, entries: dict[str, dict], against: str | None) -> list[Line]:
+    names = [row.name for row in plan.rows]
+    if against not in (None, *names):
+        raise ValueError(f"{plan.path} has no row {against!r}; there are {', '.join(names)}")
+    lines = [_line(plan, row, entries) for row in plan.rows]
+    return lines if against is None else [replace(line, against=against) for line in lines]
 
 
 def differences(line: Line, reference: Line, column: str) -> list[float]:
