@@ -116,7 +116,7 @@ TABLE = "study table configs/study/table1.yaml"
 
 @pytest.mark.parametrize(
     "arguments, unbuffered, said",
-    [(TABLE, "", ""), (TABLE, "1", ""), ("--help", "", ""), ("report nowhere", "", "error: nowhere is no run folder")],
+    [(TABLE, "", ""), (TABLE, "1", ""), ("report nowhere", "", "error: nowhere is no run folder")],
 )
 def test_it_ends_quietly_when_its_reader_has_gone(arguments, unbuffered, said):
     """As in `partial-fc study table PLAN | head -1`; errors are said all the same."""
