@@ -38,7 +38,7 @@ def _reader_is_gone() -> bool:
     poll = select.poll()
     try:
         poll.register(sys.stdout.fileno(), select.POLLOUT)
-    except ValueError:  # a stdout without a descriptor
+    except (AttributeError, ValueError):  # no stdout, or one without a descriptor
         return False
     return any(event & select.POLLERR for _, event in poll.poll(0))
 

@@ -1,5 +1,6 @@
 """partial-fc as it is typed: an own folder into shards, a run evaluated on it, a report."""
 
+import io
 import json
 import os
 import subprocess
@@ -132,11 +133,13 @@ def test_it_ends_quietly_when_its_reader_has_gone(arguments, unbuffered, said):
     assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
 
 
-def test_a_broken_pipe_that_is_not_stdout_is_an_error(monkeypatch, tmp_path):
+@pytest.mark.parametrize("stdout", [None, io.StringIO()], ids=["closed", "no descriptor"])
+def test_a_broken_pipe_that_is_not_stdout_is_an_error(monkeypatch, tmp_path, stdout):
     def broken(arguments):
         raise BrokenPipeError(32, "Broken pipe")
 
     monkeypatch.setattr(cli.commands, "report", broken)
     monkeypatch.setattr(sys, "argv", ["partial-fc", "report", str(tmp_path)])
+    monkeypatch.setattr(sys, "stdout", stdout)
     with pytest.raises(SystemExit, match="error: .*Broken pipe"):
         cli.main()
