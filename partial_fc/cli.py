@@ -168,7 +168,16 @@ def _parser() -> argparse.ArgumentParser:
         "--ranks", type=_numbers(int), metavar="W,...", help="processes, started here; unset: 1, or torchrun's"
     )
     head.add_argument(
-        "--preset", choices=("readme", "rows"), help="the README's sizes; 10^5 rows of 10^6, 10^7 classes"
+        "--preset",
+        choices=("readme", "gpu", "rows"),
+        help="the README's sizes, on a CPU and on a GPU; 10^5 rows of 10^6, 10^7 classes",
+    )
+    head.add_argument(
+        "--precision",
+        type=_names,
+        default=["float32"],
+        metavar="P,...",
+        help="of the products of all variants: float32,tf32,bfloat16; unset: float32",
     )
     head.add_argument("--variants", type=_names, metavar="NAME,...", help=f"some of {','.join(LABELS)}")
     head.add_argument("--profile", action="store_true", help="also where the time of a step goes, by torch's profiler")

@@ -109,9 +109,10 @@ def _measuring(arguments: argparse.Namespace) -> Measuring:
 def benchmark_head(arguments: argparse.Namespace) -> None:
     with distributed.job():
         ranks = arguments.ranks or [distributed.world_size()]
-        cells = head.sweep(arguments.classes, arguments.dim, arguments.batch, arguments.rate, ranks)
+        sizes = (arguments.classes, arguments.dim, arguments.batch, arguments.rate, ranks, arguments.precision)
+        presets = {"readme": head.README, "gpu": head.GPU, "rows": head.ROWS}
         head.benchmark_head(
-            {"readme": list(head.README), "rows": list(head.ROWS)}.get(arguments.preset, cells),
+            list(presets[arguments.preset]) if arguments.preset else head.sweep(*sizes),
             arguments.variants,
             _measuring(arguments),
             targets=head.TARGETS if arguments.preset == "readme" else (),

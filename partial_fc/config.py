@@ -142,7 +142,7 @@ class Head(Section):
     hard_negatives: HardNegatives | None = None
     """Prefer hard negatives, as {neighbours: 16, every: 1000}; unset: random negatives alone."""
     chunk: int | None = Field(None, ge=1)
-    """Rows of logits that exist at once; unset: 1024 to 2048 on a CPU, 16384 elsewhere."""
+    """Rows of logits that exist at once; unset: 1024 to 2048 on a CPU, elsewhere 16384, or 65536 with kernels."""
     cache_bytes: int = Field(0, ge=0)
     """Room on each rank, reserved whole, for (batch, rows in use) numbers that spare the update a matrix product."""
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -150,7 +150,8 @@ class Head(Section):
     matmul_precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """What products round their operands to; sums stay float32. tf32 is for CUDA devices."""
     compile: bool | None = None
-    """Elementwise parts by torch.compile; unset: where it works and a rank has 2^24 numbers in use or more."""
+    """Elementwise parts by torch.compile, on NVIDIA's GPUs kernels beside it; unset: where that works and a rank has
+    2^24 numbers in use or more."""
     init_std: float | None = Field(None, gt=0)
     """Standard deviation of initial class centers; unset: 1 / sqrt(embedding_dim), centers of length 1."""
     optim: HeadOptim = HeadOptim()
@@ -238,6 +239,9 @@ class Engine(Section):
     """Keep the inputs of the backbone's blocks alone and compute the rest again in backward: less memory, more time."""
     sync_batchnorm: bool = False
     """BatchNorm sees the micro-batch of all ranks. For CUDA devices: torch's has nothing else."""
+    deterministic: bool = False
+    """On CUDA the same run is the same bit for bit, a killed and resumed one too; on a CPU it is so anyway. Slower, and
+    torch's error where a backbone has an operation without a deterministic form."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay a step, as 0.9999, of a moving average of the backbone, kept in checkpoints and evaluated beside it."""
 

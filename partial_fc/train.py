@@ -18,6 +18,7 @@ from partial_fc.head.side_stream import upload
 from partial_fc.metrics import KEPT, Metrics, RankTimes
 from partial_fc.optim import learning_rate
 from partial_fc.parallel import distributed
+from partial_fc.parallel.precision import make_deterministic
 from partial_fc.phases import Phases
 from partial_fc.profiler import Profiler
 from partial_fc.seeds import seed_for
@@ -35,6 +36,8 @@ def train(config: Config, device: torch.device) -> bool:
 
 
 def _train(config: Config, device: torch.device, run: Path) -> bool:
+    if config.engine.deterministic:
+        make_deterministic()
     parts = build(config, device)
     index, order, head, engine = parts.index, parts.order, parts.head, parts.engine
     rank = distributed.rank()

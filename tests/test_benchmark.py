@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from statistics import median
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from partial_fc import PartialFC, cli
 from partial_fc.benchmark.compare import Measuring
 from partial_fc.benchmark.head import BASELINES, OURS, README, ROWS, TARGETS, _runnable, benchmark_head, sweep
-from partial_fc.benchmark.head_steps import LABELS, Cell, data
+from partial_fc.benchmark.head_steps import LABELS, Cell, build, data
 from partial_fc.benchmark.measure import counted
 from partial_fc.benchmark.peers import Dense, Limit, Published, head_matmul, torch_matmul
 from partial_fc.benchmark.ranks import on_ranks
@@ -102,6 +103,16 @@ def test_published_updates_the_drawn_rows_alone(rate):
         assert (head.weight[ids] - (weight[ids] - SGD["lr"] * moved)).abs().max() < EXACT
         drawn.append(ids.tolist())
     assert drawn[0] != drawn[1]
+
+
+def test_all_variants_have_the_cells_precision():
+    cell = Cell(3000, 64, 32, 1.0, precision="bfloat16")
+    cpu = torch.device("cpu")
+    batch = data("dense", cell, 0, cpu)
+    exact = build("dense", replace(cell, precision="float32"), cpu).step(*batch)
+    for variant in ("dense", "published", "recompute", "cache-bf16"):
+        loss = build(variant, cell, cpu).step(*batch)
+        assert 0 < abs(loss / exact - 1) < 5e-3, variant
 
 
 def test_dense_with_sampling_moves_every_row():
@@ -223,7 +234,7 @@ def test_presets_and_targets():
     assert {target.against for target in TARGETS} <= set(BASELINES)
     assert [cell.rows for cell in ROWS] == [100_000, 100_000]
     assert set(LABELS) == {*BASELINES, *OURS}
-    assert sweep([10, 20], [4], [8], [1.0, 0.5], [2])[1] == Cell(10, 4, 8, 0.5, 2)
+    assert sweep([10, 20], [4], [8], [1.0, 0.5], [2], ["tf32"])[1] == Cell(10, 4, 8, 0.5, 2, "tf32")
 
 
 # ---- errors
@@ -244,11 +255,12 @@ def test_a_rank_that_fails_ends_the_others(how, message):
 
 
 def test_without_a_compiler_the_rest_is_measured():
-    assert _runnable(None, False, compiler=True) == list(LABELS)
-    assert _runnable(None, False, compiler=False) == [name for name in LABELS if "compiled" not in name]
-    assert _runnable(None, True, compiler=False) == ["recompute"]
+    assert _runnable(None, False, True, "cpu") == list(LABELS)
+    for device in ("cpu", "cuda"):
+        assert _runnable(None, False, False, device) == [name for name in LABELS if "compiled" not in name]
+        assert _runnable(None, True, False, device) == ["recompute"]
     with pytest.raises(ValueError, match="finds no compiler here"):
-        _runnable(["dense", "cache-bf16-compiled"], False, compiler=False)
+        _runnable(["dense", "cache-bf16-compiled"], False, False, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -257,6 +269,8 @@ def test_without_a_compiler_the_rest_is_measured():
         (("--variants", "dens"), "error: --variants: got 'dens'; wanted some of dense, published"),
         (("--batch", "5", "--ranks", "2"), "error: --batch 5 on 2 ranks"),
         (("--classes", "1", "--ranks", "2"), "wanted classes for every rank"),
+        (("--precision", "fp16"), "error: matmul_precision is 'fp16'; give 'float32', 'tf32' or 'bfloat16'"),
+        (("--precision", "tf32"), "error: matmul_precision 'tf32' is something that CUDA devices do"),
         (("--rate", "1.5"), "wanted positive sizes and a rate in (0, 1]"),
         (("--json", "nowhere/out.json"), "No such file or directory: 'nowhere/out.json'"),
     ],

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc import (
@@ -358,25 +359,25 @@ def test_an_evaluation_drops_nothing():
 def collectives(margin) -> int:
     head = PartialFC(50, 4, margin)
     calls = 0
-    names = ("all_gather_single", "all_reduce", "reduce_scatter_single")
-    originals = {name: getattr(torch.distributed, name) for name in names}
+    places = [(distributed, "_all_gather_single"), (dist, "all_reduce"), (distributed, "_reduce_scatter_single")]
+    originals = [getattr(*place) for place in places]
 
-    def counted(name):
+    def counted(original):
         def call(*args, **kwargs):
             nonlocal calls
             calls += 1
-            return originals[name](*args, **kwargs)
+            return original(*args, **kwargs)
 
         return call
 
     try:
-        for name in names:
-            setattr(torch.distributed, name, counted(name))
+        for place, original in zip(places, originals, strict=True):
+            setattr(*place, counted(original))
         head(torch.randn(3, 4, requires_grad=True), torch.arange(3), 3).backward()
         head.step(0.1)
     finally:
-        for name in names:
-            setattr(torch.distributed, name, originals[name])
+        for place, original in zip(places, originals, strict=True):
+            setattr(*place, original)
     return calls
 
 

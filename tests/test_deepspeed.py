@@ -260,6 +260,23 @@ def test_all_ranks_skip_what_is_not_finite(settings):
         assert [answer[:2] for answer in answers[1]] == [answer[:2] for answer in answers[0]]
 
 
+def warmed_up() -> list[bool]:
+    """Whether an engine's first step is made after a warm-up whose gradients overflow."""
+    answers = []
+    for stage, offload in ((2, False), (1, True), (2, True), (3, True)):
+        engine = engine_of(stage, Optim(), precision="fp16", loss_scale=2.0**40, offload=offload)
+        engine.loss_scale.value = 1.0
+        engine.backward(engine(torch.rand(2, 3, *SIZE)).square().mean())
+        answers.append(engine.finite())
+        engine.step(0.1)
+    return answers
+
+
+def test_a_warm_up_that_overflows_leaves_no_trace():
+    """With offload DeepSpeed remembers an overflow until its next step, which makes the optimizer's state here."""
+    assert run_ranks(warmed_up, 2) == [[True] * 4] * 2
+
+
 # ---- checkpoints
 
 

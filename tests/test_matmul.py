@@ -28,7 +28,7 @@ def test_bf16_rounds_operands_and_nothing_else():
     assert (matmul_nt(a, b) - wanted).abs().max() > 1e-2
 
 
-def low_precision(precision: str, device: str) -> None:
+def low_precision(precision: str, device: str, compile: bool = False) -> None:
     """Loss and both gradients against float64: errors of the head's at most the naive computation's."""
     scale, margin, num_classes, dim, batch = 32.0, 0.35, 2000, 128, 64
     ours, naive = [], []
@@ -37,7 +37,8 @@ def low_precision(precision: str, device: str) -> None:
         x = torch.randn(batch, dim, device=device)
         labels = torch.randint(num_classes, (batch,), device=device)
         options = dict(momentum=0.0, weight_decay=0.0, seed=seed, device=device)
-        head = PartialFC(num_classes, dim, CosFace(scale=scale, margin=margin), matmul_precision=precision, **options)
+        options |= dict(matmul_precision=precision, compile=compile, chunk=900)
+        head = PartialFC(num_classes, dim, CosFace(scale=scale, margin=margin), **options)
         weight = head.full_weight().clone()
 
         def dense(dtype, autocast, x=x, weight=weight, labels=labels):
@@ -72,9 +73,10 @@ def test_bf16_is_no_worse_than_naive_bf16():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("precision", ["bfloat16", "tf32"])
-def test_low_precision_on_cuda_is_no_worse_than_naive(precision):
-    low_precision(precision, "cuda")
+def test_low_precision_on_cuda_is_no_worse_than_naive(precision, compile):
+    low_precision(precision, "cuda", compile)
 
 
 def test_errors_name_what_to_do():

@@ -435,6 +435,19 @@ def test_the_update_waits_for_who_reads_the_centers():
     assert all(map(torch.equal, *results))
 
 
+def test_what_an_update_beside_the_backward_reads_stays_alive():
+    """Statistics, too: on CUDA the memory of a learned scale was given away while the update still read it."""
+    head = PartialFC(50, 4, CosFace(scale=8, learn_scale=True))
+    held = []
+    run = head._side_stream.run
+    head._side_stream.run = lambda after, keep: (held.extend(keep), run(after, keep))[1]
+    head(torch.randn(6, 4, requires_grad=True), torch.arange(6)).backward()
+    forwards, statistics = head._forwards, head.statistics
+    head.step(0.1)
+    assert any(one is forwards for one in held) and any(one is statistics for one in held)
+    assert head.statistics is not statistics
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 def test_the_host_does_not_wait_in_a_step(rate):

@@ -9,7 +9,7 @@ from torch import Tensor
 from partial_fc import CosFace, PartialFC
 from partial_fc.config_file import load_config
 from partial_fc.head import sampling
-from partial_fc.head.sampling import HardNegatives, draw_negatives, nearest_classes
+from partial_fc.head.sampling import HardNegatives, draw_negatives, nearest_classes, with_positives
 from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
 from tests.dense import Case, assert_equals_dense
@@ -209,6 +209,26 @@ def test_equals_dense(sampler, rate, num_classes, forwards, world_size):
             steps=8,
         )
     )
+
+
+def twice(head: PartialFC, step: int, labels: Tensor) -> Tensor:
+    drawn = every_third(head, step, labels)
+    return torch.cat([drawn, drawn.flip(0)])
+
+
+def test_a_class_that_is_drawn_twice_counts_once():
+    x, labels = torch.randn(6, DIM), torch.arange(6)
+    losses = [PartialFC(23, DIM, sampler=sampler)(x, labels) for sampler in (every_third, twice)]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(
+    "drawn, positives",
+    [([], []), ([], [3, 1, 3]), ([2, 4, 9], []), ([2, 4, 9], [9, 2, 4]), ([2, 4, 9], [11, 0, 4, 5, 11])],
+)
+def test_drawn_rows_and_positives_are_joined(drawn, positives):
+    both = with_positives(torch.tensor(drawn, dtype=torch.int64), torch.tensor(positives, dtype=torch.int64))
+    assert both.tolist() == sorted({*drawn, *positives}) and both.dtype == torch.int64
 
 
 def wrong_sampler(kind: str) -> str:

@@ -409,6 +409,37 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(glyphs_ci, tmp_path):
     assert "TAR@1e-3" in output and (killed / "report.html").exists()
 
 
+ON_CUDA = {
+    "smallnet": ("head.compile=true", "head.matmul_precision=tf32"),
+    "iresnet18": (
+        "backbone.name=iresnet18",
+        "engine.precision=bf16",
+        "engine.channels_last=true",
+        "head.compile=true",
+        "head.matmul_precision=bfloat16",
+        "head.cache_bytes=40000",
+    ),
+    "without kernels": ("head.compile=false", "head.margin.interclass_filtering_threshold=0.4"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ON_CUDA)
+def test_killed_and_resumed_on_cuda_is_the_same_run_bit_for_bit(glyphs_ci, tmp_path, kind):
+    """One process, with engine.deterministic."""
+    options = ("engine.deterministic=true", "optim.lr=0.02", *ON_CUDA[kind])
+    finish(start(1, tmp_path / "whole", *options))
+    killed = tmp_path / "killed"
+    process = start(1, killed, *options)
+    wait_for_step(killed, 17, process)
+    os.kill(workers(process.pid)[0], signal.SIGKILL)
+    finish(process, code=1)
+    assert checkpoint.find_latest(killed).step == 10
+    finish(start(1, killed, *options))
+    assert checksums(killed) == checksums(tmp_path / "whole")
+    assert curve(killed) == curve(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.soak)])
 def test_a_preempted_run_saves_at_once_and_goes_on(glyphs_ci, tmp_path, number):
     run = tmp_path / "run"

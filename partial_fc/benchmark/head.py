@@ -4,17 +4,20 @@ computes, in time, memory and traffic, over sizes, sample rates and ranks."""
 from dataclasses import asdict, dataclass
 from itertools import product
 
+import torch
 from tqdm import tqdm
 
 from partial_fc.benchmark.compare import Measuring, begin, finish, paired, times_in_turn
-from partial_fc.benchmark.head_steps import LABELS, LIMITS, Cell, build, data, measure_alone
+from partial_fc.benchmark.head_steps import LABELS, LIMITS, Cell, build, data, measure_memory
 from partial_fc.benchmark.profile import profile_step
 from partial_fc.benchmark.ranks import on_ranks
 from partial_fc.benchmark.table import HEAD_NOTES, print_cell, print_growth, print_header, print_profile, print_targets
+from partial_fc.head.matmul import Precision, check_precision
 from partial_fc.parallel import distributed
 
 # ours are compared with these
 BASELINES = ("dense", "published", "limit", "limit-ours")
+ON_CUDA = ("dense", "published", "recompute-compiled", "cache-fp32-compiled", "cache-bf16-compiled", "limit")
 OURS = tuple(variant for variant in LABELS if variant not in BASELINES)
 
 
@@ -59,6 +62,13 @@ TARGETS = tuple(
     if at_most is not None
 )
 
+# what one H100 was measured with, as the README has it
+GPU = (
+    *(Cell(1_000_000, 512, 1024, 1.0, precision=precision) for precision in ("bfloat16", "tf32", "float32")),
+    *(Cell(1_000_000, 512, 1024, 0.1, precision=precision) for precision in ("bfloat16", "tf32")),
+    *(Cell(100_000, 512, batch, 1.0, precision="bfloat16") for batch in (1024, 256)),
+)
+
 # 10^5 rows in use of more and more classes: a step should cost what its rows cost
 ROWS = (Cell(1_000_000, 128, 256, 0.1), Cell(10_000_000, 128, 256, 0.01))
 ROWS_AT_MOST = 1.2
@@ -77,29 +87,35 @@ def benchmark_head(
 
     Time: the variants of a cell live in one process (one group of processes), and every round each makes a step, in an
     order that rotates; a ratio is the median of the rounds' ratios. With several ranks a round's time is the median
-    over ranks. Memory: a process (group) of its own for each variant; the largest rank's. variants: None: all that can
-    run. growth: the cells are one problem that grows; they are timed in turn with each other. profile: also where a
-    step's time goes, of our variants on the first rank.
+    over ranks. Memory: a process (group) of its own for each variant, on CUDA one for all; the largest rank's.
+    variants: None: all that can run. growth: the cells are one problem that grows; they are timed in turn with each
+    other. profile: also where a step's time goes, of our variants on the first rank.
 
     Raises ValueError for unknown variants and sizes that cannot run, RunError for a rank that failed.
     """
     for cell in cells:
         _check(cell)
+        check_precision(cell.precision, torch.float32, torch.device(measuring.device))
     unknown = [variant for variant in variants or () if variant not in LABELS]
     if unknown:
         raise ValueError(f"--variants: got {unknown[0]!r}; wanted some of {', '.join(LABELS)}")
     speaks, markdown = distributed.rank() == 0, measuring.markdown
     header, compiler = begin(measuring, compiles=True)
-    variants = _runnable(variants, growth, compiler)
+    variants = _runnable(variants, growth, compiler, measuring.device)
     report = {"header": header, "cells": []}
     if speaks:
         print_header(header, HEAD_NOTES, markdown)
     groups = [[(cell, variant) for cell in cells] for variant in variants] if growth else []
     for cell in [] if growth else cells:
-        # plain PyTorch knows one process
-        groups.append([(cell, variant) for variant in variants if variant != "dense" or cell.ranks == 1])
+        # plain PyTorch knows one process, and its products on a CPU no bfloat16 with a float32 result
+        left_out = {"dense"} if cell.ranks > 1 else set()
+        if cell.precision == "bfloat16" and measuring.device == "cpu":
+            left_out |= set(LIMITS)
+        groups.append([(cell, variant) for variant in variants if variant not in left_out])
     if not all(groups) or not groups:
-        raise ValueError("--variants: a cell has none left to run; dense is for one rank alone")
+        raise ValueError(
+            "--variants: a cell has none left to run; dense is for one rank alone, a limit in bfloat16 for CUDA"
+        )
     for group in groups:
         measured = _measure(group, header["clock"], measuring)
         results = {}
@@ -129,8 +145,15 @@ def benchmark_head(
     return report
 
 
-def sweep(classes: list[int], dims: list[int], batches: list[int], rates: list[float], ranks: list[int]) -> list[Cell]:
-    return [Cell(*sizes) for sizes in product(classes, dims, batches, rates, ranks)]
+def sweep(
+    classes: list[int],
+    dims: list[int],
+    batches: list[int],
+    rates: list[float],
+    ranks: list[int],
+    precisions: list[Precision],
+) -> list[Cell]:
+    return [Cell(*sizes) for sizes in product(classes, dims, batches, rates, ranks, precisions)]
 
 
 def _check(cell: Cell) -> None:
@@ -149,8 +172,13 @@ def _check(cell: Cell) -> None:
         )
 
 
-def _runnable(variants: list[str] | None, growth: bool, compiler: bool) -> list[str]:
-    """The variants to measure: those that were asked for, or all that can run here; of a growing problem ours alone."""
+def _runnable(variants: list[str] | None, growth: bool, compiler: bool, device: str) -> list[str]:
+    """The variants to measure: those that were asked for, or all that can run here; of a growing problem ours alone.
+
+    On CUDA those that are of use there: its memory has to hold all of them at once, and the two limits are one.
+    """
+    if variants is None and device == "cuda" and compiler and not growth:
+        return list(ON_CUDA)
     if variants is None:
         wanted = ["recompute", "recompute-compiled"] if growth else list(LABELS)
         return [variant for variant in wanted if compiler or not variant.endswith("-compiled")]
@@ -165,13 +193,18 @@ def _runnable(variants: list[str] | None, growth: bool, compiler: bool) -> list[
 def _measure(group: list[tuple[Cell, str]], clock: str, measuring: Measuring) -> list[dict]:
     """Figures of contestants that are timed in turn, before they are compared."""
     results = times_in_turn(build, data, group, clock, measuring)
-    bar = tqdm(group, "memory", leave=False, disable=distributed.rank() > 0)
-    for (cell, variant), result in zip(bar, results, strict=True):
-        # a limit holds the rows in use alone, that is no head's memory, and has no collectives
-        alone = [{"memory": None, "collectives": {}, "bytes": 0}]
-        if variant not in LIMITS:
-            device = measuring.device
-            alone = on_ranks(measure_alone, cell.ranks, device, cell, variant, measuring.threads, device)
+    # a limit holds the rows in use alone, that is no head's memory, and has no collectives
+    heads = [contestant for contestant in group if contestant[1] not in LIMITS]
+    # a process for each; on CUDA torch's allocator counts, to the byte, and one process does
+    together = [heads] if measuring.device == "cuda" else [[head] for head in heads]
+    measured = {}
+    for part in tqdm(together, "memory", leave=False, disable=distributed.rank() > 0):
+        device = measuring.device
+        by_rank = on_ranks(measure_memory, part[0][0].ranks, device, part, measuring.threads, device) if part else []
+        for head, *alone in zip(part, *by_rank, strict=True):
+            measured[head] = alone
+    for (cell, variant), result in zip(group, results, strict=True):
+        alone = measured.get((cell, variant), [{"memory": None, "collectives": {}, "bytes": 0}])
         result |= alone[0]
         if result["memory"] is not None:
             result["memory"] = max(rank["memory"] for rank in alone)

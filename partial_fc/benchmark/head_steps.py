@@ -11,6 +11,7 @@ from torch import Tensor
 from partial_fc.benchmark.measure import WARM_UP, counted, peak_beyond, place_of, return_large_blocks
 from partial_fc.benchmark.peers import Dense, Limit, Published, head_matmul, torch_matmul
 from partial_fc.head.margins import CosFace
+from partial_fc.head.matmul import Precision
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.softmax import default_chunk
 from partial_fc.parallel import distributed
@@ -37,13 +38,14 @@ CACHES = {"recompute": None, "cache-fp32": torch.float32, "cache-bf16": torch.bf
 
 @dataclass(frozen=True)
 class Cell:
-    """One size of the problem. batch is global; ranks share classes and batch."""
+    """One size of the problem. batch is global; ranks share classes and batch. precision: of all variants' products."""
 
     classes: int
     dim: int
     batch: int
     rate: float
     ranks: int = 1
+    precision: Precision = "float32"
 
     @property
     def classes_of_rank(self) -> int:
@@ -71,6 +73,7 @@ class Ours:
             weight_decay=SGD["weight_decay"],
             cache_bytes=0 if cache is None else cell.batch * most * cache.itemsize,
             cache_dtype=cache or torch.float32,
+            matmul_precision=cell.precision,
             compile=variant.endswith("-compiled"),
             device=device,
         )
@@ -96,13 +99,14 @@ def build(variant: str, cell: Cell, device: torch.device) -> Dense | Published |
 
 def _build(variant: str, cell: Cell, device: torch.device) -> Dense | Published | Limit | Ours:
     sizes = (cell.classes, cell.dim, MARGIN, cell.rate)
+    options = dict(precision=cell.precision, device=device)
     if variant == "dense":
-        return Dense(*sizes, **SGD, device=device)
+        return Dense(*sizes, **SGD, **options)
     if variant == "published":
-        return Published(*sizes, **SGD, device=device)
+        return Published(*sizes, **SGD, **options)
     if variant in LIMITS:
-        chunk = default_chunk(cell.dim, device)
-        return Limit(cell.rows, cell.dim, cell.batch, LIMITS[variant], chunk=chunk, device=device)
+        chunk = default_chunk(cell.dim, device, fused=cell.precision != "float32")
+        return Limit(cell.rows, cell.dim, cell.batch, LIMITS[variant], chunk=chunk, **options)
     return Ours(variant, cell, device)
 
 
@@ -121,15 +125,19 @@ def data(variant: str, cell: Cell, step: int, device: torch.device) -> tuple[Ten
     return embeddings[mine].to(device).requires_grad_(), labels[mine].to(device)
 
 
-def measure_alone(cell: Cell, variant: str, threads: int, device: str) -> dict:
+def measure_memory(heads: list[tuple[Cell, str]], threads: int, device: str) -> list[dict]:
+    """Of each (cell, variant), one after the other: see `_alone`. On a CPU give one alone to a fresh process."""
+    return_large_blocks()
+    torch.set_num_threads(threads)
+    return [_alone(cell, variant, place_of(device)) for cell, variant in heads]
+
+
+def _alone(cell: Cell, variant: str, place: torch.device) -> dict:
     """`memory`: peak bytes of a step beyond what this process held before the head was built; None where nobody tells.
 
     Weight, momentum and whatever a step needs. Before, a head of a few chunks runs in the same process, so that
     libraries, threads and compiled parts are not counted. `collectives` and `bytes`: of a step, see measure.counted.
     """
-    return_large_blocks()
-    torch.set_num_threads(threads)
-    place = place_of(device)
     small = replace(cell, classes=min(cell.classes, int(cell.ranks * 5000 / cell.rate)))
     _steps(small, variant, place, WARM_UP)
     counts = {}

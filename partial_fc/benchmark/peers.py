@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from partial_fc.head.centers import initial_centers
 from partial_fc.head.margin import Margin
-from partial_fc.head.matmul import matmul_nt
+from partial_fc.head.matmul import Precision, matmul_nt, precision_of
 from partial_fc.head.partition import class_range
 from partial_fc.parallel import distributed
 
@@ -40,6 +40,23 @@ def draw_rows(positives: Tensor, num_classes: int, count: int, generator: torch.
     return torch.topk(order, count).indices.sort().values
 
 
+def in_its_precision(step: Callable) -> Callable:
+    """A step whose float32 products are TF32 where its head's `precision` says so, backward included."""
+
+    def within(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        with precision_of(self.precision):
+            return step(self, embeddings, labels)
+
+    return within
+
+
+def cosines(x: Tensor, weight: Tensor, precision: Precision) -> Tensor:
+    """Samples (B, D) and rows (U, D): (B, U). bfloat16 is autocast's, which rounds its result as well."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        cosine = functional.linear(functional.normalize(x), functional.normalize(weight))
+    return cosine.float() if precision == "bfloat16" else cosine
+
+
 class Dense:
     """Plain PyTorch in one process: normalize both sides, linear, margin, cross_entropy, autograd, fused SGD.
 
@@ -60,21 +77,24 @@ class Dense:
         weight_decay: float = 5e-4,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        precision: Precision = "float32",
         device: torch.device | str = "cpu",
     ):
         device = torch.device(device)
+        self.precision = precision
         self.margin, self.rows = margin, int(sample_rate * num_classes)
         self.weight = nn.Parameter(starting_centers(range(num_classes), dim, seed, dtype, device))
         self.optimizer = torch.optim.SGD([self.weight], lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
         self.generator = torch.Generator(device).manual_seed(seed)
 
+    @in_its_precision
     def step(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """In: all embeddings (B, D) and labels (B,). Out: the mean loss ()."""
         weight = self.weight
         if self.rows < len(weight):
             ids = draw_rows(labels.unique(), len(weight), self.rows, self.generator)
             weight, labels = weight.index_select(0, ids), torch.searchsorted(ids, labels)
-        cosine = functional.linear(functional.normalize(embeddings), functional.normalize(weight))
+        cosine = cosines(embeddings, weight, self.precision)
         sample = torch.arange(len(labels), device=labels.device)
         cosine[sample, labels] = self.margin.target(cosine[sample, labels])
         loss = functional.cross_entropy(self.margin.scale * cosine, labels)
@@ -154,9 +174,11 @@ class Published:
         weight_decay: float = 5e-4,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        precision: Precision = "float32",
         device: torch.device | str = "cpu",
     ):
         device = torch.device(device)
+        self.precision = precision
         self.margin = margin
         self.classes = class_range(num_classes, distributed.rank(), distributed.world_size())
         self.rows = int(sample_rate * len(self.classes))
@@ -166,6 +188,7 @@ class Published:
         self.generator = torch.Generator(device).manual_seed(seed + distributed.rank())
         self.ids: Tensor | None = None  # (U,) the rows in use of the last step, where they are drawn
 
+    @in_its_precision
     def step(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """In: this rank's embeddings (b, D) and labels (b,), b equal on all ranks. Out: the mean loss (), of all."""
         gathered = _GatherEmbeddings.apply(embeddings)
@@ -175,7 +198,7 @@ class Published:
         weight = self.weight if self.momentum is None else self._take(column, owned)
         if self.momentum is not None:
             column[owned] = torch.searchsorted(self.ids, column[owned])
-        cosine = functional.linear(functional.normalize(gathered), functional.normalize(weight)).clamp(-1, 1)
+        cosine = cosines(gathered, weight, self.precision).clamp(-1, 1)
         sample = torch.where(owned)[0]
         cosine[sample, column[sample]] = self.margin.target(cosine[sample, column[sample]])
         loss = _DistributedCrossEntropy.apply(cosine * self.margin.scale, column)
@@ -210,12 +233,15 @@ Matmul = Callable[[Tensor, Tensor, Tensor], Tensor]  # a (m, k), b (n, k), room 
 
 
 def torch_matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    return torch.mm(a, b.T, out=out)
+    """bfloat16 operands: a float32 or bfloat16 result, as `out` is."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b.T, out=out)
+    return torch.mm(a, b.T, out_dtype=out.dtype)
 
 
 def head_matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """The head's own product. It cannot write to `out`; a chunk's result comes from memory that was just freed."""
-    return matmul_nt(a, b)
+    return matmul_nt(a, b, "bfloat16" if a.dtype == torch.bfloat16 else "float32").to(out.dtype)
 
 
 class Limit:
@@ -224,7 +250,8 @@ class Limit:
     In chunks as the head does it, which is never slower than whole: logits and dW are still in the cache when they are
     read. The pass is the fused SGD kernel: it reads weight, momentum and dW and writes the first two (a sixth of the
     time of SGD's separate operations). There is no softmax, no normalization, no collective, no draw, and the U rows
-    lie together. Learning rate 0, which is the same work, keeps the numbers finite.
+    lie together. With bfloat16 the rows are rounded, and logits leave their product rounded. Learning rate 0, which is
+    the same work, keeps the numbers finite.
     """
 
     def __init__(
@@ -237,9 +264,11 @@ class Limit:
         chunk: int = 2048,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
+        precision: Precision = "float32",
         device: torch.device | str = "cpu",
     ):
-        self.matmul = matmul
+        self.matmul, self.precision = matmul, precision
+        self.operand = torch.bfloat16 if precision == "bfloat16" else torch.float32
         self.weight = torch.empty(rows, dim, device=device).normal_()
         self.parts = [nn.Parameter(self.weight[start : start + chunk]) for start in range(0, rows, chunk)]
         self.optimizers = [
@@ -247,16 +276,17 @@ class Limit:
             for part in self.parts
         ]
         longest = min(chunk, rows)
-        self.logits = torch.empty(batch * longest, device=device)
+        self.logits = torch.empty(batch * longest, dtype=self.operand, device=device)
         self.by_weight = torch.empty(longest, dim, device=device)
         self.by_embedding = torch.empty(batch, dim, device=device)
 
+    @in_its_precision
     def step(self, embeddings: Tensor, labels: Tensor) -> None:
         """In: all embeddings (B, D); the labels make no difference. Out: nothing; `by_embedding` (B, D) holds the last
         chunk's dX."""
-        x = embeddings.detach()
+        x = embeddings.detach().to(self.operand)
         for part, optimizer in zip(self.parts, self.optimizers, strict=True):
-            weight, count = part.detach(), len(part)
+            weight, count = part.detach().to(self.operand), len(part)
             logits = self.matmul(x, weight, self.logits[: len(x) * count].view(len(x), count))
             self.by_embedding = self.matmul(logits, weight.T, self.by_embedding)
             part.grad = self.matmul(logits.T, x.T, self.by_weight[:count])

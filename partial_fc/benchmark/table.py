@@ -12,7 +12,7 @@ CLOCKS = {
 
 
 HEAD_NOTES = (
-    "float32. /x: over x's, median of the rounds' ratios. MiB: peak beyond the process, the largest rank's, and bytes "
+    "/x: over x's, median of the rounds' ratios. MiB: peak beyond the process, the largest rank's, and bytes "
     "a class; /state: over weight + momentum. KiB: of what a step's collectives gather or reduce. loss: of the last "
     "round; published counts a sample at most 69, and below rate 1 each draws negatives of its own",
 )
@@ -47,7 +47,7 @@ def print_backbone(cell: backbone_steps.Cell, results: dict[str, dict], markdown
 
 def print_cell(cell: Cell, results: dict[str, dict], markdown: bool) -> None:
     title = (
-        f"C={cell.classes:,} D={cell.dim} B={cell.batch} rate {cell.rate:g}, {_ranks(cell.ranks)}, "
+        f"C={cell.classes:,} D={cell.dim} B={cell.batch} rate {cell.rate:g}, {cell.precision}, {_ranks(cell.ranks)}, "
         f"{cell.rows:,} rows in use a rank"
     )
     baselines = [name for name in BASELINE_COLUMNS if name in results]

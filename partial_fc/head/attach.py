@@ -13,15 +13,12 @@ from partial_fc.head.softmax import Kept, Places
 class Forward:
     """What one training forward leaves for `step`: small, (B, D) at most."""
 
-    x: Tensor  # (B, D) gathered embeddings, after dropout
-    column: Tensor  # (B,) row of the target among the rows in use, -1 if another rank's
-    places: Places  # the same by chunk
+    xs: Tensor  # (B, D) what multiplied the rows
+    places: Places  # of the targets among the rows in use
     real: Tensor  # (B,) bool: not padding
     log_z: Tensor  # (B,) float64
-    psi: Tensor  # (B,) float64
-    psi_prime: Tensor  # (B,) float64
-    p_minus_one: Tensor  # (B,) float64: target probability - 1
-    scale: float | Tensor | None  # s, as it was; None for r = |x|
+    by_center: Tensor  # (B, D) each sample's derivative of its own loss by its center; zeros if another rank's
+    by_bias: Tensor  # (B,) likewise, by the center's bias
     negatives: Negatives | None
     batch: tuple[Tensor, Tensor, Tensor] | None  # what feature centers move by: embeddings (B, D), labels, real (B,)
     cached: list[Kept] = field(default_factory=list)  # the first chunks

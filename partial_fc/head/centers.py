@@ -8,6 +8,7 @@ Shapes: C_r classes of this rank, D embedding size, U rows in use, K lags of the
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -114,10 +115,13 @@ class Centers:
         seed: int,
         init_std: float,
         chunk: int,
+        kernels: ModuleType | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ):
         self.normalized, self.chunk, self.optimizer, self.sampled = normalized, chunk, optimizer, sampled
+        # partial_fc.head.kernels, where they run: one then updates rows and norms
+        self.kernels = kernels if normalized and not has_bias and isinstance(optimizer, SGD) else None
         self.per_class = per_class
         rows = range(classes.start * per_class, classes.stop * per_class)
         count = len(rows)
@@ -134,8 +138,9 @@ class Centers:
 
     def _renew_inverse_norms(self) -> None:
         if self.inverse_norm is not None:
+            norms = inverse_norms if self.kernels is None else self.kernels.inverse_norms
             for rows in self._chunks():  # those of the update, so that it rounds alike
-                inverse_norms(self.weight.value[rows], self.inverse_norm[rows])
+                norms(self.weight.value[rows], self.inverse_norm[rows])
 
     def _chunks(self) -> Iterator[slice]:
         count = len(self.weight.value)
@@ -209,12 +214,21 @@ class Centers:
             if self.bias is not None:
                 bias = self.bias[rows]
             return Rows(self.weight[rows], bias, None if self.inverse_norm is None else self.inverse_norm[rows])
+        if self.kernels is not None:
+            return self._take_at_once(used[rows], buffers, moments)
         weight = self._gather("weight", self.weight, used[rows], buffers, moments)
         if self.bias is not None:
             bias = self._gather("bias", self.bias, used[rows], buffers, moments)
         if not self.normalized:
             return Rows(weight, bias, None)
         return Rows(weight, bias, inverse_norms(weight.value, buffers.get("inverse_norm", len(weight.value))))
+
+    def _take_at_once(self, used: InUse, buffers: Buffers, moments: bool) -> Rows:
+        shape = (used.count, *self.weight.value.shape[1:])
+        value, inverse_norm = buffers.get("weight", *shape), buffers.get("inverse_norm", used.count)
+        velocity = buffers.get("weight_caught_up", *shape) if moments else None
+        self.kernels.take(self.weight, used.ids, used.missed, value, velocity, inverse_norm)
+        return Rows(Learned(value, () if velocity is None else (velocity,)), None, inverse_norm)
 
     def _gather(self, name: str, learned: Learned, used: InUse, buffers: Buffers, moments: bool) -> Learned:
         shape = (used.count, *learned.value.shape[1:])
@@ -241,7 +255,8 @@ class Centers:
     def put(self, used: InUse, rows: slice, part: Rows) -> None:
         """Ends the update of a chunk: new inverse norms, or what was taken into buffers written back."""
         if used.ids is None:
-            if part.inverse_norm is not None:  # plain in every case: a resumed run computes them the same way
+            if part.inverse_norm is not None and self.kernels is None:
+                # plain in every case: a resumed run computes them the same way
                 inverse_norms(part.weight.value, part.inverse_norm)
             return
         self.weight.put(used.ids[rows], part.weight)
@@ -254,7 +269,7 @@ class Centers:
         if self.last_update is None:
             return
         self.missed.record(lr, self.optimizer.momentum, self.optimizer.weight_decay)
-        self.last_update[used.ids] = self.missed.updates
+        self.last_update.index_fill_(0, used.ids, self.missed.updates)  # on CUDA the host does not wait
         if self.missed.updates % self.TRIM_EVERY == 0 and len(self.last_update):
             self.missed.keep(self.missed.updates - int(self.last_update.min()))
 

@@ -144,7 +144,8 @@ PLAIN = Elementwise(exponentials, probabilities, update)
 def compiled() -> Elementwise:
     """The same functions through torch.compile, of any chunk length. Nothing is compiled before the first call."""
     # one a combination of dtype, margin kind and optimizer; past the default of 8 the rest would silently run plain
-    functions = [torch.compile(part, dynamic=True, recompile_limit=64) for part in PLAIN]
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    functions = [torch.compile(part, dynamic=True) for part in PLAIN]
 
     def update_at(optimizer, rows, multiple, gradient, rates):
         functions[2](optimizer, rows, multiple, gradient, tuple(torch.tensor(r, dtype=torch.float64) for r in rates))

@@ -85,8 +85,10 @@ def forward(
     negatives = Negatives.of(
         margin, None if scale is None else scale * LOG2_E, None if psi is None else psi.to(x.dtype), head.statistics
     )
+    x_hat, x_length = unit(x)
+    xs = x if scale is None else x_hat * scale
     maximum, total, mean, cached = softmax.sum_negatives(
-        scaled(x, scale) * LOG2_E,
+        xs * LOG2_E,
         lambda rows: head._centers.take(used, rows, head._buffers, moments=False),
         used.count,
         places,
@@ -119,10 +121,11 @@ def forward(
         return loss, None, None
     psi_prime, psi_by_length = margin.derivatives(sample)
     batch = None if head.feature_centers is None else (raw, labels, real)
-    kept = Forward(x, column, places, real, log_z, psi, psi_prime, p_minus_one, scale, negatives, batch, cached)
+    by_center = target_part(margin, scale, target, psi, psi_prime, p_minus_one, by_embedding=False).to(head.dtype)
+    by_bias = torch.where(target.owned, p_minus_one, zero).to(head.dtype)
+    kept = Forward(xs, places, real, log_z, by_center, by_bias, negatives, batch, cached)
     gradient = mean * torch.exp((maximum - log_z).clamp_max(LARGEST_INVERSE[head.dtype])).to(head.dtype).unsqueeze(1)
     if scale is not None:  # the backward of s x / |x|
-        x_hat, x_length = unit(x)
         along = (gradient * x_hat).sum(dim=1)
         if margin.learn_scale:  # that is sum_j p_j n_j cos_j
             own = torch.where(target.owned, p_minus_one * w_factor * psi, zero)
@@ -139,11 +142,6 @@ def forward(
     if by_shares is not None:
         gradient += by_shares
     return loss, distributed.reduce_scatter_sum(gradient * distributed.world_size()), kept
-
-
-def scaled(x: Tensor, scale: float | Tensor | None) -> Tensor:
-    """What multiplies the rows, (B, D): s x_hat, or x itself without a scale."""
-    return x if scale is None else unit(x)[0] * scale
 
 
 def targets_of(head, x: Tensor, used: InUse, column: Tensor) -> Target:

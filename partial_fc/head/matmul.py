@@ -34,6 +34,16 @@ def matmul_nt(a: Tensor, b: Tensor, precision: Precision = "float32") -> Tensor:
     return torch.mm(a, b.T)
 
 
+def rounded(tensor: Tensor, precision: Precision) -> Tensor:
+    """A float32 tensor to nearest, as a product of this precision reads it: bfloat16, for tf32 10 bits of mantissa."""
+    if precision == "float32":
+        return tensor
+    if precision == "bfloat16":
+        return tensor.bfloat16()
+    nearest = ((tensor.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    return torch.where(tensor.isnan(), tensor, nearest)  # NaN's last bits carry over into 0
+
+
 @contextmanager
 def precision_of(precision: Precision) -> Iterator[None]:
     """Products of float32 in the body are TF32 on CUDA if that is wanted, else full float32, however torch is set."""

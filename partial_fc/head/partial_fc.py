@@ -6,6 +6,7 @@ C_r classes of this rank, U rows in use.
 
 import warnings
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -23,7 +24,7 @@ from partial_fc.head.matmul import Precision, precision_of
 from partial_fc.head.observed import Observed
 from partial_fc.head.optimizers import build_optimizer
 from partial_fc.head.partition import class_range
-from partial_fc.head.sampling import Sampler, negatives, random_negatives
+from partial_fc.head.sampling import Sampler, negatives, random_negatives, with_positives
 from partial_fc.head.side_stream import SideStream, upload
 from partial_fc.head.softmax import Buffers
 from partial_fc.head.update import gradient_norm, update
@@ -55,8 +56,8 @@ class PartialFC:
     chunk: rows of logits that exist at once, rounded up to whole classes; None: see `softmax.default_chunk`.
     cache_bytes: room on this rank for numbers (B, U) that spare the update a product, in cache_dtype, float32 or
     bfloat16, reserved whole; what does not fit is computed again. matmul_precision: see `matmul`. compile: the
-    elementwise parts by torch.compile; None: where a compiler works and a rank has 2^24 numbers in use or more,
-    since compiling takes 20 seconds.
+    elementwise parts by torch.compile, on NVIDIA's GPUs by `kernels` where there is one; None: where a compiler works
+    and a rank has 2^24 numbers in use or more, since compiling takes 20 seconds.
     check_labels: one host read a forward; without it a label that is out of range, or that begin_step was not given,
     gives a wrong loss.
     dtype: of centers, logits and gradients, float32 or float64; embeddings of any float type are converted.
@@ -126,11 +127,15 @@ class PartialFC:
         self.compiled = (
             elementwise.compiler_works(device.type) if compile is None and in_use >= 2**24 else bool(compile)
         )
-        chunk = chunk or softmax.default_chunk(embedding_dim, device)
+        kernels = _kernels(device) if self.compiled and dtype == torch.float32 else None
+        fused = kernels is not None and matmul_precision != "float32"
+        chunk = chunk or softmax.default_chunk(embedding_dim, device, fused)
         self._way = softmax.Way(
             chunk=-(-chunk // self.sub_centers) * self.sub_centers,
             precision=matmul_precision,
             elementwise=elementwise.compiled() if self.compiled else elementwise.PLAIN,
+            kernels=kernels,
+            fused=fused,
         )
         self._centers = Centers(
             self.classes,
@@ -143,6 +148,7 @@ class PartialFC:
             seed=seed,
             init_std=embedding_dim**-0.5 if init_std is None else init_std,
             chunk=self._way.chunk,
+            kernels=self._way.kernels,
             dtype=dtype,
             device=device,
         )
@@ -255,7 +261,7 @@ class PartialFC:
             # a scale on the device may come of the whole backward
             wait = self._read or isinstance(grad_scale, Tensor)
             after = None if wait else [kept.ready for kept in self._forwards]
-            with self._side_stream.run(after, keep=(self._forwards, self._used, grad_scale)):
+            with self._side_stream.run(after, keep=(self._forwards, self._used, grad_scale, self.statistics)):
                 update(self, lr, grad_scale)
         self._close()
 
@@ -348,7 +354,16 @@ class PartialFC:
         labels = labels.cpu()  # the number of rows in use is needed on the host
         drawn = negatives(self, self.step_count, labels)
         here = labels[(labels >= self.classes.start) & (labels < self.classes.stop)]
-        ids = torch.cat([drawn, here]).unique() - self.classes.start
+        ids = with_positives(drawn, here) - self.classes.start
         if self.sub_centers > 1:
             ids = (ids.unsqueeze(1) * self.sub_centers + torch.arange(self.sub_centers)).flatten()
         return self.centers.select(upload(ids, self.device))
+
+
+def _kernels(device: torch.device) -> ModuleType | None:
+    """Those for this device, if there are."""
+    if device.type != "cuda":
+        return None
+    from partial_fc.head import kernels  # needs Triton, which torch brings where there may be CUDA
+
+    return kernels if kernels.run_on(device) else None

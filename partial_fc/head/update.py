@@ -8,11 +8,8 @@ from torch import Tensor
 
 from partial_fc.head import softmax
 from partial_fc.head.attach import Forward
-from partial_fc.head.centers import InUse
-from partial_fc.head.forward import scaled, targets_of
 from partial_fc.head.optimizers import Learned
 from partial_fc.head.softmax import LOG2_E
-from partial_fc.head.targets import target_part
 from partial_fc.parallel import distributed
 
 
@@ -21,11 +18,14 @@ def update(head, lr: float, grad_scale: float | Tensor) -> None:
     used, centers = head._used, head._centers
     optimizer = centers.optimizer
     rates = optimizer.rates(lr, centers.updates + 1)
-    passes = [_pass(head, kept, used, grad_scale) for kept in head._forwards]  # before any row changes
+    passes = [_pass(head, kept, grad_scale) for kept in head._forwards]
     for number, selected in enumerate(head._way.chunks(used.count)):
         rows = centers.take(used, selected, head._buffers, moments=True)
         gradient, bias_gradient = softmax.row_gradients(rows, number, passes, head._way, head._buffers)
-        softmax.update_rows(optimizer, rows, gradient, bias_gradient, rates, head._way)
+        if centers.kernels is None:
+            softmax.update_rows(optimizer, rows, gradient, bias_gradient, rates, head._way)
+        else:
+            centers.kernels.sgd(optimizer, rows.weight, rows.inverse_norm, gradient, *rates)
         centers.put(used, selected, rows)
     if head.feature_centers is not None:
         batches = [kept.batch for kept in head._forwards]
@@ -38,7 +38,7 @@ def update(head, lr: float, grad_scale: float | Tensor) -> None:
 def gradient_norm(head, grad_scale: float | Tensor) -> Tensor:
     """See PartialFC.gradient_norm."""
     used = head._used
-    passes = [_pass(head, kept, used, grad_scale) for kept in head._forwards]
+    passes = [_pass(head, kept, grad_scale) for kept in head._forwards]
     total = torch.zeros((), dtype=torch.float64, device=head.device)
     for number, selected in enumerate(head._way.chunks(used.count)):
         rows = head._centers.take(used, selected, head._buffers, moments=False)
@@ -69,22 +69,17 @@ def _update_scale(head, lr: float, grad_scale: float | Tensor) -> None:
     head.statistics = head.statistics | dict(zip(names, (scale.clamp_min(1), *moments), strict=True))
 
 
-def _pass(head, kept: Forward, used: InUse, grad_scale: float | Tensor) -> softmax.Pass:
+def _pass(head, kept: Forward, grad_scale: float | Tensor) -> softmax.Pass:
     """What one forward contributes to the update: the mean over its real samples, times what reached its loss."""
     each = kept.grad / grad_scale / kept.real.sum().clamp_min(1)
     coefficient = torch.where(kept.real, each, 0).to(head.dtype)
-    target = targets_of(head, kept.x, used, kept.column)
-    curve = (kept.psi, kept.psi_prime, kept.p_minus_one)
-    by_center = target_part(head.margin, kept.scale, target, *curve, by_embedding=False)
-    by_center = by_center.to(head.dtype) * coefficient.unsqueeze(1)
-    by_bias = torch.where(target.owned, kept.p_minus_one, 0).to(head.dtype) * coefficient
     return softmax.Pass(
-        scaled(kept.x, kept.scale),
+        kept.xs,
         coefficient,
         kept.log_z * LOG2_E,
         kept.places,
-        by_center,
-        by_bias,
+        kept.by_center * coefficient.unsqueeze(1),
+        kept.by_bias * coefficient,
         kept.cached,
         kept.negatives,
     )

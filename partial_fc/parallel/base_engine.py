@@ -93,7 +93,8 @@ class BaseEngine:
         Raises RunError, on all ranks, for parameters that no embedding depends on: DDP would wait for their gradients.
         """
         self._backwards = self.accumulate - 1  # the one that ranks join their gradients in
-        self.backward(self(images).sum())
+        # gradients of 0: larger ones may overflow in fp16, and DeepSpeed's offload would remember that
+        self.backward(0.0 * self(images).sum())
         unused = self._unused()
         if unused:
             raise distributed.RunError(

@@ -16,6 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.14 has new names for these two and warns of the old ones
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class RunError(RuntimeError):
     """An error whose message says what to change: it needs no traceback.
@@ -142,7 +146,7 @@ def all_gather(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     # gloo and NCCL concatenate along the first dimension, hence the leading 1
     out = tensor.new_empty((world_size(), *tensor.shape))
-    dist.all_gather_single(out, tensor.unsqueeze(0))
+    _all_gather_single(out, tensor.unsqueeze(0))
     return out
 
 
@@ -166,7 +170,7 @@ def reduce_scatter_sum(tensor: Tensor) -> Tensor:
         return tensor
     tensor = tensor.contiguous()
     out = tensor.new_empty((tensor.shape[0] // world_size(), *tensor.shape[1:]))
-    dist.reduce_scatter_single(out, tensor, op=dist.ReduceOp.SUM)
+    _reduce_scatter_single(out, tensor, op=dist.ReduceOp.SUM)
     return out
 
 

@@ -1,5 +1,6 @@
 """What the backbone's products are rounded to, and the loss scale that float16 needs."""
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,13 @@ def products(precision: str) -> Iterator[None]:
     finally:
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
+
+
+def make_deterministic() -> None:
+    """Has torch take deterministic algorithms alone, in this process, from here on. Before anything is multiplied."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch then asks for
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it did not write
+    torch.use_deterministic_algorithms(True)
 
 
 @dataclass
