@@ -150,8 +150,7 @@ class Head(Section):
     matmul_precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """What products round their operands to; sums stay float32. tf32 is for CUDA devices."""
     compile: bool | None = None
-    """Elementwise parts by torch.compile, on NVIDIA's GPUs kernels beside it; unset: where that works and a rank has
-    2^24 numbers in use or more."""
+    """Elementwise parts by torch.compile, on GPUs by kernels; unset: where it works, from 2^24 numbers in use on."""
     init_std: float | None = Field(None, gt=0)
     """Standard deviation of initial class centers; unset: 1 / sqrt(embedding_dim), centers of length 1."""
     optim: HeadOptim = HeadOptim()
@@ -240,8 +239,7 @@ class Engine(Section):
     sync_batchnorm: bool = False
     """BatchNorm sees the micro-batch of all ranks. For CUDA devices: torch's has nothing else."""
     deterministic: bool = False
-    """On CUDA the same run is the same bit for bit, a killed and resumed one too; on a CPU it is so anyway. Slower, and
-    torch's error where a backbone has an operation without a deterministic form."""
+    """On CUDA the same run is the same bit for bit, also one that was killed; slower. On a CPU it is so anyway."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay a step, as 0.9999, of a moving average of the backbone, kept in checkpoints and evaluated beside it."""
 

@@ -157,7 +157,7 @@ def _load(
     """A checkpoint's head and its backbone, in training mode."""
     margin = build_margin(config.head.margin.name, config.head.margin.parameters).at(found.step)
     other = margin.scale is None or margin.has_bias or not margin.normalize_centers
-    if other or margin.sub_centers > 1 or margin.reweights or margin.interclass_filtering_threshold is not None:
+    if other or margin.changes_negatives:
         raise ValueError(
             f"{found.path} was trained with {margin}; wanted negatives s cos, each of one center and none filtered: "
             "give a run with cosface, arcface or normsoftmax and a scale"

@@ -38,8 +38,7 @@ class Negatives(NamedTuple):
     def of(
         cls, margin: Margin, scale: float | Tensor, psi: Tensor, statistics: dict[str, Tensor]
     ) -> "Negatives | None":
-        changed = margin.reweights or margin.interclass_filtering_threshold is not None or margin.sub_centers > 1
-        return cls(margin, scale, psi, statistics) if changed else None
+        return cls(margin, scale, psi, statistics) if margin.changes_negatives else None
 
     def change(self, logits: Tensor, dim: int) -> Tensor | None:
         """Logits s cos (B, c), or (c, B), the rows along `dim`, become s f(cos), in place. Returns f', None where 1."""

@@ -74,6 +74,11 @@ class Margin:
         """f of the target: (B,) cosines in [-1, 1] to (B,), decreasing in the angle over [0, pi]."""
         return cosine
 
+    @property
+    def changes_negatives(self) -> bool:
+        """Whether negatives are something else than r n cos."""
+        return self.reweights or self.interclass_filtering_threshold is not None or self.sub_centers > 1
+
     def target_of(self, sample: Sample) -> Tensor:
         """f of the target (B,), for a margin that looks at more than the cosine."""
         return self.target(sample.cosine)

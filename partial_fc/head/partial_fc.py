@@ -128,7 +128,7 @@ class PartialFC:
             elementwise.compiler_works(device.type) if compile is None and in_use >= 2**24 else bool(compile)
         )
         kernels = _kernels(device) if self.compiled and dtype == torch.float32 else None
-        fused = kernels is not None and matmul_precision != "float32"
+        fused = kernels is not None and matmul_precision != "float32" and not margin.changes_negatives
         chunk = chunk or softmax.default_chunk(embedding_dim, device, fused)
         self._way = softmax.Way(
             chunk=-(-chunk // self.sub_centers) * self.sub_centers,

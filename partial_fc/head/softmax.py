@@ -108,7 +108,7 @@ class Way:
     precision: Precision
     elementwise: Elementwise
     kernels: ModuleType | None  # partial_fc.head.kernels, where they run
-    fused: bool  # their exponentials, made where the product is; full float32 is faster in the library's product
+    fused: bool  # their exponentials, made where the product is: not in full float32, where the library's are faster
 
     def chunks(self, rows: int) -> Iterator[slice]:
         return (slice(start, min(start + self.chunk, rows)) for start in range(0, rows, self.chunk))
@@ -193,7 +193,7 @@ def sum_negatives(
     total = torch.zeros(len(xs), dtype=torch.float64, device=xs.device)
     mean = torch.zeros_like(xs) if weighted else None
     kept: list[Kept] = []
-    fused = way.fused and bounded and negatives is None
+    fused = way.fused and bounded
     operand = rounded(xs, way.precision) if fused else xs
     for number, selected in enumerate(way.chunks(count)):
         rows = take(selected)
@@ -278,7 +278,7 @@ class Pass:
             if entries.dtype != self.xs.dtype and not as_it_is:
                 entries = buffers.get("cached", *entries.shape).copy_(entries)
             return entries, self._pull_of_bounded if maximum is None else self._pulled(maximum)
-        if way.fused and self.negatives is None and rows.inverse_norm is not None and rows.bias is None:
+        if way.fused and rows.inverse_norm is not None and rows.bias is None:
             if self._operand is None:
                 self._operand = rounded(self.xs_2, way.precision)
             weight = rows.weight.value.to(self._operand.dtype)
