@@ -117,8 +117,8 @@ class Way:
 def default_chunk(dim: int, device: torch.device, fused: bool = False) -> int:
     """Rows of a chunk: on a CPU as many as its cache likes, 1024 at D >= 256 and 2048 at D <= 128; elsewhere 16384.
 
-    65536 where exponentials are `fused`: a fourth of the launches (18.9 ms a step against 28.6 at 32768, on an H100
-    whose host was slow), and no float32 logits, which are 1 GB of 4096 samples.
+    65536 where exponentials are `fused`: a fourth of the launches, which the host has to keep up with, and no float32
+    logits, which are 1 GB of 4096 samples.
     """
     if device.type == "cpu":
         return min(max(2**18 // dim, 1024), 2048)
