@@ -21,8 +21,10 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
+# Two files side by side: many tests start processes or ranks, and wait for them. Each worker keeps pools of up to four
+# ranks: 8 GB were in use.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: .venv/installed
 	@test ! -f data/glyphs_demo/train/index.json || echo "data/glyphs_demo is used as it is; delete it to prepare it anew"

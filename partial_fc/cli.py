@@ -11,8 +11,7 @@ from partial_fc import commands
 from partial_fc.benchmark import backbone_steps
 from partial_fc.benchmark.head_steps import LABELS
 from partial_fc.export.formats import FORMATS
-from partial_fc.figures.draw import FIGURES
-from partial_fc.figures.toy import EPOCHS
+from partial_fc.figures import EPOCHS, NAMES
 from partial_fc.prepare.folder import prepare_folder
 from partial_fc.prepare.listing import prepare_list
 from partial_fc.prepare.pairs import prepare_bin, prepare_pairs
@@ -118,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
     figures = subcommands.add_parser("figures", help="the pictures of the margin-softmax papers, for any margins")
     figures.add_argument("out", type=Path, help="folder for the pictures and the page that shows them")
-    figures.add_argument("--only", type=_names, metavar="NAME,...", help=f"some of {','.join(FIGURES)}")
+    figures.add_argument("--only", type=_names, metavar="NAME,...", help=f"some of {','.join(NAMES)}")
     figures.add_argument(
         "--margins",
         metavar="NAME:PARAMETER=VALUE,...;...",

@@ -1,4 +1,6 @@
-"""What each subcommand of partial-fc does, given its parsed arguments."""
+"""What each subcommand of partial-fc does, given its parsed arguments. What draws is imported where it is needed:
+matplotlib takes a second, also of those who only ask for --help.
+"""
 
 import argparse
 import sys
@@ -11,11 +13,9 @@ from partial_fc.doctor import run as doctor_run
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.export.embed import embed_images
 from partial_fc.export.run import export_run
-from partial_fc.figures.draw import draw_figures
 from partial_fc.parallel import distributed
 from partial_fc.prepare import glyphs
-from partial_fc.report.page import write_report
-from partial_fc.study import picture, table
+from partial_fc.study import table
 from partial_fc.study.run import default_ledger, run_study
 
 
@@ -66,12 +66,16 @@ def doctor(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
+    from partial_fc.report.page import write_report
+
     out = arguments.out or arguments.runs[0] / "report.html"
     write_report(arguments.runs, out)
     print(f"report: {out}")
 
 
 def figures(arguments: argparse.Namespace) -> None:
+    from partial_fc.figures.draw import draw_figures
+
     draw_figures(
         arguments.out,
         only=arguments.only,
@@ -162,5 +166,7 @@ def study_table(arguments: argparse.Namespace) -> None:
     file = arguments.ledger or default_ledger(arguments.plan)
     print(table.study_table(arguments.plan, file, arguments.table == "markdown", arguments.against))
     if arguments.picture is not None:
+        from partial_fc.study import picture
+
         picture.draw_study(table.load_lines(arguments.plan, file, arguments.against), arguments.picture)
         print(f"picture: {arguments.picture}")

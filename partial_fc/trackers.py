@@ -5,8 +5,6 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-import wandb
-
 from partial_fc.config import Config
 
 
@@ -22,8 +20,10 @@ def wandb_mode(config: Config) -> str:
     return "online" if has_key else "offline"
 
 
-def start_wandb(config: Config, run: Path) -> wandb.Run:
-    """One wandb run a run folder; offline where online does not work."""
+def start_wandb(config: Config, run: Path) -> Any:
+    """One wandb.Run a run folder; offline where online does not work."""
+    import wandb  # a second
+
     options = dict(
         project=config.track.project,
         name=run.name,

@@ -1,5 +1,6 @@
 """Several ranks in one fast helper: a pool of gloo processes that is started once and runs many cases."""
 
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -141,9 +142,12 @@ def glyphs_ci() -> Path:
     from partial_fc.prepare.glyphs import prepare_glyphs
 
     path = REPOSITORY / "data" / "glyphs_ci"
-    try:
-        load_index(path / "train")
-    except (OSError, ValueError):  # not there, or of an older version
-        shutil.rmtree(path, ignore_errors=True)
-        prepare_glyphs("letters", path, size=32)
+    path.parent.mkdir(exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers of pytest-xdist one makes them
+        try:
+            load_index(path / "train")
+        except (OSError, ValueError):  # not there, or of an older version
+            shutil.rmtree(path, ignore_errors=True)
+            prepare_glyphs("letters", path, size=32)
     return path

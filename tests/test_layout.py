@@ -132,6 +132,12 @@ assert "deepspeed" not in sys.modules  # seconds, and it is not for everyone
     assert done.returncode == 0 and done.stdout == "", done.stderr
 
 
+def test_a_word_about_the_commands_does_not_wait_for_what_draws_and_tracks():
+    program = "import sys, partial_fc.cli; print({'matplotlib', 'wandb'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "set()\n", done.stdout + done.stderr
+
+
 def test_the_readme_shows_the_tree_as_it_is():
     text = (REPOSITORY / "README.md").read_text()
     tree = re.search(r"```text tree\n(.*?)```", text, re.DOTALL).group(1)

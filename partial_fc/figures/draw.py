@@ -10,10 +10,21 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from partial_fc.figures import boundaries, checkpoints, cosines, features, gradient, psi, quality, verification
+from partial_fc.figures import (
+    EPOCHS,
+    NAMES,
+    boundaries,
+    checkpoints,
+    cosines,
+    features,
+    gradient,
+    psi,
+    quality,
+    verification,
+)
 from partial_fc.figures.margins import TYPICAL, Named, parse_margins
 from partial_fc.figures.style import save, styled
-from partial_fc.figures.toy import EPOCHS, Images, Toy, as_input, choose, embed_toy, train_toy
+from partial_fc.figures.toy import Images, Toy, as_input, choose, embed_toy, train_toy
 from partial_fc.head.margin import Margin
 from partial_fc.prepare.fashion_mnist import CLASSES, fetch_fashion_mnist, load_fashion_mnist
 from partial_fc.report.runs import load_run
@@ -90,10 +101,10 @@ def draw_figures(
     Raises ValueError for an unknown figure or margin, before anything is drawn; and, after all others are, for figures
     that could not be drawn, with the reason.
     """
-    names = list(dict.fromkeys(FIGURES if only is None else only))
+    names = list(dict.fromkeys(NAMES if only is None else only))
     for name in names:
-        if name not in FIGURES:
-            raise ValueError(f"--only: no figure is called {name!r}; there are {', '.join(FIGURES)}")
+        if name not in NAMES:
+            raise ValueError(f"--only: no figure is called {name!r}; there are {', '.join(NAMES)}")
     if epochs < 1:
         raise ValueError(f"--epochs is {epochs}; give a positive number")
     sources = Sources(None if margins is None else parse_margins(margins), list(runs), fashion_mnist, seed, epochs)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from partial_fc.figures import EPOCHS
 from partial_fc.figures.cosines import Counts, count_cosines
 from partial_fc.figures.margins import Named
 from partial_fc.head.margin import Margin
@@ -19,7 +20,7 @@ from partial_fc.head.partial_fc import PartialFC
 from partial_fc.seeds import seed_for
 
 BATCH = 128
-IMAGES, EPOCHS = 24_000, 6
+IMAGES = 24_000
 LR = 0.1
 MOMENTS = (0.0, 0.02, 0.06, 0.2, 0.5, 1.0)  # parts of the training at which cosines are counted
 WATCHED = 2000  # images whose cosines are
