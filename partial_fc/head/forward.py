@@ -15,7 +15,7 @@ from partial_fc.head.elementwise import Negatives
 from partial_fc.head.margin import Sample
 from partial_fc.head.observed import Observed
 from partial_fc.head.softmax import LARGEST, LARGEST_INVERSE, LOG2_E
-from partial_fc.head.targets import Target, find_targets, regularized, target_part, unit
+from partial_fc.head.targets import Target, find_targets, regularized, target_gradients, unit
 from partial_fc.parallel import distributed
 
 
@@ -85,7 +85,7 @@ def forward(
     negatives = Negatives.of(
         margin, None if scale is None else scale * LOG2_E, None if psi is None else psi.to(x.dtype), head.statistics
     )
-    x_hat, x_length = unit(x)
+    x_hat, x_length = target.x_hat.to(head.dtype), target.x_length.to(head.dtype)
     xs = x if scale is None else x_hat * scale
     maximum, total, mean, cached = softmax.sum_negatives(
         xs * LOG2_E,
@@ -102,9 +102,9 @@ def forward(
     log_negatives, cosine, w_length, bias, shares = exchange.sum_over_ranks(maximum, total, target, shares, bounded)
     if sample is None:
         sample, psi = seen(cosine)
+    x_factor = length if scale is None else scale
     w_factor = 1.0 if margin.normalize_centers else w_length
-    factor = (length if scale is None else scale) * w_factor
-    logit = factor * psi + bias - margin.shift()
+    logit = x_factor * w_factor * psi + bias - margin.shift()
     # log(1 + Z_neg / e^t) in this form keeps small losses: log Z - t has lost 8 % of a loss of 1e-5
     losses = torch.logaddexp(torch.zeros_like(logit), log_negatives - logit)
     log_z = torch.logaddexp(log_negatives, logit)
@@ -120,22 +120,25 @@ def forward(
     if not training:
         return loss, None, None
     psi_prime, psi_by_length = margin.derivatives(sample)
+    by_logit = torch.where(target.owned, p_minus_one, zero)
+    by_psi = by_logit * x_factor * w_factor
+    by_x_length = by_psi * psi_by_length + torch.where(target.owned, by_length, zero)
+    if scale is None:
+        by_x_length += by_logit * w_factor * psi
+    by_w_length = None if margin.normalize_centers else by_logit * x_factor * psi
+    by_target, by_center = target_gradients(target, by_psi * psi_prime, by_x_length, by_w_length)
     batch = None if head.feature_centers is None else (raw, labels, real)
-    by_center = target_part(margin, scale, target, psi, psi_prime, p_minus_one, by_embedding=False).to(head.dtype)
-    by_bias = torch.where(target.owned, p_minus_one, zero).to(head.dtype)
+    by_center, by_bias = by_center.to(head.dtype), by_logit.to(head.dtype)
     kept = Forward(xs, places, real, log_z, by_center, by_bias, negatives, batch, cached)
     gradient = mean * torch.exp((maximum - log_z).clamp_max(LARGEST_INVERSE[head.dtype])).to(head.dtype).unsqueeze(1)
     if scale is not None:  # the backward of s x / |x|
         along = (gradient * x_hat).sum(dim=1)
         if margin.learn_scale:  # that is sum_j p_j n_j cos_j
-            own = torch.where(target.owned, p_minus_one * w_factor * psi, zero)
+            own = by_logit * w_factor * psi
             kept.by_scale = distributed.all_reduce_sum(torch.where(real, along + own, zero).sum() / count)
         gradient -= along.unsqueeze(1) * x_hat
         gradient *= scale / x_length
-    by_target = target_part(margin, scale, target, psi, psi_prime, p_minus_one, by_embedding=True)
     gradient += by_target.to(head.dtype)
-    along = torch.where(target.owned, p_minus_one * factor * psi_by_length + by_length, zero)
-    gradient += (along.unsqueeze(1) * target.x_hat).to(head.dtype)
     if dropped is not None:
         gradient *= dropped
     gradient = torch.where(real.unsqueeze(1), gradient / count, 0)

@@ -48,53 +48,28 @@ def find_targets(x: Tensor, w: Tensor, bias: Tensor | None, owned: Tensor) -> Ta
     )
 
 
-def _target_gradient(
-    own: Tensor,
-    own_length: Tensor,
-    other: Tensor,
-    other_factor: Tensor,
-    scale: Tensor | None,
-    cosine: Tensor,
-    psi: Tensor,
-    psi_prime: Tensor,
-) -> Tensor:
-    """Derivative of the target logit r n psi(cos) by one of its two vectors, (B, D).
+def target_gradients(
+    target: Target, by_cosine: Tensor, by_x_length: Tensor, by_w_length: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The derivatives by x and by w, (B, D) each, of what has these three by the cosine, |x| and |w|, (B,) each.
 
-    For a vector a = |a| a_hat (`own`, `own_length` (B, 1)) facing b_hat (`other`), with a's factor f_a = `scale`
-    (B, 1), or |a| where that is None, and f_b = `other_factor` (B, 1):
+    None is 0.
 
-        f_b [ psi'(cos) (f_a / |a|) (b_hat - cos a_hat)  +  psi(cos) a_hat   if f_a = |a| ]
+        by x: by_cosine (w_hat - cos x_hat) / |x| + by_x_length x_hat
+        by w: by_cosine (x_hat - cos w_hat) / |w| + by_w_length w_hat
     """
-    tangent = other - cosine.unsqueeze(1) * own
-    if scale is None:
-        return other_factor * (psi_prime.unsqueeze(1) * tangent + psi.unsqueeze(1) * own)
-    return other_factor * (scale / own_length) * psi_prime.unsqueeze(1) * tangent
 
+    def by(own: Tensor, own_length: Tensor, other: Tensor, by_own_length: Tensor | None) -> Tensor:
+        across = by_cosine.unsqueeze(1) / own_length
+        along = -across * target.cosine.unsqueeze(1)
+        if by_own_length is not None:
+            along += by_own_length.unsqueeze(1)
+        return (across * other).addcmul_(along, own)
 
-def target_part(
-    margin: Margin,
-    scale: float | Tensor | None,
-    target: Target,
-    psi: Tensor,
-    psi_prime: Tensor,
-    p_minus_one: Tensor,
-    by_embedding: bool,
-) -> Tensor:
-    """(p_t - 1) times the target logit's derivative by x or by w, (B, D); zeros for targets of other ranks.
-
-    scale: s, learned or not; None for r = |x|.
-    """
-    ones = torch.ones_like(target.w_length)
-    scale = None if scale is None else scale * ones
-    x_factor = target.x_length if scale is None else scale
-    w_factor = ones if margin.normalize_centers else target.w_length
-    curve = (target.cosine, psi, psi_prime)
-    if by_embedding:
-        derivative = _target_gradient(target.x_hat, target.x_length, target.w_hat, w_factor, scale, *curve)
-    else:
-        unit_scale = ones if margin.normalize_centers else None
-        derivative = _target_gradient(target.w_hat, target.w_length, target.x_hat, x_factor, unit_scale, *curve)
-    return torch.where(target.owned.unsqueeze(1), p_minus_one.unsqueeze(1) * derivative, 0)
+    return (
+        by(target.x_hat, target.x_length, target.w_hat, by_x_length),
+        by(target.w_hat, target.w_length, target.x_hat, by_w_length),
+    )
 
 
 def regularized(margin: Margin, length: Tensor) -> tuple[Tensor, Tensor]:
