@@ -80,7 +80,11 @@ def upload(path: Path, url: str) -> None:
     size = path.stat().st_size
 
     def put(files: Any, to: str) -> None:
-        files.put_file(str(path), to)
+        try:
+            files.put_file(str(path), to)
+        except FileNotFoundError as error:
+            # s3fs asked twice to join the parts, since the first answer was late or lost: joined they may be, or not
+            raise OSError(error) from error
         if (there := files.info(to)["size"]) != size:
             raise OSError(f"it has {there} bytes there, {size} here")
 

@@ -53,11 +53,11 @@ class Ranks:
     def __init__(self, world_size: int):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "partial_fc"])
-        store = tempfile.mktemp(prefix="partial_fc_store_")
+        self.store = tempfile.mktemp(prefix="partial_fc_store_")
         self.connections, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, store, theirs), daemon=False)
+            process = context.Process(target=_serve, args=(rank, world_size, self.store, theirs), daemon=False)
             process.start()
             theirs.close()
             self.connections.append(ours)
@@ -101,6 +101,7 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+        Path(self.store).unlink(missing_ok=True)
 
 
 _pools: dict[int, Ranks] = {}

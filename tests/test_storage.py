@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -307,11 +308,13 @@ def test_a_url_stands_for_a_run(s3, glyphs_ci, tmp_path):  # noqa: F811
 
 
 @pytest.mark.soak
-def test_what_a_save_costs(request, tmp_path):
+def test_what_a_save_costs(request, tmp_path, monkeypatch):
     """1 GB by one rank, locally and to PARTIAL_FC_STORE, a URL (unset: moto in this process); -s shows the seconds."""
     url = os.environ.get("PARTIAL_FC_STORE")
     if url is None:
         request.getfixturevalue("s3")
+        # moto takes 15 s to join 512 MB, which is all that s3fs waits
+        monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 300}})
         url = f"{BUCKET}/costs"
     head, (_, engine) = PartialFC(250_000, 512, CosFace()), trained(steps=0)
     (tmp_path / "names.txt").write_text("")
@@ -340,6 +343,21 @@ def test_a_run_that_had_its_checkpoints_elsewhere_does_not_begin_anew(glyphs_ci,
     assert len(rows(run)) == 2
     run_ranks(train_here, 1, run, data, "run.steps=4", elsewhere)
     assert len(rows(run)) == 4
+
+
+def test_an_upload_whose_last_answer_is_lost_is_made_again(s3, tmp_path, monkeypatch):  # noqa: F811
+    """The store has joined the parts, and forgotten them when s3fs asks again."""
+    path, seen = tmp_path / "large", []
+    path.write_bytes(os.urandom(2**20) * 101)  # s3fs uploads 100 MiB and more in parts
+
+    def lose_an_answer(method: str, key: str) -> None:
+        seen.append(method)
+        s3.gone = method == "POST" and seen.count("POST") == 2  # of the first, parts were announced
+
+    monkeypatch.setattr(storage, "RETRY_SECONDS", (0.1, 0.1, 0.1))
+    monkeypatch.setattr(s3, "before", lose_an_answer)
+    storage.upload(path, f"{BUCKET}/large")
+    assert seen.count("POST") > 3 and storage.read(f"{BUCKET}/large") == path.read_bytes()
 
 
 def test_what_others_keep_beside_checkpoints_stays(tmp_path):
