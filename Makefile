@@ -22,7 +22,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check
 
 # Two files side by side: many tests start processes or ranks, and wait for them. Each worker keeps pools of up to four
-# ranks: 8 GB were in use.
+# ranks; together they used 8 GB of memory.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -37,4 +37,4 @@ soak: .venv/installed
 	PARTIAL_FC_SOAK=1 $(BIN)/python -m pytest -m soak
 
 clean:
-	rm -rf data/glyphs_ci data/glyphs_demo runs/glyphs_ci runs/glyphs_demo .pytest_cache .ruff_cache
+	rm -rf data/glyphs_ci data/glyphs_ci.lock data/glyphs_demo runs/glyphs_ci runs/glyphs_demo .pytest_cache .ruff_cache

@@ -1,5 +1,6 @@
-"""What each subcommand of partial-fc does, given its parsed arguments. What draws is imported where it is needed:
-matplotlib takes a second, also of those who only ask for --help.
+"""What each subcommand of partial-fc does, given its parsed arguments.
+
+What draws is imported where it is needed: --help should not wait for matplotlib.
 """
 
 import argparse

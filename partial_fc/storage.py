@@ -83,8 +83,8 @@ def upload(path: Path, url: str) -> None:
         try:
             files.put_file(str(path), to)
         except FileNotFoundError as error:
-            # s3fs asked twice to join the parts, since the first answer was late or lost: joined they may be, or not
-            raise OSError(error) from error
+            # s3fs asks twice to join the parts where the first answer is late or lost; what is there now may be older
+            raise OSError(f"{type(error).__name__}: {error}") from error
         if (there := files.info(to)["size"]) != size:
             raise OSError(f"it has {there} bytes there, {size} here")
 

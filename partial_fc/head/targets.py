@@ -20,7 +20,7 @@ def unit(vectors: Tensor, shortest: float = 1e-12) -> tuple[Tensor, Tensor]:
 
 
 class Target(NamedTuple):
-    """The targets that this rank owns, in float64; rows of zeros for the others."""
+    """Samples beside their targets, in float64; w_hat and w_length mean nothing where another rank owns the target."""
 
     owned: Tensor  # (B,) bool
     x_hat: Tensor  # (B, D)
@@ -51,9 +51,9 @@ def find_targets(x: Tensor, w: Tensor, bias: Tensor | None, owned: Tensor) -> Ta
 def target_gradients(
     target: Target, by_cosine: Tensor, by_x_length: Tensor, by_w_length: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The derivatives by x and by w, (B, D) each, of what has these three by the cosine, |x| and |w|, (B,) each.
+    """Gradients by x and by w, (B, D) each, of something whose derivatives by the cosine, |x| and |w| are given.
 
-    None is 0.
+    Those are (B,), all 0 where another rank owns the target; by_w_length None: it does not depend on |w|.
 
         by x: by_cosine (w_hat - cos x_hat) / |x| + by_x_length x_hat
         by w: by_cosine (x_hat - cos w_hat) / |w| + by_w_length w_hat
