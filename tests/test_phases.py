@@ -16,13 +16,16 @@ from tests.conftest import run_ranks
 
 def test_phases_add_up_to_the_time_that_passed():
     phases = Phases(torch.device("cpu"))
-    start = time.perf_counter()
+    times = [time.perf_counter()]  # around the first begin, and around the reading: other tests share the cores
     for name, seconds in (("data", 0.05), ("forward", 0.01), ("data", 0.03), ("log", 0.0)):
         phases.begin(name)
+        times.append(time.perf_counter())
         time.sleep(seconds)
-    seconds, passed = dict(zip(NAMES, phases.read().tolist(), strict=True)), time.perf_counter() - start
+    times.append(time.perf_counter())
+    seconds = dict(zip(NAMES, phases.read().tolist(), strict=True))
+    times.append(time.perf_counter())
     assert seconds["data"] >= 0.08 and seconds["forward"] >= 0.01
-    assert sum(seconds.values()) == pytest.approx(passed, abs=0.02)  # other tests share the cores
+    assert times[-2] - times[1] - 1e-6 <= sum(seconds.values()) <= times[-1] - times[0] + 1e-6
     assert phases.data_wait() == pytest.approx(seconds["data"], abs=1e-3)
     assert phases.read().sum() < 0.05 and phases.data_wait() == 0  # since that reading
     assert {name for name, value in zip(NAMES, phases.read(), strict=True) if value} == {"log"}  # it goes on
