@@ -21,6 +21,7 @@ from partial_fc.parallel.base_engine import BaseEngine
 from partial_fc.parallel.engine import build_engine, check_engine
 from tests.conftest import run_ranks
 from tests.test_train import (
+    assert_follows,
     checksums,
     curve,
     damaged,
@@ -32,7 +33,6 @@ from tests.test_train import (
     wait_for_step,
     workers,
 )
-from tests.test_train_options import states
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("not run: DeepSpeed is not installed", allow_module_level=True)
@@ -395,17 +395,6 @@ def stage(number: int, *overrides: str) -> tuple[str, ...]:
     return ("engine.name=deepspeed", f"engine.zero_stage={number}", f"engine.deepspeed={PARTITIONED}", *overrides)
 
 
-def follows(run: Path, other: Path) -> None:
-    """The same run in another order of sums: losses to 1e-5, tensors to 1e-4 of their norm.
-
-    For runs of ten steps at most, whose losses were 6e-7 apart. Later a bias may jump, in runs of DDP alone at other
-    numbers of ranks too: tensors of those were 1e-4 to 2e-3 apart after twenty steps.
-    """
-    assert curve(run) == pytest.approx(curve(other), rel=1e-5)
-    for name, wanted in states(other).items():
-        assert (states(run)[name] - wanted).norm() <= 1e-4 * wanted.norm(), name
-
-
 def changing_run(data: Path, folder: Path, *options: str) -> None:
     options = (*TRAINED, *JOINTLY, *options)
     chain = [(2, ()), (2, stage(2)), (3, stage(3)), (2, stage(1, "engine.offload=true")), (3, ())]
@@ -413,7 +402,7 @@ def changing_run(data: Path, folder: Path, *options: str) -> None:
         steps = f"run.steps={number * 2 + 2}"
         run_ranks(train_here, world_size, folder / "run", data, *options, *engine, steps)
     run_ranks(train_here, 2, folder / "whole", data, *options, f"run.steps={len(chain) * 2}")
-    follows(folder / "run", folder / "whole")
+    assert_follows(folder / "run", folder / "whole")
 
 
 def test_a_run_changes_engine_stage_and_ranks(glyphs_ci, tmp_path):
@@ -434,7 +423,7 @@ def test_undecodable_samples_count_as_with_ddp(glyphs_ci, tmp_path):
     for number in (2, 3):
         run_ranks(train_here, 2, tmp_path / f"{number}", data, *options, *stage(number))
         assert rows(tmp_path / f"{number}")[-1]["undecodable"] > 0
-        follows(tmp_path / f"{number}", tmp_path / "ddp")
+        assert_follows(tmp_path / f"{number}", tmp_path / "ddp")
 
 
 def test_head_and_backbone_skip_together(glyphs_ci, tmp_path):

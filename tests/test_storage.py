@@ -255,7 +255,7 @@ def test_a_preempted_run_goes_on_with_nothing_but_the_url(s3, glyphs_ci, tmp_pat
     assert f"from {saved.path}" in output and "TAR@1e-3" in output and (run / "report.html").exists()
     assert rows(run)[: saved.step] == before and rows(run)[-1]["step"] == stop
     run_ranks(train_here, 3, tmp_path / "whole", glyphs_ci / "train", overrides[0], f"run.steps={stop}")
-    assert curve(run) == pytest.approx(curve(tmp_path / "whole"), rel=2e-5)
+    assert curve(run) == pytest.approx(curve(tmp_path / "whole"), rel=1e-4)
     assert json.loads(storage.read(f"{url}/evaluation.json")) == json.loads((run / "evaluation.json").read_text())
 
 

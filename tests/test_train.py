@@ -61,6 +61,25 @@ def curve(run: Path, name: str = "loss") -> list[float]:
     return [row[name] for row in rows(run)]
 
 
+def states(run: Path) -> dict[str, torch.Tensor]:
+    """Backbone and class centers of the latest checkpoint."""
+    found = checkpoint.find_latest(run)
+    centers = [checkpoint.load_file(found.path / e["name"])["weight"] for e in found.files() if "classes" in e]
+    return checkpoint.read_backbone(found) | {"centers": torch.cat(centers)}
+
+
+def assert_follows(run: Path, other: Path) -> None:
+    """The same run in another order of sums: losses to 1e-4, tensors to 1e-2 of their norm.
+
+    In float32 such runs were 3e-7 and 2e-6 apart, until an activation took the other side of its kink: from then on
+    losses were up to 2e-5 apart and biases 1e-3, in two of five sets of CPU instructions. For ten steps at most.
+    """
+    assert curve(run) == pytest.approx(curve(other), rel=1e-4)
+    found = states(run)
+    for name, wanted in states(other).items():
+        assert (found[name] - wanted).norm() <= 1e-2 * wanted.norm(), name
+
+
 def checksums(run: Path) -> dict[str, str]:
     """SHA-256 of every file of the latest checkpoint: the state, bit for bit."""
     return {entry["name"]: entry["sha256"] for entry in checkpoint.find_latest(run).files()}
@@ -114,7 +133,7 @@ def test_a_profile_and_tensorboard_on_request_and_the_run_stays_as_it_is(referen
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_any_number_of_ranks_follows_the_same_curve(reference, glyphs_ci, tmp_path, world_size):
     run_ranks(train_here, world_size, tmp_path / "run", glyphs_ci / "train")
-    assert curve(tmp_path / "run") == pytest.approx(curve(reference), rel=2e-5)
+    assert curve(tmp_path / "run") == pytest.approx(curve(reference), rel=1e-4)
     assert curve(tmp_path / "run", "lr") == curve(reference, "lr")
 
 
@@ -164,7 +183,7 @@ def test_resumes_at_any_number_of_ranks(reference, glyphs_ci, tmp_path, world_si
         assert curve(tmp_path / "run") == curve(reference)
         assert checksums(tmp_path / "run") == checksums(reference)
     else:
-        assert curve(tmp_path / "run") == pytest.approx(curve(reference), rel=2e-5)
+        assert curve(tmp_path / "run") == pytest.approx(curve(reference), rel=1e-4)
 
 
 def test_three_ranks_resume_bit_for_bit(glyphs_ci, tmp_path):

@@ -16,30 +16,18 @@ from partial_fc.report.page import write_report
 from partial_fc.train import micro_batches
 from tests.conftest import run_ranks
 from tests.test_train import (
+    assert_follows,
     checksums,
     config_for,
     curve,
     damaged,
     rows,
+    states,
     train_and_catch,
     train_here,
 )
 
 SHORT = ("run.steps=8", "checkpoint.every=4", "optim.schedule=constant", "optim.warmup_steps=2")
-
-
-def states(run: Path) -> dict[str, torch.Tensor]:
-    """Backbone and class centers of the latest checkpoint."""
-    found = checkpoint.find_latest(run)
-    centers = [checkpoint.load_file(found.path / e["name"])["weight"] for e in found.files() if "classes" in e]
-    return checkpoint.read_backbone(found) | {"centers": torch.cat(centers)}
-
-
-def assert_same_run(run: Path, other: Path) -> None:
-    assert curve(run) == pytest.approx(curve(other), rel=2e-5)
-    for name, value in states(run).items():
-        wanted = states(other)[name]
-        assert (value - wanted).abs().max() <= 1e-4 * wanted.abs().max(), name
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -50,7 +38,7 @@ def test_micro_batches_equal_one_batch(glyphs_ci, tmp_path, world_size):
     run_ranks(train_here, world_size, tmp_path / "whole", data, *options)
     run_ranks(train_here, world_size, tmp_path / "pieces", data, *options, "data.accumulate=5")
     assert rows(tmp_path / "pieces")[-1]["undecodable"] > 0
-    assert_same_run(tmp_path / "pieces", tmp_path / "whole")
+    assert_follows(tmp_path / "pieces", tmp_path / "whole")
 
 
 def pieces_of(counts: list[int], pieces: int) -> list[tuple[int, float]]:
@@ -143,6 +131,12 @@ def test_options_resume_bit_for_bit(glyphs_ci, tmp_path, kind):
         assert found == wanted
 
 
+def assert_same_bits(run: Path, other: Path) -> None:
+    assert curve(run) == curve(other)
+    wanted = states(other)
+    assert all(torch.equal(value, wanted[name]) for name, value in states(run).items())
+
+
 SAME = {  # what changes speed or memory and not the run
     "checkpointed activations": ("engine.checkpoint_activations=true",),
     "channels last": ("engine.channels_last=true",),
@@ -161,7 +155,10 @@ def plain(glyphs_ci, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("kind", SAME)
 def test_the_run_stays_the_same(glyphs_ci, tmp_path, plain, kind):
     run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train", *SHORT, *SAME[kind])
-    assert_same_run(tmp_path / "run", plain)
+    if kind == "channels last":  # other kernels
+        assert_follows(tmp_path / "run", plain)
+    else:
+        assert_same_bits(tmp_path / "run", plain)
 
 
 def test_clipping_shortens_the_steps(glyphs_ci, tmp_path, plain):
@@ -170,11 +167,12 @@ def test_clipping_shortens_the_steps(glyphs_ci, tmp_path, plain):
     assert curve(tmp_path / "run") != curve(plain)
 
 
-def test_the_stated_batch_scales_both_rates(glyphs_ci, tmp_path, plain, capfd):
+def test_the_stated_batch_scales_both_rates(glyphs_ci, tmp_path, capfd):
     options = ("optim.lr=0.04", "optim.lr_batch=96", "head.optim.lr=0.04")
     train_here(tmp_path / "run", glyphs_ci / "train", *SHORT, *options)
-    assert curve(tmp_path / "run", "lr") == curve(plain, "lr")
-    assert_same_run(tmp_path / "run", plain)
+    train_here(tmp_path / "plain", glyphs_ci / "train", *SHORT)
+    assert curve(tmp_path / "run", "lr") == curve(tmp_path / "plain", "lr")
+    assert_same_bits(tmp_path / "run", tmp_path / "plain")
     wanted = "learning rate at its peak: 0.02 = optim.lr 0.04, stated for batches of 96, x 48 / 96"
     assert wanted in capfd.readouterr().out
 
