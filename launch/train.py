@@ -8,7 +8,6 @@ import sys
 from partial_fc.config_file import describe, load_config
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.parallel import distributed
-from partial_fc.report.page import write_report
 from partial_fc.train import train
 
 
@@ -31,6 +30,8 @@ def main() -> None:
             evaluate_run(config.run.dir, device, config.evaluate, checkpoints=config.checkpoint.dir)
         with distributed.together("writing the report"):
             if finished and distributed.rank() == 0:
+                from partial_fc.report.page import write_report  # matplotlib: a second that no other rank needs
+
                 write_report([config.run.dir], f"{config.run.dir}/report.html")
                 print(f"report: {config.run.dir}/report.html")
 

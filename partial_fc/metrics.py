@@ -98,7 +98,8 @@ class Metrics:
                         self.tensorboard.add_scalar(name.replace(".", "/"), value, step)
         except OSError as error:
             print(f"metrics: step {step} is not written: {error}", file=sys.stderr)
-        self.wandb.log(row, step=step)
+        if self.wandb is not None:
+            self.wandb.log(row, step=step)
         elapsed = time.monotonic() - self.started
         left = elapsed / (step - self.first_step) * (self.total_steps - step)
         print(console_line(row, self.total_steps, left), flush=True)
@@ -111,7 +112,8 @@ class Metrics:
         except OSError as error:
             print(f"metrics: the last rows are not written: {error}", file=sys.stderr)
         finally:
-            self.wandb.finish()
+            if self.wandb is not None:
+                self.wandb.finish()
 
 
 def console_line(row: dict, total_steps: int, seconds_left: float) -> str:

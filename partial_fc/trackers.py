@@ -20,9 +20,13 @@ def wandb_mode(config: Config) -> str:
     return "online" if has_key else "offline"
 
 
-def start_wandb(config: Config, run: Path) -> Any:
-    """One wandb.Run per run folder; offline where online does not work."""
-    import wandb  # as slow as matplotlib, and --help should not wait for it
+def start_wandb(config: Config, run: Path) -> Any | None:
+    """One wandb.Run per run folder; offline where online does not work; None where it is disabled."""
+    mode = wandb_mode(config)
+    if mode == "disabled":
+        print("wandb: disabled")
+        return None
+    import wandb  # as slow as matplotlib, and neither --help nor a run without it should wait for it
 
     options = dict(
         project=config.track.project,
@@ -33,7 +37,6 @@ def start_wandb(config: Config, run: Path) -> Any:
         config=config.model_dump(mode="json"),
         settings=wandb.Settings(console="off", silent=True, init_timeout=30),
     )
-    mode = wandb_mode(config)
     try:
         started = wandb.init(mode=mode, **options)
     except wandb.Error as error:

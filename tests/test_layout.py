@@ -132,9 +132,10 @@ assert "deepspeed" not in sys.modules  # seconds, and it is not for everyone
     assert done.returncode == 0 and done.stdout == "", done.stderr
 
 
-def test_a_word_about_the_commands_does_not_wait_for_what_draws_and_tracks():
-    program = "import sys, partial_fc.cli; print({'matplotlib', 'wandb'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("program", ["partial_fc/cli.py", "launch/train.py"])
+def test_what_draws_and_tracks_is_loaded_where_it_is_needed(program):
+    program = f"import runpy, sys; runpy.run_path({program!r}); print({{'matplotlib', 'wandb'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.stdout == "set()\n", done.stdout + done.stderr
 
 

@@ -15,7 +15,7 @@ from partial_fc.metrics import Metrics, RankTimes, console_line, cut_back
 from partial_fc.parallel import distributed
 from partial_fc.phases import Phases
 from partial_fc.progress import Progress
-from partial_fc.trackers import start_tensorboard, wandb_mode
+from partial_fc.trackers import start_tensorboard, start_wandb, wandb_mode
 from tests.conftest import REPOSITORY, run_ranks
 
 ROW = {
@@ -65,6 +65,11 @@ def test_wandb_mode(setting, environment, mode, monkeypatch, tmp_path):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert wandb_mode(load_config(REPOSITORY / "configs" / "glyphs_ci.yaml", [f"track.wandb={setting}"])) == mode
+
+
+def test_disabled_wandb_leaves_nothing(tmp_path):
+    config = load_config(REPOSITORY / "configs" / "glyphs_ci.yaml", ["track.wandb=disabled"])
+    assert start_wandb(config, tmp_path) is None and not list(tmp_path.iterdir())
 
 
 def test_wandb_key_in_netrc(monkeypatch, tmp_path):
