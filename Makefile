@@ -1,5 +1,5 @@
 # make demo   environment, real data, two-process training, evaluation on unseen identities, report
-# make test   environment, lint, the whole suite
+# make test   environment, lint, all tests but those of make soak
 # make soak   what takes longer than a suite may
 PYTHON ?= python3
 # A font set that `partial-fc prepare glyphs` knows by name, or a folder of TTF/OTF files.

@@ -66,6 +66,9 @@ def build(config: Config, device: torch.device) -> Parts:
         net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
         check_batch_norm(config, net, order)
         found = latest_of(config, index)
+        total_steps = config.run.steps or max(round(config.run.epochs * order.steps_per_epoch), 1)
+        if found is not None:
+            check_something_is_trained(found, config, total_steps)
         open_sets(config.evaluate.sets, size)  # what is wrong with them is said now, not after the training
         head = build_head(config, index.num_classes, device)
         net.to(device).train()
@@ -83,7 +86,6 @@ def build(config: Config, device: torch.device) -> Parts:
     engine.warm_up(torch.zeros(images, 3, *size, device=device))
     if found is not None:
         checkpoint.load(found, head=head, engine=engine, near=run)
-    total_steps = config.run.steps or max(round(config.run.epochs * order.steps_per_epoch), 1)
     start_step = 0 if found is None else found.step
     with distributed.together("preparing the run"):
         if distributed.rank() == 0:
@@ -304,6 +306,22 @@ def check_unchanged(found: checkpoint.Checkpoint, config: Config, index: Index) 
         raise ValueError(
             f"{found.path} was made with another data order: {'; '.join(changed)}. Put it back, or accept the new "
             "order from here on with data.restart=true, or start anew in another run.dir"
+        )
+
+
+def check_something_is_trained(found: checkpoint.Checkpoint, config: Config, total_steps: int) -> None:
+    """Raises ValueError if a run at its end is started with another head or optimizer, as if it had them."""
+    if found.step < total_steps:
+        return
+    changed = [
+        change
+        for change in changes(found.manifest["settings"]["config"], config.model_dump(mode="json"))
+        if change.startswith(("head.", "optim."))
+    ]
+    if changed:
+        raise ValueError(
+            f"{found.path} is the end of this run of {total_steps} steps, so nothing would be trained with "
+            f"{'; '.join(changed)}. Give another run.dir, or go on from there with more run.steps or run.epochs"
         )
 
 

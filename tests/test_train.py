@@ -248,7 +248,7 @@ def train_and_catch(run: Path, data: Path, *overrides: str) -> str:
 )
 def test_a_wrong_config_is_one_clear_error_on_all_ranks(reference, glyphs_ci, tmp_path, override, message):
     shutil.copytree(reference, tmp_path / "run")
-    messages = run_ranks(train_and_catch, 2, tmp_path / "run", glyphs_ci / "train", override)
+    messages = run_ranks(train_and_catch, 2, tmp_path / "run", glyphs_ci / "train", "run.steps=40", override)
     assert messages[0] == messages[1]
     assert re.search(message, messages[0]), messages[0]
 
@@ -306,6 +306,13 @@ def test_fewer_steps_than_a_checkpoint_has_is_a_finished_run(reference, glyphs_c
     shutil.copytree(reference, tmp_path / "run")
     assert run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train", "run.steps=25") == [True, True]
     assert not (tmp_path / "run" / "preempted").exists()
+
+
+def test_a_finished_run_does_not_pass_for_one_with_another_loss(reference, glyphs_ci, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    messages = run_ranks(train_and_catch, 2, tmp_path / "run", glyphs_ci / "train", "head.margin.margin=0.1")
+    assert messages[0] == messages[1]
+    assert "nothing would be trained with head.margin.margin: 0.2 -> 0.1. Give another run.dir" in messages[0]
 
 
 def see_other_folders(run: Path, data: Path) -> str:
