@@ -1,5 +1,7 @@
 """What a run is built of, from its config and its latest checkpoint; and whether the two belong together."""
 
+import secrets
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,7 @@ def build(config: Config, device: torch.device) -> Parts:
         head = build_head(config, index.num_classes, device)
         net.to(device).train()
     agree_on_start(config, index, found)
+    check_shared(checkpoints_of(config))
     engine = build_engine(
         net,
         build_optimizer(net, config.optim),
@@ -161,11 +164,15 @@ def order_of(config: Config, index: Index) -> Order | Groups:
 def check_batch_norm(config: Config, net: nn.Module, order: Order | Groups) -> None:
     """Raises ValueError where a rank has micro-batches of one sample and the backbone has batch norm: it takes two."""
     smallest = order.global_batch_size // distributed.world_size() // config.data.accumulate
-    if smallest == 1 and any(isinstance(module, _BatchNorm) for module in net.modules()):
+    if smallest == 1 and has_batch_norm(net):
         raise ValueError(
             f"{config.backbone.name} has batch norm, which wants two samples at least, and a rank has micro-batches of "
             f"one: raise data.global_batch_size {config.data.global_batch_size}, or lower data.accumulate"
         )
+
+
+def has_batch_norm(net: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in net.modules())
 
 
 def build_losses(config: Config) -> tuple[Margin | WarmUp, list[EmbeddingLoss]]:
@@ -256,6 +263,33 @@ def agree_on_start(config: Config, index: Index, found: checkpoint.Checkpoint | 
                     "see the same data.train and run.dir: put both on a shared file system, or checkpoints in an "
                     "object store (checkpoint.dir)"
                 )
+
+
+def check_shared(where: Place, patience: float = 60.0) -> None:
+    """Raises RunError, on all ranks, where one does not see the folder that checkpoints go to: not at the first save.
+
+    patience: seconds; a network file system may remember for so long that a folder was not there.
+    """
+    if storage.remote(where):
+        return
+    mark = where / distributed.gather_objects(f"seen_by_all_{secrets.token_hex(4)}")[0]
+    try:
+        with distributed.together("preparing the run"):
+            if distributed.rank() == 0:
+                where.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+        with distributed.together("preparing the run"):
+            deadline = time.monotonic() + patience
+            while not mark.exists():
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"{where} is not the folder that rank 0 sees there: put run.dir on a file system that all "
+                        "ranks share, or checkpoints in an object store (checkpoint.dir)"
+                    )
+                time.sleep(0.1)
+    finally:
+        if distributed.rank() == 0:
+            mark.unlink(missing_ok=True)
 
 
 def settings(config: Config, index: Index, progress: Progress) -> dict:

@@ -29,6 +29,7 @@ from partial_fc import checkpoint_files, storage
 from partial_fc.config_file import saved_checkpoint_dir
 from partial_fc.head.centers import MissedUpdates, catch_up
 from partial_fc.head.partial_fc import PartialFC
+from partial_fc.head.partition import class_range
 from partial_fc.head.sampling import tables
 from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
@@ -213,8 +214,9 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: BaseEngine, near: P
         names = {entry["name"] for entry in checkpoint.files()}
         kept = (name for name in engine.files if f"{name}.safetensors" in names)
         engine.load({name: load_file(here / f"{name}.safetensors") for name in kept})
+    per_rank = len(class_range(head.num_classes, 0, distributed.world_size()))
     for name, table in tables(head).items():  # every rank keeps all of it
-        table.copy_(torch.cat(distributed.gather_objects(rows[name])))
+        table.copy_(distributed.gather_rows(rows[name], per_rank, head.num_classes))
 
 
 def check_kinds(checkpoint: Checkpoint, head: PartialFC) -> None:
@@ -266,15 +268,14 @@ def _write_all(
 def _of_all_ranks(entries: Generator[dict, None, None], folder: Place) -> list[dict]:
     """What the iterators of all ranks give. A collective.
 
-    For a URL the ranks meet after every file, so that none waits for longer than another uploads one.
+    The ranks meet after every file, so that none waits for longer than another writes or uploads one.
     """
-    at_once = 1 if storage.remote(folder) else None
     written: list[dict] = []
     try:
         while True:
             ours: list[dict] = []
             with distributed.together(f"saving {folder}"):
-                ours = list(islice(entries, at_once))
+                ours = list(islice(entries, 1))
             theirs = [entry for one in distributed.gather_objects(ours) for entry in one]
             if not theirs:
                 return written

@@ -82,13 +82,15 @@ def save_config(config: Config, path: Path) -> None:
     """Writes the merged config with the git commit and the package versions it runs under."""
     values = config.model_dump(mode="json")
     values["environment"] = environment()
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+    temporary.rename(path)
 
 
 def saved_checkpoint_dir(run: Path) -> str | None:
     """The checkpoint.dir of a run folder's config.yaml; None where that is unset or not there."""
     try:
-        values = yaml.safe_load((run / "config.yaml").read_text())
+        values = yaml.safe_load((run / "config.yaml").read_text()) or {}
     except (FileNotFoundError, NotADirectoryError):
         return None
     return (values.get("checkpoint") or {}).get("dir")

@@ -5,6 +5,8 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,8 +100,9 @@ class Metrics:
                         self.tensorboard.add_scalar(name.replace(".", "/"), value, step)
         except OSError as error:
             print(f"metrics: step {step} is not written: {error}", file=sys.stderr)
-        if self.wandb is not None:
-            self.wandb.log(row, step=step)
+        with self._no_error_of_wandb():
+            if self.wandb is not None:
+                self.wandb.log(row, step=step)
         elapsed = time.monotonic() - self.started
         left = elapsed / (step - self.first_step) * (self.total_steps - step)
         print(console_line(row, self.total_steps, left), flush=True)
@@ -111,9 +114,18 @@ class Metrics:
                 self.tensorboard.close()
         except OSError as error:
             print(f"metrics: the last rows are not written: {error}", file=sys.stderr)
-        finally:
+        with self._no_error_of_wandb():
             if self.wandb is not None:
                 self.wandb.finish()
+
+    @contextmanager
+    def _no_error_of_wandb(self) -> Iterator[None]:
+        """Its service may die, or lose its network: that costs what it tracks, not the run."""
+        try:
+            yield
+        except Exception as error:
+            print(f"wandb: {type(error).__name__}: {error}: nothing more goes to it", file=sys.stderr)
+            self.wandb = None
 
 
 def console_line(row: dict, total_steps: int, seconds_left: float) -> str:

@@ -3,7 +3,7 @@
 import fcntl
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from partial_fc import checkpoint
-from partial_fc.build import Parts, build, checkpoints_of, micro_batch_size, settings
+from partial_fc.build import Parts, build, checkpoints_of, has_batch_norm, micro_batch_size, settings
 from partial_fc.config import Config
 from partial_fc.data.reader import Batch, loader, normalize
 from partial_fc.head.side_stream import upload
@@ -42,10 +42,12 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
     index, order, head, engine = parts.index, parts.order, parts.head, parts.engine
     rank = distributed.rank()
     largest_piece = micro_batch_size(config)
+    mean, std = (torch.tensor(value, device=device) for value in (config.data.mean, config.data.std))
     beside = [run / name for name in ("config.yaml", *KEPT)] if config.checkpoint.dir else []
     accumulate, progress = config.data.accumulate, parts.progress
+    at_least = 2 if has_batch_norm(engine.backbone) else 1
     done = saved = parts.start_step
-    preempted = False
+    preempted = owed = False
     with distributed.together("opening the data"):
         batches = read_batches(config, parts)
 
@@ -65,8 +67,10 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
 
             # forward and backward of each micro-batch: embeddings (b, D), loss () equal on all ranks
             loss = 0.0
-            for piece, (images, labels, weight) in enumerate(pieces := micro_batches(batch, accumulate, device)):
-                embeddings = engine(normalize(images, config.data.mean, config.data.std))
+            for piece, (images, labels, weight) in enumerate(
+                pieces := micro_batches(batch, accumulate, device, at_least)
+            ):
+                embeddings = engine(normalize(images, mean, std))
                 phase("head")
                 if piece == 0:  # beside the device's forward
                     head.begin_step(step, parts.labels(step))
@@ -114,8 +118,8 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
                         ranks=ranks,
                         progress=progress,
                     )
-            due = done % config.checkpoint.every == 0 or preempted
-            if last or (due and progress.skipped_in_a_row == 0):  # else the state may be what makes the loss NaN
+            owed = owed or preempted or done % config.checkpoint.every == 0
+            if last or (owed and progress.skipped_in_a_row == 0):  # else the state may be what makes the loss NaN
                 phase("save")
                 checkpoint.save(
                     run,
@@ -128,8 +132,8 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
                     where=checkpoints_of(config),
                     beside=beside,
                 )
-                saved = done
-            if preempted:
+                saved, owed = done, False
+            if preempted and not owed:
                 break
 
     finished = done >= parts.total_steps
@@ -140,18 +144,22 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
     return finished
 
 
-def micro_batches(batch: Batch, count: int, device: torch.device) -> list[tuple[Tensor, Tensor, float | Tensor]]:
+def micro_batches(
+    batch: Batch, count: int, device: torch.device, at_least: int = 1
+) -> list[tuple[Tensor, Tensor, float | Tensor]]:
     """Images, labels and weight of each of `count` pieces of this rank's batch, on `device`.
 
     A piece's weight () is the share of the global batch that the ranks hold in it, so that the weighted mean losses add
-    up to the mean over the batch, undecodable samples left out. A collective where there are several pieces.
+    up to the mean over the batch, undecodable samples left out. So are those of a piece that has fewer than `at_least`
+    left: batch norm takes none or two. A collective where there are several pieces.
     """
     images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
-    if count == 1:
-        return [(images, labels, 1.0)]
     cuts = [distributed.part(len(labels), piece, count) for piece in range(count)]
-    sizes = distributed.all_reduce_sum(upload(torch.tensor([float(len(cut)) for cut in cuts]), device))
-    weights = sizes / sizes.sum().clamp_min(1)
+    cuts = [cut if len(cut) >= at_least else range(0) for cut in cuts]
+    weights: Iterable[float | Tensor] = [1.0]
+    if count > 1:
+        sizes = distributed.all_reduce_sum(upload(torch.tensor([float(len(cut)) for cut in cuts]), device))
+        weights = sizes / sizes.sum().clamp_min(1)
     return [(images[c.start : c.stop], labels[c.start : c.stop], w) for c, w in zip(cuts, weights, strict=True)]
 
 

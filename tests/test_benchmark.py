@@ -275,8 +275,8 @@ def test_without_a_compiler_the_rest_is_measured():
         (("--json", "nowhere/out.json"), "No such file or directory: 'nowhere/out.json'"),
     ],
 )
-def test_errors_are_one_line(options, message, monkeypatch):
+def test_errors_are_one_line(options, message, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["partial-fc", "benchmark", "head", *options])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    assert message in end.value.code
+    assert message in capsys.readouterr().err + str(end.value.code)

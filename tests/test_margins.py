@@ -292,6 +292,10 @@ def test_a_negative_draw_of_elasticface_is_no_margin():
         (lambda: MagFace(low_margin=0.9), "low_margin is 0.9; give 0 to high_margin < pi"),
         (lambda: MagFace(high_margin=4), "low_margin is 0.45; give 0 to high_margin < pi"),
         (lambda: MagFace(regularization=-1), "regularization is -1; give 0 or more"),
+        (
+            lambda: CurricularFace(scale=None),
+            "CurricularFace changes the cosines of negatives .*; got scale None",
+        ),
         (lambda: AdaFace(margin=1), "margin is 1; give one in"),
         (lambda: AdaFace(h=0), "h is 0; give a positive number"),
         (lambda: AdaFace(momentum=0), "momentum is 0; give one in"),

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,15 +141,33 @@ def test_tensorboard_of_a_resumed_run_shows_every_step_once(tmp_path):
     assert start_tensorboard(load_config(REPOSITORY / "configs" / "glyphs_ci.yaml"), tmp_path, 0) is None
 
 
-def test_a_full_disk_costs_rows_and_not_the_run(tmp_path, capsys):
-    config = load_config(REPOSITORY / "configs" / "glyphs_ci.yaml", ["track.wandb=disabled"])
-    metrics = Metrics(config, tmp_path, start_step=0, total_steps=10, steps_per_epoch=10)
-    metrics.file.close()
-    metrics.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115 - metrics closes it
+def open_metrics(run: Path, wandb: str) -> Metrics:
+    config = load_config(REPOSITORY / "configs" / "glyphs_ci.yaml", [f"track.wandb={wandb}"])
+    return Metrics(config, run, start_step=0, total_steps=10, steps_per_epoch=10)
+
+
+def write_row(metrics: Metrics) -> None:
     phases = Phases(torch.device("cpu"))
     phases.begin("data")
     numbers = dict(loss=1.0, lr=0.1, batch={"target_cosine": 0.1}, head={"t": math.nan}, engine={}, progress=Progress())
     metrics.row(10, ranks=RankTimes.gather(phases), **numbers)
+
+
+def test_wandb_that_fails_costs_what_it_tracks_and_not_the_run(tmp_path, capsys):
+    metrics = open_metrics(tmp_path, "offline")
+    metrics.wandb.finish()  # it raises at every call from now on
+    write_row(metrics)
+    metrics.close()
+    said = capsys.readouterr()
+    assert re.search("wandb: .*: nothing more goes to it", said.err) and "step 10/10" in said.out
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 10
+
+
+def test_a_full_disk_costs_rows_and_not_the_run(tmp_path, capsys):
+    metrics = open_metrics(tmp_path, "disabled")
+    metrics.file.close()
+    metrics.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115 - metrics closes it
+    write_row(metrics)
     metrics.close()
     said = capsys.readouterr()
     assert "metrics: step 10 is not written: [Errno 28]" in said.err and "last rows are not written" in said.err

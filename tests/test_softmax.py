@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from partial_fc import PartialFC
+from partial_fc import CosFace, PartialFC
 from partial_fc.head.softmax import Cache
 from tests.dense import MARGINS, Case, assert_equals_dense, error
 
@@ -78,6 +78,19 @@ def test_bf16_cache_rounds_the_centers_gradient_alone(margin):
     x, w = gradients(margin, cache_bytes=WHOLE, cache_dtype=torch.bfloat16)
     assert torch.equal(x, plain[0])
     assert error(plain[1], exact[1]) < error(w, exact[1]) < 4e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_float64_head_keeps_fits_into_a_narrower_cache(dtype):
+    """At scale 200 and cosines near 1, e^200 does not: it is kept relative to a maximum."""
+    weights = []
+    for kind in (torch.float64, dtype):
+        head = PartialFC(64, 4, CosFace(scale=200), dtype=torch.float64, cache_bytes=WHOLE, cache_dtype=kind)
+        x = torch.randn(48, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+        head(x, torch.arange(48)).backward()
+        head.step(0.01)
+        weights.append(head.full_weight())
+    assert error(weights[1], weights[0]) < 4e-3
 
 
 @pytest.mark.parametrize("forwards", [1, 2])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from partial_fc import checkpoint
-from partial_fc.build import build
+from partial_fc.build import build, check_shared
 from partial_fc.config_file import load_config
 from partial_fc.data.order import Order
 from partial_fc.data.shards import load_index
@@ -27,7 +28,7 @@ from partial_fc.metrics import cut_back
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
 from partial_fc.phases import ALONE, NAMES
-from partial_fc.train import read_batches, the_only_one_in, train
+from partial_fc.train import read_batches, share, the_only_one_in, train
 from tests.conftest import REPOSITORY, run_ranks
 
 CONFIG = REPOSITORY / "configs" / "glyphs_ci.yaml"
@@ -325,6 +326,41 @@ def test_ranks_that_see_other_folders_are_told(reference, glyphs_ci, tmp_path):
     assert messages[0] == messages[1] and "ranks 0 and 1 see different things: config" in messages[0]
 
 
+def see_another_disk(folder: Path) -> str:
+    try:
+        check_shared(folder / f"disk of rank {distributed.rank()}", patience=0.3)
+    except distributed.RunError as error:
+        return str(error)
+    return "no error"
+
+
+def test_checkpoints_on_a_disk_of_each_machine_are_an_error_at_the_start(tmp_path):
+    messages = run_ranks(see_another_disk, 2, tmp_path)
+    assert messages[0] == messages[1] and "is not the folder that rank 0 sees there: put run.dir on" in messages[0]
+    assert run_ranks(see_another_disk, 1, tmp_path) == ["no error"]
+    assert not list((tmp_path / "disk of rank 0").iterdir())
+
+
+def lose_a_step(run: Path, data: Path, *overrides: str) -> int:
+    """Trains with an infinite loss in step 3, which is number 4."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("partial_fc.train.share", lambda loss, *rest: share(loss / (step() != 3), *rest))
+        counted = count()
+        step = lambda: next(counted)  # noqa: E731
+        train_here(run, data, *overrides)
+    return checkpoint.find_latest(run).step
+
+
+def test_a_checkpoint_of_a_lost_step_is_made_in_the_next(glyphs_ci, tmp_path):
+    options = ("run.steps=6", "checkpoint.every=4")
+    run_ranks(lose_a_step, 2, tmp_path / "run", glyphs_ci / "train", *options)
+    assert [one.name for one in sorted((tmp_path / "run" / "checkpoints").glob("step_*"))] == [
+        "step_00000005",
+        "step_00000006",
+    ]
+    assert rows(tmp_path / "run")[-1]["skipped_steps"] == 1
+
+
 def test_a_skipped_step_leaves_running_statistics_alone():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
@@ -360,6 +396,15 @@ def test_undecodable_samples_shorten_their_batch_and_are_counted(glyphs_ci, tmp_
     last = rows(tmp_path / "run")[-1]
     assert last["undecodable"] == len(seen & set(broken)) > 0
     assert last["skipped_steps"] == 0 and last["loss"] < rows(tmp_path / "run")[0]["loss"]
+
+
+def test_batch_norm_is_not_left_with_one_sample(glyphs_ci, tmp_path):
+    """A rank has two of a step, and every tenth image is none."""
+    data = damaged(glyphs_ci / "train", tmp_path / "data", range(0, 8000, 10))
+    small = ("backbone.name=iresnet18", "data.global_batch_size=4", "data.max_undecodable=0.5", "run.steps=15")
+    assert run_ranks(train_here, 2, tmp_path / "run", data, *small) == [True, True]
+    last = rows(tmp_path / "run")[-1]
+    assert last["undecodable"] > 0 and last["skipped_steps"] == 0
 
 
 def test_shards_that_vanish_during_a_run_end_it_with_one_message(glyphs_ci, tmp_path):

@@ -8,6 +8,7 @@ the next. So the number of workers changes nothing, and a run resumes at any ste
 
 import os
 import signal
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -100,7 +101,9 @@ def image_size(index: Index) -> tuple[int, int]:
     """(H, W) of the images of a data set. Raises ValueError if its index does not say."""
     size = index.prepared.get("image_size")
     if size is None:
-        raise ValueError(f"{index.path}: index.json has no prepared.image_size, wanted [height, width]")
+        raise ValueError(
+            f"{index.path}: index.json has no prepared.image_size, wanted [height, width]: prepare it again"
+        )
     height, width = size
     return height, width
 
@@ -198,7 +201,7 @@ class _Samples:
                 time.sleep(pause)
         raise ReadError(
             f"cannot read {size} bytes at offset {offset} of {self.index.shard_path(sample)} "
-            f"after {len(RETRY_SECONDS) + 1} tries: {error}"
+            f"after {len(RETRY_SECONDS) + 1} tries: {error}. Once the file can be read the same command goes on"
         ) from error
 
     def _descriptor(self, shard: int) -> int:
@@ -255,6 +258,8 @@ def _loader(dataset: _Samples, requests: Iterable[_Request], workers: int, prefe
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=_leave_stopping_to_the_rank,
+        # Python 3.14 starts processes anew, each with a copy of the index: 24 bytes a sample
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # or the loader would draw from the run's own
     )

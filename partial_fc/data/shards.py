@@ -324,9 +324,13 @@ def _open_array(file: Path, num_samples: int) -> np.ndarray:
 def _open_pairs(file: Path, num_samples: int) -> np.ndarray:
     pairs = np.load(file, mmap_mode="r", allow_pickle=False)
     good = pairs.ndim == 2 and pairs.shape[1] == 3 and pairs.dtype == np.int64
-    if not good or (pairs < 0).any() or (pairs[:, :2] >= num_samples).any() or (pairs[:, 2] > 1).any():
+    if not good:
+        raise ValueError(f"{file} has {pairs.dtype} {pairs.shape}, wanted int64 (P, 3): {_AGAIN}")
+    bad = ((pairs < 0) | (pairs >= (num_samples, num_samples, 2))).any(axis=1)
+    if bad.any():
+        row = int(bad.argmax())
         raise ValueError(
-            f"{file} has {pairs.dtype} {pairs.shape}, wanted int64 (P, 3): two of {num_samples} samples, and 1 or 0"
+            f"{file} has {pairs[row].tolist()} at row {row}, wanted two of {num_samples} samples, and 1 or 0: {_AGAIN}"
         )
     return pairs
 

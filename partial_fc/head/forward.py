@@ -41,13 +41,14 @@ def _columns(head, x: Tensor, labels: Tensor, used: InUse) -> Tensor:
 
 
 def _bounded(head) -> bool:
-    """Whether 2^logit and its sum stay inside the dtype without a maximum."""
+    """Whether 2^logit and its sum stay inside the dtype, and the cache's, without a maximum."""
     margin = head.margin
     if margin.scale is None or margin.learn_scale or margin.has_bias or not margin.normalize_centers:
         return False
     # |logit| <= s: that holds as long as s + ln C is small enough, and for 2^logit / |w| as long as s + ln(1e8) is
     room = max(math.log(head.num_classes), -math.log(elementwise.SHORTEST))
-    return margin.scale * margin.largest_negative + room <= LARGEST[head.dtype]
+    largest = min(LARGEST[head.dtype], head._cache.largest)
+    return margin.scale * margin.largest_negative + room <= largest
 
 
 def forward(

@@ -62,6 +62,11 @@ class Margin:
         threshold = self.interclass_filtering_threshold
         wanted = "one in (0, 1), or None" if cosines else "None: its logits are not s cos(theta)"
         check(self, "interclass_filtering_threshold", threshold is None or (cosines and 0 < threshold < 1), wanted)
+        if self.reweights and not cosines:
+            raise ValueError(
+                f"{type(self).__name__} changes the cosines of negatives (reweights): that takes a scale, "
+                f"normalize_centers and no bias; got scale {self.scale}, {self.normalize_centers}, {self.has_bias}"
+            )
         wanted = "False: it has no scale" if self.scale is None else "False: its negatives are not s cos(theta)"
         check(self, "learn_scale", not self.learn_scale or not (self.scale is None or self.reweights), wanted)
         check(self, "scale", not self.learn_scale or self.scale >= 1, "1 or more: a learned scale stays there")

@@ -321,9 +321,7 @@ class PartialFC:
         ids = torch.arange(len(self.classes) * self.sub_centers, device=self.device)
         weight, _ = self.centers.rows_at(self.centers.select(ids), ids)
         per_rank = -(-self.num_classes // distributed.world_size()) * self.sub_centers
-        padded = weight.new_zeros(per_rank, self.embedding_dim)
-        padded[: len(weight)] = weight
-        return distributed.all_gather(padded).flatten(0, 1)[: self.num_classes * self.sub_centers]
+        return distributed.gather_rows(weight, per_rank, self.num_classes * self.sub_centers)
 
     # ---- parts
 

@@ -149,9 +149,8 @@ def nearest_classes(centers: Centers, classes: range, num_classes: int, count: i
                 keys.masked_fill_(own.unsqueeze(1) == ids, NONE)
                 keys = keys.topk(min(count, len(ids)), dim=1, sorted=False).values
                 best[start:stop] = torch.cat([best[start:stop], keys], dim=1).topk(count, dim=1).values
-    table = torch.full((per_rank, count), -1, dtype=torch.int32, device=device)
-    table[: len(classes)] = torch.where(best == NONE, -1, _class_of(best))
-    return distributed.all_gather(table).flatten(0, 1)[:num_classes]
+    found = torch.where(best == NONE, -1, _class_of(best)).to(torch.int32)
+    return distributed.gather_rows(found, per_rank, num_classes)
 
 
 def _directions(centers: Centers, start: int, stop: int, buffers: Buffers) -> Tensor:

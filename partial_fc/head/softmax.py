@@ -76,6 +76,8 @@ class Cache:
 
     def __init__(self, budget: int, dtype: torch.dtype, device: torch.device):
         self._room, self._dtype, self._device = budget // dtype.itemsize, dtype, device
+        # bfloat16 has float32's exponents
+        self.largest = LARGEST.get(dtype, LARGEST[torch.float32]) if budget else math.inf
         self._flat: Tensor | None = None
         self._used = 0
 

@@ -4,12 +4,13 @@ Every function works in one process without a process group, where the world siz
 In the docstrings, in is what each rank passes and out what each rank gets; W is the world size.
 """
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -38,7 +39,7 @@ def job(timeout_seconds: float = 600.0) -> Iterator[torch.device]:
 
     Gives this rank's device: gloo runs on CPUs, NCCL on CUDA devices. Without RANK and WORLD_SIZE in the environment
     nothing is joined and the world size is 1. A RunError in the body ends the process with its message, said by one
-    rank. Workers of torchrun die with it: a killed agent would else leave them training as orphans.
+    rank, and exit code 1. Workers of torchrun die with it: a killed agent would else leave them training as orphans.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -73,11 +74,35 @@ def job(timeout_seconds: float = 600.0) -> Iterator[torch.device]:
         yield device
         barrier()
     except RunError as error:
-        sys.exit(f"error: {error}" if rank() == 0 or not error.on_all_ranks else 1)
-    finally:
-        # every user of the group, DDP above all, is gone by now
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if rank() == 0 or not error.on_all_ranks:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if error.on_all_ranks:  # rank 0 may have had a tracker to close, and torchrun kills it when another is gone
+            with suppress(RuntimeError):
+                gather_objects(None)
+        _end_without_farewell()
+        sys.exit(1)
+    except Exception:
+        _end_without_farewell()
+        raise
+    # every user of the group, DDP above all, is gone by now
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _end_without_farewell() -> None:
+    """Has this process end as soon as it has said why.
+
+    To destroy an NCCL group waits for all ranks, and the others may wait for this one in a collective, until torchrun
+    sees that it is gone.
+    """
+
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    if dist.is_initialized():
+        atexit.register(end)
 
 
 def _of_this_attempt(store: dist.Store) -> dist.Store:
@@ -148,6 +173,13 @@ def all_gather(tensor: Tensor) -> Tensor:
     out = tensor.new_empty((world_size(), *tensor.shape))
     _all_gather_single(out, tensor.unsqueeze(0))
     return out
+
+
+def gather_rows(mine: Tensor, per_rank: int, count: int) -> Tensor:
+    """In: this rank's rows (n, *shape), n = per_rank until the rows run out. Out: all `count`, rank after rank."""
+    padded = mine.new_zeros(per_rank, *mine.shape[1:])
+    padded[: len(mine)] = mine
+    return all_gather(padded).flatten(0, 1)[:count]
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
