@@ -66,10 +66,8 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
             torch.manual_seed(seed_for("step", config.run.seed, step, rank))
 
             # forward and backward of each micro-batch: embeddings (b, D), loss () equal on all ranks
-            loss = 0.0
-            for piece, (images, labels, weight) in enumerate(
-                pieces := micro_batches(batch, accumulate, device, at_least)
-            ):
+            loss, pieces = 0.0, micro_batches(batch, accumulate, device, at_least)
+            for piece, (images, labels, weight) in enumerate(pieces):
                 embeddings = engine(normalize(images, mean, std))
                 phase("head")
                 if piece == 0:  # beside the device's forward

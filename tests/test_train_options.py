@@ -9,11 +9,11 @@ import torch
 
 from partial_fc import checkpoint
 from partial_fc.build import build
-from partial_fc.data.reader import Batch
+from partial_fc.data.reader import Batch, normalize
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.parallel import distributed
 from partial_fc.report.page import write_report
-from partial_fc.train import micro_batches
+from partial_fc.train import micro_batches, share
 from tests.conftest import run_ranks
 from tests.test_train import (
     assert_follows,
@@ -45,6 +45,21 @@ def pieces_of(counts: list[int], pieces: int) -> list[tuple[int, float]]:
     count = counts[distributed.rank()]
     batch = Batch(torch.zeros(count, 3, 4, 4, dtype=torch.uint8), torch.arange(count), 0, count, [])
     return [(len(labels), float(weight)) for _, labels, weight in micro_batches(batch, pieces, torch.device("cpu"))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_the_host_does_not_wait_for_a_batch_on_its_way(pieces):
+    """Nor for what the device has queued before it."""
+    device, number = torch.device("cuda"), torch.tensor(127.5, device="cuda")
+    batch = Batch(torch.zeros(6, 3, 4, 4, dtype=torch.uint8).pin_memory(), torch.arange(6).pin_memory(), 0, 6, [])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for images, _, weight in micro_batches(batch, pieces, device):
+            weight * normalize(images, number, number)
+        share(torch.ones((), device=device), False, 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_weights_of_micro_batches_are_their_shares():
