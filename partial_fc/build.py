@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -289,7 +290,8 @@ def check_shared(where: Place, patience: float = 60.0) -> None:
                 time.sleep(0.1)
     finally:
         if distributed.rank() == 0:
-            mark.unlink(missing_ok=True)
+            with suppress(OSError):  # it could not be made, of which the ranks are told
+                mark.unlink()
 
 
 def settings(config: Config, index: Index, progress: Progress) -> dict:

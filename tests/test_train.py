@@ -326,19 +326,22 @@ def test_ranks_that_see_other_folders_are_told(reference, glyphs_ci, tmp_path):
     assert messages[0] == messages[1] and "ranks 0 and 1 see different things: config" in messages[0]
 
 
-def see_another_disk(folder: Path) -> str:
+def see_another_disk(folder: Path, names: tuple[str, str]) -> str:
     try:
-        check_shared(folder / f"disk of rank {distributed.rank()}", patience=0.3)
+        check_shared(folder / names[distributed.rank()], patience=0.3)
     except distributed.RunError as error:
         return str(error)
     return "no error"
 
 
 def test_checkpoints_on_a_disk_of_each_machine_are_an_error_at_the_start(tmp_path):
-    messages = run_ranks(see_another_disk, 2, tmp_path)
+    messages = run_ranks(see_another_disk, 2, tmp_path, ("one", "other"))
     assert messages[0] == messages[1] and "is not the folder that rank 0 sees there: put run.dir on" in messages[0]
-    assert run_ranks(see_another_disk, 1, tmp_path) == ["no error"]
-    assert not list((tmp_path / "disk of rank 0").iterdir())
+    assert run_ranks(see_another_disk, 2, tmp_path, ("one", "one")) == ["no error"] * 2
+    assert not list((tmp_path / "one").iterdir())
+    (tmp_path / "file").touch()
+    messages = run_ranks(see_another_disk, 2, tmp_path, ("file", "file"))
+    assert messages[0] == messages[1] and "preparing the run failed on rank 0: FileExistsError" in messages[0]
 
 
 def lose_a_step(run: Path, data: Path, *overrides: str) -> int:
