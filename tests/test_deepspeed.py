@@ -418,7 +418,7 @@ def test_a_run_with_adamw_changes_engine_stage_and_ranks(glyphs_ci, tmp_path):
 def test_undecodable_samples_count_as_with_ddp(glyphs_ci, tmp_path):
     """A sixth of all, so that ranks' parts and micro-batches differ in size."""
     data = damaged(glyphs_ci / "train", tmp_path / "data", range(0, 8000, 6))
-    options = (*TRAINED, "run.steps=4", "data.max_undecodable=0.5", "data.global_batch_size=8")
+    options = (*TRAINED, "run.steps=4", "checkpoint.every=2", "data.max_undecodable=0.5", "data.global_batch_size=8")
     run_ranks(train_here, 2, tmp_path / "ddp", data, *options)
     for number in (2, 3):
         run_ranks(train_here, 2, tmp_path / f"{number}", data, *options, *stage(number))

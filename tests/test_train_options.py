@@ -113,7 +113,7 @@ def test_the_loss_scale_drops_out(glyphs_ci, tmp_path, clip):
         overrides = (*SHORT, *FLOAT16, f"engine.loss_scale={scale}", *clip)
         run_ranks(train_here, 2, tmp_path / f"{scale}", glyphs_ci / "train", *overrides)
         assert rows(tmp_path / f"{scale}")[-1]["skipped_steps"] == 0
-    one, other = (states(tmp_path / f"{scale}") for scale in (64.0, 1024.0))
+    one, other = (states(checkpoint.find_latest(tmp_path / f"{scale}")) for scale in (64.0, 1024.0))
     for name, value in other.items():
         assert (one[name] - value).norm() <= 1e-2 * value.norm(), name
 
@@ -148,8 +148,8 @@ def test_options_resume_bit_for_bit(glyphs_ci, tmp_path, kind):
 
 def assert_same_bits(run: Path, other: Path) -> None:
     assert curve(run) == curve(other)
-    wanted = states(other)
-    assert all(torch.equal(value, wanted[name]) for name, value in states(run).items())
+    wanted = states(checkpoint.find_latest(other))
+    assert all(torch.equal(value, wanted[name]) for name, value in states(checkpoint.find_latest(run)).items())
 
 
 SAME = {  # what changes speed or memory and not the run
