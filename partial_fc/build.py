@@ -98,7 +98,8 @@ def build(config: Config, device: torch.device) -> Parts:
             if config.checkpoint.dir and found is not None:
                 restore_beside(found, run)
             if start_step < total_steps or not (run / "config.yaml").exists():
-                save_config(config, run / "config.yaml")
+                name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+                save_config(config, run / "config.yaml", name)
             print_summary(config, index, order, head, total_steps, found)
     progress = Progress() if found is None else Progress(**found.manifest["settings"]["progress"])
     peak, _ = peak_rate(config.optim, order.global_batch_size)

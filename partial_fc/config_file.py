@@ -78,10 +78,10 @@ def _plain(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Writes the merged config with the git commit and the package versions it runs under."""
+def save_config(config: Config, path: Path, device: str | None = None) -> None:
+    """Writes the merged config with the git commit and the package versions it runs under, and the device's name."""
     values = config.model_dump(mode="json")
-    values["environment"] = environment()
+    values["environment"] = environment() | ({} if device is None else {"device": device})
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(yaml.safe_dump(values, sort_keys=False))
     temporary.rename(path)

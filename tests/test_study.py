@@ -602,6 +602,7 @@ def test_a_study_that_is_killed_and_stopped_goes_on_to_the_same_table(write, tmp
         ("softmax", "tuning", "done"),
     ]
     assert 0 <= entries[-1]["result"]["seen"]["rank1"] <= 1 and entries[-1]["seconds"] > 0
+    assert entries[-1]["device"] == "cpu"
     assert str(tmp_path) not in book.read_text()
     before = book.read_text()
     assert run_study(path, ledger_file=book, runs=runs) and book.read_text() == before  # nothing to do

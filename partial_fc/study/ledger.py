@@ -5,7 +5,8 @@ status                                         "done" or "failed"
 result                                         of each set: tar_at_far, dir_at_far, rank1, fold_accuracy
 loss target_cosine                             of the last logged steps
 error                                          why it failed
-seconds commit versions                        wall time over all its pieces, and what it ran under
+seconds commit versions device                 wall time over all its pieces, and what it ran under; entries of early
+                                               runs have no device: those were CPUs
 """
 
 import fcntl

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from partial_fc.config_file import save_config
-from partial_fc.environment import environment
+from partial_fc.environment import environment, read_environment
 from partial_fc.progress import DIVERGED
 from partial_fc.study import ledger
 from partial_fc.study.plan import TUNING, Trial, config_of
@@ -104,6 +104,7 @@ class Process:
             "seconds": round(seconds, 1),
             "commit": self.versions["git_commit"],
             "versions": {name: version for name, version in self.versions.items() if name != "git_commit"},
+            "device": _device(self.run),
         }
 
     def broken(self) -> bool:
@@ -155,6 +156,11 @@ def _outcome(run: Path) -> dict:
         "loss": row.get("loss"),
         "target_cosine": row.get("target_cosine"),
     }
+
+
+def _device(run: Path) -> str:
+    """What it was trained on; its last piece, where that was another one."""
+    return read_environment((run / "config.yaml").read_text())["device"]
 
 
 def _last_row(run: Path) -> dict | None:
