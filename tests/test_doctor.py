@@ -267,11 +267,11 @@ def test_clocks():
 def test_a_slow_reader_bounds_the_run(glyphs_ci, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     fast = reader.decode
-    monkeypatch.setattr(reader, "decode", lambda data: (time.sleep(0.1), fast(data))[1])
+    monkeypatch.setattr(reader, "decode", lambda data: (time.sleep(0.3), fast(data))[1])
     fine, said = ask("data.workers=0", "data.global_batch_size=4")
     line = said.splitlines()[-2]
     assert fine and line.startswith("warning  speed: ") and ": the reader bounds the run" in line, said
-    assert 3 < float(re.search(r"the reader gives (\d+) samples/s", line).group(1)) <= 10
+    assert 1 <= float(re.search(r"the reader gives (\d+) samples/s", line).group(1)) <= 4
 
 
 def test_the_verdict(tmp_path):

@@ -25,7 +25,7 @@ from partial_fc.study.picture import draw_study, group_lines
 from partial_fc.study.plan import digest, load_plan
 from partial_fc.study.run import asked_to_stop, run_study
 from partial_fc.study.table import Line, cell, load_lines, study_table
-from partial_fc.study.trial import Process, the_only_study_in
+from partial_fc.study.trial import Process, device_of, the_only_study_in
 from partial_fc.train import train
 from tests.conftest import REPOSITORY
 
@@ -602,7 +602,7 @@ def test_a_study_that_is_killed_and_stopped_goes_on_to_the_same_table(write, tmp
         ("softmax", "tuning", "done"),
     ]
     assert 0 <= entries[-1]["result"]["seen"]["rank1"] <= 1 and entries[-1]["seconds"] > 0
-    assert entries[-1]["device"] == "cpu"
+    assert entries[-1]["device"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
     assert str(tmp_path) not in book.read_text()
     before = book.read_text()
     assert run_study(path, ledger_file=book, runs=runs) and book.read_text() == before  # nothing to do
@@ -686,6 +686,11 @@ def test_a_trial_that_finished_without_an_entry_is_entered_and_not_trained_again
     assert (run / "metrics.jsonl").read_text() == trained
     assert (run / "log.txt").read_text().count("step 44/44") == 1 and len((run / "log.txt").read_text()) > len(log)
     assert not (run / "checkpoints").exists()
+
+
+def test_a_run_folder_of_an_earlier_version_does_not_say_its_device(tmp_path):
+    (tmp_path / "config.yaml").write_text("run: {seed: 1}\nenvironment: {git_commit: 0123456, torch: 2.11.0}\n")
+    assert device_of(tmp_path) == "unknown"
 
 
 @pytest.mark.parametrize("values", [None, [None, None]])

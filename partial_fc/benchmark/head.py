@@ -62,7 +62,7 @@ TARGETS = tuple(
     if at_most is not None
 )
 
-# what a GPU is measured with, as the README has it
+# sizes for a GPU; the README has those of rate 1
 GPU = (
     *(Cell(1_000_000, 512, 1024, 1.0, precision=precision) for precision in ("bfloat16", "tf32", "float32")),
     *(Cell(1_000_000, 512, 1024, 0.1, precision=precision) for precision in ("bfloat16", "tf32")),

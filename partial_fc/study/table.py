@@ -142,8 +142,9 @@ def _notes(plan: Plan, lines: list[Line], entries: dict[str, dict]) -> list[str]
     if found:
         hours = sum(entry["seconds"] for _, entry in found) / 3600
         commits = Counter(_commit(entry["commit"]) for _, entry in found)
-        said = ", ".join(f"{commit} ({count})" for commit, count in commits.items())
-        notes.append(f"{len(found)} trials, {hours:.1f} hours of one process each; commits (trials): {said}")
+        devices = Counter(entry.get("device", "cpu") for _, entry in found)  # early entries, which do not say it, too
+        pinned, on = (", ".join(f"{name} ({count})" for name, count in counts.items()) for counts in (commits, devices))
+        notes.append(f"{len(found)} trials, {hours:.1f} hours of one process each, on {on}; commits (trials): {pinned}")
     return notes
 
 

@@ -104,7 +104,7 @@ class Process:
             "seconds": round(seconds, 1),
             "commit": self.versions["git_commit"],
             "versions": {name: version for name, version in self.versions.items() if name != "git_commit"},
-            "device": _device(self.run),
+            "device": device_of(self.run),
         }
 
     def broken(self) -> bool:
@@ -158,9 +158,9 @@ def _outcome(run: Path) -> dict:
     }
 
 
-def _device(run: Path) -> str:
-    """What it was trained on; its last piece, where that was another one."""
-    return read_environment((run / "config.yaml").read_text())["device"]
+def device_of(run: Path) -> str:
+    """What its last piece was trained on; "unknown" in folders of earlier versions, whose config.yaml lacks it."""
+    return read_environment((run / "config.yaml").read_text()).get("device", "unknown")
 
 
 def _last_row(run: Path) -> dict | None:
