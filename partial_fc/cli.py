@@ -138,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--formats", type=_names, default=["safetensors"], metavar="NAME,...", help=f"some of {','.join(FORMATS)}"
     )
+    export.add_argument("--averaged", action="store_true", help="the moving average of the weights (engine.ema)")
     export.add_argument("--gallery", action="store_true", help="class centers and class names, too")
     export.add_argument("--images", type=Path, help="folder or data set to check with; unset: the run's own data")
     export.set_defaults(run=commands.export)

@@ -91,7 +91,8 @@ def figures(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    export_run(arguments.path, arguments.out, arguments.formats, gallery=arguments.gallery, images=arguments.images)
+    options = {name: getattr(arguments, name) for name in ("averaged", "gallery", "images")}
+    export_run(arguments.path, arguments.out, arguments.formats, **options)
 
 
 def embed(arguments: argparse.Namespace) -> None:

@@ -45,11 +45,15 @@ NORMALIZATION = {"mean": (120.0, 127.5, 135.0), "std": (127.5, 64.0, 100.0)}
 
 @pytest.fixture(scope="module")
 def run(glyphs_ci, tmp_path_factory) -> Path:
-    """A run of two ranks whose classes were sampled, whose channels are normalized differently, and its evaluation."""
+    """A run of two ranks whose classes were sampled, whose channels are normalized differently, with a moving average,
+    and its evaluation.
+    """
     run = tmp_path_factory.mktemp("export") / "run"
     overrides = [f"data.{name}={list(values)}" for name, values in NORMALIZATION.items()]
     overrides += [f"evaluate.sets={{P2: {{data: {glyphs_ci}/test_unseen, note: letters}}}}", "evaluate.untrained=false"]
-    run_ranks(train_here, 2, run, glyphs_ci / "train", "run.steps=12", "evaluate.flip=true", *overrides)
+    run_ranks(
+        train_here, 2, run, glyphs_ci / "train", "run.steps=12", "evaluate.flip=true", "engine.ema=0.9", *overrides
+    )
     evaluate_run(run, CPU)
     return run
 
@@ -99,6 +103,28 @@ def test_config_and_card_say_what_it_is(run, exported):
     card = (exported / "README.md").read_text()
     assert f"| P2 | {result['num_identities']} | {result['fold_accuracy']:.4f} |" in card and "- P2: letters" in card
     assert f"class_centers.safetensors: {len(classes)} x 64" in card and "model.onnx: any batch size" in card
+
+
+def test_the_moving_average(run, exported, tmp_path, monkeypatch):
+    export_run(run, tmp_path / "out", averaged=True)
+    got, wanted = load_backbone(tmp_path / "out"), checkpoint.read_backbone(checkpoint.find_latest(run), averaged=True)
+    assert got.config["weights"] == "averaged" and load_backbone(exported).config["weights"] == "trained"
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in got.backbone.state_dict().items())
+    results = {name: sets["P2"] for name, sets in json.loads((run / "evaluation.json").read_text())["models"].items()}
+    row = "| P2 | {num_identities} | {fold_accuracy:.4f} |"
+    assert results["averaged"]["fold_accuracy"] != results["trained"]["fold_accuracy"]
+    for folder, name in ((tmp_path / "out", "averaged"), (exported, "trained")):
+        card = (folder / "README.md").read_text()
+        assert row.format(**results[name]) in card and ("moving average, of decay 0.9 a step" in card) == (
+            name != "trained"
+        )
+
+    monkeypatch.setattr(
+        "partial_fc.export.model.read_backbone", lambda found, averaged: None
+    )  # a run without engine.ema
+    with pytest.raises(ValueError, match="has no moving average: its run had no engine.ema; leave --averaged out"):
+        export_run(run, tmp_path / "other", averaged=True)
+    assert not list(tmp_path.glob("other*"))
 
 
 def test_an_evaluation_of_another_step_is_not_in_the_card(run, tmp_path, capsys):

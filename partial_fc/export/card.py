@@ -20,7 +20,7 @@ pipeline_tag: image-feature-extraction
 
 Maps RGB images of {height} x {width} pixels (height x width) to normalized embeddings of {dim} numbers; the dot
 product of two is their cosine. {parameters:,} parameters, trained with partial_fc: {classes:,} classes, margin
-{margin}, {step:,} steps of {batch:,} images.
+{margin}, {step:,} steps of {batch:,} images.{average}
 
 ```python
 import partial_fc
@@ -67,6 +67,7 @@ def model_card(
     margin = config.head.margin
     parameters = ", ".join(f"{name} {value}" for name, value in margin.parameters.items())
     height, width = model.image_size
+    averaged = model.config["weights"] == "averaged"
     return _CARD.format(
         name=model.config["backbone"]["name"],
         dim=model.embedding_dim,
@@ -77,20 +78,21 @@ def model_card(
         margin=f"{margin.name} ({parameters})" if parameters else margin.name,
         step=found.step,
         batch=config.data.global_batch_size,
+        average=f" The weights are their moving average, of decay {config.engine.ema} a step." * averaged,
         mean=model.config["mean"],
         std=model.config["std"],
         flip="The embeddings of an image and of its mirror image are added."
         if model.flip
         else "No mirror image is used.",
-        evaluation=_evaluation(evaluation),
+        evaluation=_evaluation(evaluation, model.config["weights"]),
         files="\n".join(files),
     )
 
 
-def _evaluation(evaluation: dict | None) -> str:
-    if evaluation is None:
+def _evaluation(evaluation: dict | None, weights: str) -> str:
+    results = None if evaluation is None else evaluation["models"].get(weights)
+    if results is None:
         return "None was made of this checkpoint."
-    results = evaluation["models"]["trained"]
     lines = [f"| set | identities | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|"]
     notes = []
     for name, result in results.items():

@@ -88,8 +88,14 @@ def open_model(source: str | os.PathLike) -> Embedder:
     return load_backbone(source)
 
 
-def from_checkpoint(found: Checkpoint) -> Embedder:
-    """The backbone of a checkpoint, with the pixel normalization and the flip that its config says."""
+def from_checkpoint(found: Checkpoint, averaged: bool = False) -> Embedder:
+    """The backbone of a checkpoint, or the moving average of it, with the pixel normalization and flip of its config.
+
+    Raises ValueError where there is no average.
+    """
+    state = read_backbone(found, averaged)
+    if state is None:
+        raise ValueError(f"{found.path} has no moving average: its run had no engine.ema; leave --averaged out")
     config = Config.model_validate(found.manifest["settings"]["config"])
     classes = next(entry for entry in found.files() if entry["name"] == "classes.txt")
     trained_with = read_environment(_config_text(found))
@@ -107,10 +113,11 @@ def from_checkpoint(found: Checkpoint) -> Embedder:
         "num_classes": found.manifest["num_classes"],
         "classes_sha256": classes["sha256"],
         "step": found.step,
+        "weights": "averaged" if averaged else "trained",
         "trained_at_commit": trained_with.get("git_commit", "unknown"),
         "partial_fc_version": version("partial_fc"),
     }
-    return _assemble(description, read_backbone(found))
+    return _assemble(description, state)
 
 
 def _config_text(found: Checkpoint) -> str:

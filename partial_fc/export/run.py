@@ -21,23 +21,31 @@ from partial_fc.storage import Place
 
 
 def export_run(
-    path: Place, out: Path, formats: list[str] | None = None, *, gallery: bool = False, images: Path | None = None
+    path: Place,
+    out: Path,
+    formats: list[str] | None = None,
+    *,
+    averaged: bool = False,
+    gallery: bool = False,
+    images: Path | None = None,
 ) -> None:
     """Writes the newest checkpoint of a run, or the checkpoint `path`, folders or URLs, to the new folder `out`.
+
+    averaged: the moving average of the weights (`engine.ema`) instead of what was trained.
 
     out/ config.json, model.safetensors, README.md (a model card); of `formats` onnx model.onnx and torch-export
     model.pt2, each checked on real images; of `gallery` class_centers.safetensors and classes.txt. The folder appears
     when it is complete. images: a folder of images or a data set to check with; None: the run's own, of its evaluation
     or its training. In one process.
 
-    Raises FileExistsError if `out` exists, and ValueError for a missing package, where there are no images to check
-    with, and where a file gives other embeddings than the eager model.
+    Raises FileExistsError if `out` exists, and ValueError for a missing package or average, where there are no images
+    to check with, and where a file gives other embeddings than the eager model.
     """
     path, out, formats = storage.place(path), Path(out), list(formats or [])
     require_packages(formats)
     require_new(out)
     found = find_checkpoint(path)
-    model = from_checkpoint(found)
+    model = from_checkpoint(found, averaged)
     checked_with = _images(found, model, images) if set(formats) & {"onnx", "torch-export"} else None
 
     partial = out.with_name(out.name + ".partial")
