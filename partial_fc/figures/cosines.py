@@ -53,7 +53,8 @@ def _histogram(cosine: Tensor) -> np.ndarray:
 
 def draw_cosines(trainings: Sequence[tuple[str, Mapping[int, Counts]]]) -> Figure:
     """A column for each (label, counts by step), time going down; each histogram is as high as its own peak."""
-    figure, panels = grid(len(trainings), 3, 4.9, sharex=True)
+    moments = max(len(thinned(sorted(counts), ROWS)) for _, counts in trainings)
+    figure, panels = grid(len(trainings), 3, max(0.7 * moments, 2.4), sharex=True)
     occupied = np.flatnonzero(sum(one.target + one.negative for _, counts in trainings for one in counts.values()))
     for axes, (label, counts) in zip(panels.flat, trainings, strict=False):
         _draw_column(axes, counts)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 
 import matplotlib
 import numpy as np
@@ -56,11 +57,12 @@ def new_figure(height: float) -> Figure:
 
 
 def grid(count: int, most: int, height: float, rows_each: int = 1, **options) -> tuple[Figure, np.ndarray]:
-    """A figure and its axes (rows, columns) for `count` panels, at most so many beside each other; spare ones are off.
+    """A figure and its axes (rows, columns) for `count` panels, at most so many beside each other (four: two and two,
+    not three and one); spare ones are off.
 
     height: inches of a row. rows_each: rows of a panel, whose axes stand below each other.
     """
-    columns = min(count, most)
+    columns = 2 if (count, most) == (4, 3) else min(count, most)
     rows = rows_each * -(-count // columns)
     figure = new_figure(height * rows)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
@@ -91,8 +93,13 @@ def line_of(number: int) -> dict:
 
 
 def broken(label: str, length: int = 20) -> str:
-    """A label in two lines where it is longer than `length`: the margin's name above its parameters."""
+    """A label in two lines where it is longer than `length`: the margin's name above its parameters.
+
+    One without a space, such as a run folder's name, is cut into pieces that fit a panel of three beside each other.
+    """
     name, _, rest = label.partition(" ")
+    if not rest:
+        return "\n".join(wrap(label, 21))
     return f"{name}\n{rest}" if len(label) > length else label
 
 
