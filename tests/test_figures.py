@@ -15,7 +15,7 @@ import torch
 from partial_fc import ArcFace, CosFace, NormSoftmax, SoftMarginSoftmax, Softmax, SphereFace, checkpoint, cli
 from partial_fc.build import build
 from partial_fc.figures import NAMES, boundaries, checkpoints, features, gradient, psi, quality, style, verification
-from partial_fc.figures.cosines import BINS, EDGES, ROWS, count_cosines, draw_cosines, thinned
+from partial_fc.figures.cosines import BINS, EDGES, ROWS, Counts, count_cosines, draw_cosines, thinned
 from partial_fc.figures.draw import FIGURES, draw_figures
 from partial_fc.figures.margins import LENGTHS, Named, band, parse_margins, typical_statistics
 from partial_fc.figures.margins import psi as value_of
@@ -458,6 +458,18 @@ def test_features_and_cosines_can_be_drawn(toys, saved):
     saved(features.draw_plane(toys[2], labels, names))
     saved(features.draw_sphere(toys[3] * 3, labels, names))  # more than stand in one line
     saved(draw_cosines([(label, toy.cosines) for label, toy in toys[3] * 2]))
+
+
+@pytest.mark.parametrize("count, shape", [(3, (1, 3)), (4, (2, 2)), (5, (2, 3))])
+def test_names_of_run_folders_do_not_run_into_each_other(count, shape, saved):
+    counts = {816: Counts(*[np.ones(BINS)] * 3)}
+    figure = draw_cosines([(f"AM-Softmax-0.35-1000-32-epochs_final_seed{n}_3c5c3d9bf0", counts) for n in range(count)])
+    saved(figure)  # lays it out
+    titles = [axes.title for axes in figure.axes[:count]]
+    assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == shape
+    boxes = [title.get_window_extent() for title in titles]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    assert not any(one.overlaps(other) for n, one in enumerate(boxes) for other in boxes[:n])
 
 
 def test_two_classes_can_be_drawn(saved):

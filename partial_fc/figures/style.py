@@ -57,13 +57,14 @@ def new_figure(height: float) -> Figure:
 
 
 def grid(count: int, most: int, height: float, rows_each: int = 1, **options) -> tuple[Figure, np.ndarray]:
-    """A figure and its axes (rows, columns) for `count` panels, at most so many beside each other (four: two and two,
-    not three and one); spare ones are off.
+    """A figure and its axes (rows, columns) for `count` panels, at most so many beside each other; spare ones are off.
 
-    height: inches of a row. rows_each: rows of a panel, whose axes stand below each other.
+    Rows are as even as can be: of four panels, at most three beside each other, two and two. height: inches of a row.
+    rows_each: rows of a panel, whose axes stand below each other.
     """
-    columns = 2 if (count, most) == (4, 3) else min(count, most)
-    rows = rows_each * -(-count // columns)
+    lines = -(-count // most)
+    columns = -(-count // lines)
+    rows = rows_each * lines
     figure = new_figure(height * rows)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for spare in axes[-rows_each:, (count - 1) % columns + 1 :].flat:
@@ -95,11 +96,11 @@ def line_of(number: int) -> dict:
 def broken(label: str, length: int = 20) -> str:
     """A label in two lines where it is longer than `length`: the margin's name above its parameters.
 
-    One without a space, such as a run folder's name, is cut into pieces that fit a panel of three beside each other.
+    One without a space, such as a run folder's name, is cut into pieces of that length.
     """
     name, _, rest = label.partition(" ")
     if not rest:
-        return "\n".join(wrap(label, 21))
+        return "\n".join(wrap(label, length))
     return f"{name}\n{rest}" if len(label) > length else label
 
 
