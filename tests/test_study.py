@@ -488,11 +488,12 @@ def test_the_table_needs_no_data_where_the_ledger_has_its_fingerprints(write, tm
     plan = load_plan(path)
     entries = tuned_entries(plan, {"softmax": [0.3, 0.4], "am": [0.2, 0.1]})
     final = plan.final_trials(plan.rows[0], {"optim.lr": 0.1})[0]
-    entries[final.digest] = entry(final, 0.5, commit="0123456789abcdef-dirty")
+    entries[final.digest] = entry(final, 0.5, commit="0123456789abcdef-dirty", device="NVIDIA H200")
     file = tmp_path / "ledger.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in entries.values()))
     wanted = study_table(path, file)
     assert "lr 0.05, scale 16" in wanted and "commits (trials): 0123456789ab (4), 0123456789ab-dirty (1)" in wanted
+    assert "of one process each, on cpu (4), NVIDIA H200 (1); commits" in wanted
 
     def gone(folder):
         raise FileNotFoundError(f"{folder} is no data set")

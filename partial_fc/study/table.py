@@ -1,6 +1,7 @@
 """partial-fc study table: mean and range over the seeds, and paired differences from one row."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,11 +142,16 @@ def _notes(plan: Plan, lines: list[Line], entries: dict[str, dict]) -> list[str]
         )
     if found:
         hours = sum(entry["seconds"] for _, entry in found) / 3600
-        commits = Counter(_commit(entry["commit"]) for _, entry in found)
-        devices = Counter(entry.get("device", "cpu") for _, entry in found)  # early entries, which do not say it, too
-        pinned, on = (", ".join(f"{name} ({count})" for name, count in counts.items()) for counts in (commits, devices))
-        notes.append(f"{len(found)} trials, {hours:.1f} hours of one process each, on {on}; commits (trials): {pinned}")
+        devices = _counted(entry.get("device", "cpu") for _, entry in found)  # early entries do not say it
+        commits = _counted(_commit(entry["commit"]) for _, entry in found)
+        notes.append(
+            f"{len(found)} trials, {hours:.1f} hours of one process each, on {devices}; commits (trials): {commits}"
+        )
     return notes
+
+
+def _counted(names: Iterable[str]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in Counter(names).items())
 
 
 def _edges(plan: Plan, lines: list[Line]) -> list[tuple[Line, str, Any]]:
