@@ -1,6 +1,7 @@
 # make demo   environment, real data, two-process training, evaluation on unseen identities, report
-# make test   environment, lint, all tests but those of make soak
-# make soak   what takes longer than a suite may
+# make check  environment, lint, types, all tests that start no process: what a developer runs all day
+# make test   make check and all other tests but those of make soak: what CI runs
+# make soak   what takes longer than a suite may, part by part; PART=name: that part
 PYTHON ?= python3
 # A font set that `partial-fc prepare glyphs` knows by name, or a folder of TTF/OTF files.
 FONTS ?= small
@@ -10,7 +11,7 @@ BIN := .venv/bin
 # One thread a process: several ranks share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint soak clean
+.PHONY: demo check test lint soak clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,9 +23,14 @@ lint: .venv/installed
 	$(BIN)/ruff format --check
 
 # Two files side by side: many tests start processes or ranks, and wait for them. Each worker keeps pools of up to four
-# ranks; together they used 8 GB of memory.
+# ranks; together they used 8 GB of memory. mypy beside them: it takes 40 s of one core after an installation, then one.
+TESTS = $(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: lint
+	$(TESTS) -m "not slow and not gpu"; tests=$$?; wait $$types && exit $$tests
+
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(TESTS); tests=$$?; wait $$types && exit $$tests
 
 demo: .venv/installed
 	@test ! -f data/glyphs_demo/train/index.json || echo "data/glyphs_demo is used as it is; delete it to prepare it anew"
@@ -34,7 +40,7 @@ demo: .venv/installed
 	@echo "run folder: runs/glyphs_demo   report: runs/glyphs_demo/report.html   (another make demo goes on from what is there)"
 
 soak: .venv/installed
-	PARTIAL_FC_SOAK=1 $(BIN)/python -m pytest -m soak
+	$(BIN)/python -m tests.soak $(PART)
 
 clean:
-	rm -rf data/glyphs_ci data/glyphs_ci.lock data/glyphs_demo runs/glyphs_ci runs/glyphs_demo .pytest_cache .ruff_cache
+	rm -rf .soak.json .mypy_cache data/glyphs_ci data/glyphs_ci.lock data/glyphs_demo runs/glyphs_ci runs/glyphs_demo .pytest_cache .ruff_cache

@@ -57,7 +57,10 @@ class Checkpoint:
 
     def classes(self) -> list[str]:
         """The class map: the name of every class, as the data had it."""
-        return self.read("classes.txt").decode("utf-8").split("\n")[:-1]
+        text = self.read("classes.txt")
+        if text is None:
+            raise ValueError(f"{self.path} lists no classes.txt: it is damaged; take another checkpoint")
+        return text.decode("utf-8").split("\n")[:-1]
 
     def read(self, name: str) -> bytes | None:
         """One of its small files, of a URL verified; None if it has none of that name."""
@@ -393,6 +396,8 @@ def _read_centers(path: Path, wanted: list[dict], manifest: dict, classes_at_onc
         last_update = read("last_update", classes, dtype=torch.int32)
         if last_update is not None:  # else every row is current
             momentum = read("momentum", classes, width, dtype=dtype)
+            if momentum is None:
+                raise ValueError(f"{path} has last_update and no momentum for classes {classes.start} and on")
             lag = missed.updates - last_update.flatten().long()
             matrices = missed.matrices(lag).to(dtype).flatten(1).T.contiguous()
             catch_up(weight.view(-1, width), momentum.view(-1, width), matrices, None)

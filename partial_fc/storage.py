@@ -4,12 +4,14 @@ A place is a local Path, or a str with a protocol, as s3://bucket/run: `place` t
 folders, only names that begin alike, and no rename; an object is there as a whole or not at all.
 """
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
+from typing_extensions import TypeIs  # torch brings it
 
 Place = Path | str
 T = TypeVar("T")
@@ -18,7 +20,7 @@ RETRY_SECONDS = (1.0, 5.0, 20.0)  # pauses before another try, after those that 
 PATIENCE = 120.0  # seconds after which there is none: the other ranks wait, and not for ever
 
 
-def place(where: str | Path) -> Place:
+def place(where: str | os.PathLike) -> Place:
     """The URL as it stands, anything else as a Path."""
     text = str(where)
     if text.startswith("file://"):
@@ -26,7 +28,7 @@ def place(where: str | Path) -> Place:
     return text.rstrip("/") if "://" in text else Path(where)
 
 
-def remote(where: Place) -> bool:
+def remote(where: Place) -> TypeIs[str]:
     return isinstance(where, str)
 
 
@@ -108,8 +110,8 @@ def remove(url: str, *, folder: bool = False) -> None:
 
 def check_writable(url: str, name: str) -> None:
     """Writes and deletes the object `name` there. Raises OSError, or ValueError for a package that is not installed."""
-    write(join(url, name), b"partial_fc was here\n")
-    remove(join(url, name))
+    write(f"{url}/{name}", b"partial_fc was here\n")
+    remove(f"{url}/{name}")
 
 
 def _try(verb: str, url: str, action: Callable[[Any, str], T]) -> T:
@@ -130,3 +132,4 @@ def _try(verb: str, url: str, action: Callable[[Any, str], T]) -> T:
             if pause is None or time.monotonic() - began > PATIENCE:
                 raise OSError(f"cannot {verb} {url}, tried {tries} times: {type(error).__name__}: {error}") from error
         time.sleep(pause)
+    raise AssertionError("the last try returns or raises")

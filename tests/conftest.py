@@ -1,19 +1,22 @@
-"""Several ranks in one fast helper: a pool of gloo processes that is started once and runs many cases."""
+"""Several ranks in one fast helper, what tests may do by their marks, and the shards that many of them train on."""
 
 import fcntl
-import multiprocessing
-import os
 import pickle
 import shutil
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.processes import REPOSITORY, context
+from tests.soak import PARTS
 
 torch.set_num_threads(1)
 
@@ -51,8 +54,6 @@ class Ranks:
     """`world_size` processes in one gloo group; `run(fn, *args)` calls fn(*args) in each."""
 
     def __init__(self, world_size: int):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "partial_fc"])
         self.store = tempfile.mktemp(prefix="partial_fc_store_")
         self.connections, self.processes = [], []
         for rank in range(world_size):
@@ -104,11 +105,30 @@ class Ranks:
         Path(self.store).unlink(missing_ok=True)
 
 
+def _run_here(task: bytes) -> object:
+    """A group of one needs no other process; what it gets and gives are copies, as if it were one."""
+    import torch.distributed as dist
+    import torch.distributed.nn.functional  # noqa: F401 - its default arguments would keep a group that is there alive
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    fn, args = pickle.loads(task)
+    try:
+        return pickle.loads(pickle.dumps(fn(*args)))
+    except Exception as error:
+        raise AssertionError(f"rank 0:\n{traceback.format_exc()}") from error
+    finally:
+        dist.destroy_process_group()
+
+
 _pools: dict[int, Ranks] = {}
 
 
 def run_ranks(fn: Callable, world_size: int, *args) -> list:
     """Runs the module-level function fn(*args) on `world_size` gloo ranks; returns the list of their results."""
+    if world_size == 1:
+        return [_run_here(pickle.dumps((fn, args)))]
+    if _quick:
+        pytest.fail("run_ranks in a test that is not marked slow", pytrace=True)
     pool = _pools.get(world_size)
     if pool is None or not pool.alive:
         if pool is not None:
@@ -122,18 +142,58 @@ def pytest_sessionfinish(session, exitstatus) -> None:
         pool.close() if pool.alive else pool.kill()
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--soak", metavar="PART", help="run the tests of one part of `make soak`, and no others")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config, items) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="not run: no CUDA device"))
-    if not os.environ.get("PARTIAL_FC_SOAK"):
-        for item in items:
-            if "soak" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="not run: takes minutes, see `make soak`"))
+    """Leaves out the tests of soak, or all others; and without a CUDA device those that need one."""
+    part, chosen, left_out = config.getoption("--soak"), [], []
+    for item in items:
+        parts = {name for mark in item.iter_markers("soak") for name in mark.args}
+        if parts - PARTS.keys() or ("soak" in item.keywords and not parts):
+            raise pytest.UsageError(f"{item.nodeid} is of soak part {parts}; give one of tests/soak.py: {[*PARTS]}")
+        (chosen if (part in parts if part else not parts) else left_out).append(item)
+        if hasattr(item, "callspec") and item.callspec.params.get("world_size", 1) != 1:
+            item.add_marker(pytest.mark.slow)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="not run: no CUDA device"))
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = chosen
 
 
-REPOSITORY = Path(__file__).parent.parent
+# ---- `make check`: what is neither slow nor of soak starts no process and compiles nothing
+
+_quick = False  # whether such a test runs now
+_STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "os.exec")
+
+
+def _no_process(event: str, arguments: tuple) -> None:
+    if _quick and event in _STARTS and (not arguments or "git" not in str(arguments[0])):  # 3 ms, for a run's config
+        pytest.fail(f"{event} in a test that is not marked slow", pytrace=True)
+
+
+def _no_compiler(*arguments, **options):
+    if _quick:
+        pytest.fail("torch.compile in a test that is not marked slow", pytrace=True)
+    return _compile(*arguments, **options)
+
+
+sys.addaudithook(_no_process)
+_compile, torch.compile = torch.compile, _no_compiler
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item) -> Iterator:
+    global _quick
+    _quick = not any(mark in item.keywords for mark in ("slow", "soak", "gpu"))
+    if not _quick:  # now: `prepare glyphs` asks for a server with less in it, and the first to start one decides
+        forkserver.ensure_running()
+    try:
+        return (yield)
+    finally:
+        _quick = False
 
 
 @pytest.fixture(scope="session")

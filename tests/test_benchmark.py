@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from partial_fc import PartialFC, cli
-from partial_fc.benchmark.compare import Measuring
+from partial_fc.benchmark.compare import Measuring, begin
 from partial_fc.benchmark.head import BASELINES, OURS, README, ROWS, TARGETS, _runnable, benchmark_head, sweep
 from partial_fc.benchmark.head_steps import LABELS, Cell, build, data
 from partial_fc.benchmark.measure import counted
 from partial_fc.benchmark.peers import Dense, Limit, Published, head_matmul, torch_matmul
 from partial_fc.benchmark.ranks import on_ranks
+from partial_fc.head.elementwise import compiler_works
 from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
 from tests.dense import MARGINS
@@ -152,6 +153,7 @@ def count_collectives() -> dict:
     return counts
 
 
+@pytest.mark.slow
 def test_collectives_are_counted_where_there_are_ranks():
     wanted = {"collectives": {"all_gather": 1, "all_reduce_sum": 2}, "bytes": 4 * (2 * 3 + 5 + 5)}
     assert run_ranks(count_collectives, 2) == [wanted, wanted]
@@ -165,6 +167,7 @@ def test_all_variants_get_the_same_data():
     assert not torch.equal(x, data("dense", cell, 4, torch.device("cpu"))[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_table_and_json(ranks, tmp_path, capsys):
     cell = Cell(6000, 256, 16, 1.0, ranks)
@@ -207,6 +210,7 @@ def test_table_and_json(ranks, tmp_path, capsys):
     assert published["bytes"] == 16 * (256 * 4 + 8) + 3 * 16 * 4 + 16 * 256 * 4
 
 
+@pytest.mark.slow
 def test_growth_compares_cells_in_turn(capsys):
     cells = [Cell(2000, 8, 8, 0.1), Cell(20_000, 8, 8, 0.01)]
     report = benchmark_head(cells, ["recompute"], Measuring(3, 1, "cpu"), growth=True)
@@ -217,6 +221,7 @@ def test_growth_compares_cells_in_turn(capsys):
     assert f"time at C=20,000 / time at C=2,000: {growth['time_ratio'][1]:.2f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_profile_says_where_the_time_goes(capsys):
     cell = Cell(3000, 128, 64, 1.0)
     report = benchmark_head([cell], ["published", "recompute"], Measuring(1, 1, "cpu"), profile=True)
@@ -227,6 +232,28 @@ def test_a_profile_says_where_the_time_goes(capsys):
     assert named["mkldnn::_linear_pointwise"]["calls"] == 8  # four products for each of two chunks
     assert [one["ms"] for one in operations[:-1]] == sorted((one["ms"] for one in operations[:-1]), reverse=True)
     assert "ours recompute, " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_compiler_is_looked_for_where_it_is_needed():
+    """It takes 5 s of CPU."""
+    (header, compiler), (same, nobody) = (
+        begin(Measuring(1, 1, "cpu"), compiles=compiles) for compiles in (True, False)
+    )
+    assert compiler == compiler_works("cpu") and nobody is False
+    assert header == same and "compiler" not in header
+
+
+@pytest.mark.soak("benchmark")
+def test_compiled_variants_are_measured():
+    """Without names: all that can run here."""
+    assert compiler_works("cpu")
+    report = benchmark_head([Cell(6000, 256, 16, 1.0)], None, Measuring(3, 1, "cpu"))
+    results = report["cells"][0]["variants"]
+    assert list(results) == list(LABELS)
+    for name in ("recompute", "cache-fp32", "cache-bf16"):
+        plain, compiled = results[name], results[f"{name}-compiled"]
+        assert abs(plain["loss"] - compiled["loss"]) < 1e-3 and 0.5 < compiled["memory"] / plain["memory"] < 2
 
 
 def test_presets_and_targets():
@@ -248,6 +275,7 @@ def fail(how: str) -> None:
     distributed.barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, message", [("raise", "this is wrong"), ("exit", "process 1 ended with exit code 7")])
 def test_a_rank_that_fails_ends_the_others(how, message):
     with pytest.raises(distributed.RunError, match=message):

@@ -1,6 +1,7 @@
 """partial-fc benchmark backbone: each variant is the engine it says, and the figures are what was measured."""
 
 import json
+from dataclasses import replace
 from statistics import median
 
 import pytest
@@ -18,15 +19,17 @@ from tests.conftest import run_ranks
 
 CPU = torch.device("cpu")
 SMALL = Cell("smallnet", 8, 32, 8)
+TWO = replace(SMALL, batch=2)  # for fp16, which takes a CPU 10 times as long
 
 
+@pytest.mark.slow
 def test_a_variant_is_its_engine():
     assert settings_of("fp32") == Engine()
     assert settings_of("bf16+channels_last+ema") == Engine(precision="bf16", channels_last=True, ema=0.9999)
-    images = data("fp32", SMALL, 0, CPU)[0]
+    images = data("fp32", TWO, 0, CPU)[0]
     seen = {}
     for variant in ("fp32", "bf16", "fp16", "channels_last", "checkpoint_activations", "ema"):
-        net = Backbone(variant, SMALL, CPU)
+        net = Backbone(variant, TWO, CPU)
         convolution = next(module for module in net.engine.backbone.modules() if isinstance(module, nn.Conv2d))
         outputs = []
         convolution.register_forward_hook(lambda module, inputs, out, outputs=outputs: outputs.append(out))
@@ -82,8 +85,8 @@ def test_a_step_is_a_training_step():
 
 
 def test_a_step_that_would_be_skipped_is_an_error():
-    net = Backbone("fp16", SMALL, CPU)
-    images, targets = data("fp16", SMALL, 0, CPU)
+    net = Backbone("fp16", TWO, CPU)
+    images, targets = data("fp16", TWO, 0, CPU)
     with pytest.raises(distributed.RunError, match="are not finite; leave out fp16"):
         net.step(images, torch.inf * targets)
 
@@ -96,6 +99,7 @@ def steps_of_a_rank() -> tuple[torch.Tensor, torch.Tensor]:
     return batch[0], torch.cat([parameter.detach().flatten() for parameter in net.engine.backbone.parameters()])
 
 
+@pytest.mark.slow
 def test_ranks_share_one_batch():
     ranks = run_ranks(steps_of_a_rank, 2)
     images, alone = steps_of_a_rank()
@@ -104,19 +108,21 @@ def test_ranks_share_one_batch():
     torch.testing.assert_close(ranks[0][1], alone, rtol=1e-4, atol=1e-5)  # smallnet has no batch norm
 
 
+@pytest.mark.slow
 def test_memory():
-    """Kept: parameters, gradients, momentum, buffers; an average has parameters and buffers once more.
+    """Kept: parameters, gradients, momentum, buffers, whatever the batch; an average has two of them once more.
 
     Peak: what the process takes from the system is what torch counts. 32 images: activations of 25 MiB.
     """
     cell = Cell("mobilefacenet", 8, 32, 32)
+    two = replace(cell, batch=2)
     net = Backbone("fp32", cell, CPU).engine.backbone
     parameters, buffers = (sum(t.nbytes for t in tensors) for tensors in (net.parameters(), net.buffers()))
     trained = sum(parameter.nbytes for parameter in net.parameters() if parameter.requires_grad)
     assert buffers > 0
     kept = {}
     for variant in ("fp32", "fp16", "ema"):
-        net, batch = Backbone(variant, cell, CPU), data(variant, cell, 0, CPU)
+        net, batch = Backbone(variant, two, CPU), data(variant, two, 0, CPU)
         net.step(*batch)
         kept[variant] = net.kept()
     whole = parameters + 2 * trained + buffers
@@ -144,6 +150,7 @@ def counted_by_torch(cell: Cell) -> int:
     return most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_table_and_json(ranks, tmp_path, capsys):
     cell = Cell("smallnet", 8, 32, 8, ranks)
@@ -170,6 +177,13 @@ def test_table_and_json(ranks, tmp_path, capsys):
         assert f"{result['kept'] / 2**20:,.0f} + {result['peak'] / 2**20:,.0f}" in row
 
 
+@pytest.mark.soak("benchmark")
+def test_a_compiled_variant_is_measured():
+    results = benchmark_backbone(SMALL, ["compile"], Measuring(3, 1, "cpu"))["variants"]
+    plain, compiled = results["fp32"], results["compile"]
+    assert abs(compiled["loss"] - plain["loss"]) < 0.1 * plain["loss"] and compiled["kept"] == plain["kept"]
+
+
 def test_what_can_run_here():
     net = backbone.build("smallnet", 8, (32, 32))
     with_compiler, without = (_runnable(None, "cpu", net, compiler) for compiler in (True, False))
@@ -181,7 +195,8 @@ def test_what_can_run_here():
     ]
     with pytest.raises(ValueError, match="finds no compiler here; leave out ema.compile"):
         _runnable(["ema+compile"], "cpu", net, False)
-    cannot = backbone.build("timm/dla34", 8, (32, 32))
+    with torch.device("meta"):
+        cannot = backbone.build("timm/dla34", 8, (32, 32))
     assert "checkpoint_activations" not in _runnable(None, "cpu", cannot, True)
 
 
@@ -197,9 +212,10 @@ def test_what_can_run_here():
         (("--batch", "5", "--ranks", "2"), "--batch 5 on 2 ranks; wanted equal batches"),
         (("--batch", "1"), "of 2 images or more"),
         (("--rounds", "0"), "both must be positive"),
-        (
+        pytest.param(
             ("--backbone", "timm/dla34", "--size", "32", "--batch", "2", "--variants", "checkpoint_activations"),
             "engine.checkpoint_activations: this backbone cannot",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -59,8 +59,8 @@ def test_draw_is_the_same_at_any_world_size():
 def test_every_class_is_drawn_at_the_rate_and_with_its_neighbours_no_more(num_classes, rate):
     steps = 4000
     drawn = torch.zeros(steps, num_classes, dtype=torch.bool)
-    for step in range(steps):
-        drawn[step, draw_negatives(3, step, range(num_classes), num_classes, rate)] = True
+    ids = [draw_negatives(3, step, range(num_classes), num_classes, rate) for step in range(steps)]
+    drawn[torch.arange(steps).repeat_interleave(torch.tensor([len(some) for some in ids])), torch.cat(ids)] = True
     deviation = (rate * (1 - rate) / steps) ** 0.5
     frequency = drawn.double().mean(dim=0)
     assert (frequency - rate).abs().max() < 5 * deviation
@@ -69,12 +69,12 @@ def test_every_class_is_drawn_at_the_rate_and_with_its_neighbours_no_more(num_cl
     count = drawn.sum(dim=1).double()
     both = float((count * (count - 1)).mean() / (num_classes * (num_classes - 1)))
     for distance in (1, 2, 3, 8, 16, num_classes // 2):
-        pairs = (drawn[:, distance:] & drawn[:, :-distance]).double()
-        deviation = (both / pairs.numel()) ** 0.5
-        assert pairs.mean().item() == pytest.approx(both, abs=0.02 * both + 4 * deviation), distance
+        pairs = (drawn[:, distance:] & drawn[:, :-distance]).numpy()  # which counts bools 10 times faster than torch
+        deviation = (both / pairs.size) ** 0.5
+        assert np.count_nonzero(pairs) / pairs.size == pytest.approx(both, abs=0.02 * both + 4 * deviation), distance
     # and consecutive steps are independent
-    again = (drawn[1:] & drawn[:-1]).double().mean().item()
-    assert again == pytest.approx(rate * rate, abs=max(0.03 * rate * rate, 5e-4))
+    again = (drawn[1:] & drawn[:-1]).numpy()
+    assert np.count_nonzero(again) / again.size == pytest.approx(rate * rate, abs=max(0.03 * rate * rate, 5e-4))
 
 
 def test_catch_up_table_equals_single_updates():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from torch import Tensor
 
@@ -40,17 +41,18 @@ from tests.dense import (
     make_head,
     run_dense,
 )
+from tests.pairwise import pairwise
+from tests.test_elementwise import CHEAPLY
 from tests.test_partial_fc import SIZES, assert_as_good_as_naive, peak_case, set_centers
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("rate", [1.0, 0.1])
-@pytest.mark.parametrize("margin", CHANGING_MARGINS)
+@pairwise("dense", margin=CHANGING_MARGINS, rate=[1.0, 0.1], world_size=[1, 2, 3, 4])
 def test_equals_dense(margin, rate, world_size):
     """As in test_partial_fc; t and the learned scale move in every step, and so does what warms up."""
     assert_equals_dense(Case(margin, sample_rate=rate, sizes=SIZES[world_size], steps=6 if rate < 1 else 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -75,17 +77,21 @@ def test_equals_dense_in_awkward_cases(margin, changes):
     assert_equals_dense(replace(Case(margin, sample_rate=0.3, sizes=(3, 1, 2)), **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("margin", ["softmax", "cosface-unnormalized", "magface", "adaface", "l2softmax"])
 def test_dropout_equals_dense(margin):
     """What depends on |x| sees it after the dropout."""
     assert_equals_dense(Case(margin, sizes=(3, 1, 2), dropout=0.4, sample_rate=0.3, dim=16, forwards=2))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(6,), pytest.param((3, 1), marks=pytest.mark.soak("compiled"))])
 @pytest.mark.parametrize("margin", ["curricularface-filtered", "subcenterarcface"])
-def test_compiled_equals_dense(margin):
-    if not compiler_works("cpu"):
-        pytest.skip("not run: torch.compile does not work here (it needs a C++ compiler)")
-    assert_equals_dense(Case(margin, sample_rate=0.3, sizes=(3, 1), head=dict(compile=True)))
+def test_compiled_equals_dense(margin, sizes):
+    with torch._inductor.config.patch(CHEAPLY):
+        if not compiler_works("cpu"):
+            pytest.skip("not run: torch.compile does not work here (it needs a C++ compiler)")
+        assert_equals_dense(Case(margin, sample_rate=0.3, sizes=sizes, head=dict(compile=True)))
 
 
 def test_the_cases_meet_every_branch():
@@ -161,6 +167,7 @@ def test_float32_is_as_good_as_naive_float32(margin, inputs):
     assert_as_good_as_naive(margin, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [1.0, 0.1])
 @pytest.mark.parametrize("margin", ["curricularface-filtered", "subcenterarcface", "learned-scale"])
 def test_memory_of_a_step_does_not_grow_with_the_classes(margin, rate):
@@ -185,6 +192,7 @@ def cosines_and_t() -> list[float]:
     return seen
 
 
+@pytest.mark.slow
 def test_t_is_a_running_mean_of_target_cosines_equal_on_all_ranks():
     (alone,) = run_ranks(cosines_and_t, 1)
     first = 0.25 * alone[0]
@@ -381,6 +389,7 @@ def collectives(margin) -> int:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "margin, count",
     [

@@ -1,5 +1,6 @@
 """partial-fc as it is typed: an own folder into shards, a run evaluated on it, a report."""
 
+import ast
 import io
 import json
 import os
@@ -15,13 +16,13 @@ from partial_fc import cli
 from partial_fc.data.reader import images_in_order
 from partial_fc.data.shards import load_index
 from tests.conftest import REPOSITORY, run_ranks
+from tests.processes import run_program
 from tests.test_train import train_here
 
 
 def partial_fc(*arguments: str | Path, code: int = 0) -> str:
-    command = [sys.executable, "-m", "partial_fc.cli", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    """What the command says."""
+    done = run_program("partial-fc", *arguments, timeout=120)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -49,6 +50,7 @@ def folder(glyphs_ci, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_prepare_evaluate_report(run, folder, tmp_path):
     said = partial_fc("prepare", "folder", folder, tmp_path / "shards", "--size", "32", "--min-samples", "2")
     assert "25 identities" in said and "1 undecodable" in said
@@ -65,12 +67,14 @@ def test_prepare_evaluate_report(run, folder, tmp_path):
     assert "mine" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_evaluate_takes_the_folder_of_one_checkpoint(run, glyphs_ci):
     checkpoint = run / "checkpoints" / "step_00000005"
     said = partial_fc("evaluate", checkpoint, "--data", glyphs_ci / "test_unseen")
     assert "test_unseen" in said and (checkpoint / "evaluation.json").exists()
 
 
+@pytest.mark.slow
 def test_a_set_that_cannot_be_evaluated_is_named(run, folder, tmp_path):
     partial_fc("prepare", "folder", folder, tmp_path / "large", "--size", "48")
     said = partial_fc("evaluate", run, "--data", f"big={tmp_path}/large", code=1)
@@ -84,11 +88,13 @@ def test_a_set_that_cannot_be_evaluated_is_named(run, folder, tmp_path):
     assert "evaluation set one: " in said and "25 identities of at most 1 samples" in said
 
 
+@pytest.mark.slow
 def test_distractors_that_are_in_the_set_are_pointed_out(run, glyphs_ci):
     said = partial_fc("evaluate", run, "--data", f"P={glyphs_ci}/test_seen,{glyphs_ci}/test_unseen")
     assert "warning: evaluation set P: " in said and "evaluating the trained backbone on P" in said
 
 
+@pytest.mark.slow
 def test_prepare_glyphs(tmp_path):
     options = ("--size", "16", "--ranges", "0041-005A", "--min-samples", "4", "--hold-out", "STIX")
     said = partial_fc("prepare", "glyphs", "letters", tmp_path / "letters", *options)
@@ -96,6 +102,7 @@ def test_prepare_glyphs(tmp_path):
     assert load_index(tmp_path / "letters" / "train").prepared["image_size"] == [16, 16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -105,32 +112,60 @@ def test_prepare_glyphs(tmp_path):
             "error: got the source 'nowhere', wanted small, medium, large, letters or a folder",
         ),
         (("evaluate", "nowhere"), "error: evaluating nowhere failed: nowhere holds no complete checkpoint"),
-        (("report", "nowhere"), "error: nowhere is no run folder"),
     ],
 )
 def test_errors_are_one_line(arguments, message):
     assert message in partial_fc(*arguments, code=1)
 
 
-TABLE = "study table configs/study/table1.yaml"
+@pytest.mark.slow
+def test_the_console_script():
+    """The installed one, in an interpreter of its own."""
+    command = [Path(sys.executable).with_name("partial-fc"), "report", "nowhere"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: nowhere is no run folder")
 
 
-@pytest.mark.parametrize(
-    "arguments, unbuffered, said",
-    [(TABLE, "", ""), (TABLE, "1", ""), ("report nowhere", "", "error: nowhere is no run folder")],
-)
-def test_it_ends_quietly_when_its_reader_has_gone(arguments, unbuffered, said):
-    """As in `partial-fc study table PLAN | head -1`; errors are said all the same."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-m", "partial_fc.cli", *arguments.split()]
-    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120
-    )
-    os.close(writer)
-    assert done.returncode in (0, 1)  # 120 is the interpreter's own complaint
-    assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+# Forked after the imports, which take 3 s; a child ends as an interpreter does, down to the flush of its stdout.
+WITHOUT_A_READER = """
+import io, os, sys
+from partial_fc import cli
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 1)
+table = ["study", "table", "configs/study/table1.yaml"]
+short = ["study", "--help"]  # flushed at the end alone
+for arguments, buffered in ((table, True), (table, False), (short, True), (["report", "nowhere"], True)):
+    listening, saying = os.pipe()
+    if (child := os.fork()) == 0:
+        os.dup2(saying, 2)
+        if not buffered:  # as PYTHONUNBUFFERED=1 makes it
+            sys.stdout = sys.__stdout__ = io.TextIOWrapper(open(1, "wb", 0, closefd=False), write_through=True)
+        sys.argv = ["partial-fc", *arguments]
+        cli.main()
+        break
+    os.close(saying)
+    with open(listening) as heard:
+        text = heard.read()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), repr(text), file=sys.stderr)
+else:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+"""
+
+
+@pytest.mark.slow
+def test_it_ends_quietly_when_its_reader_has_gone():
+    """As in `partial-fc study table PLAN | head -1`, buffered and not; errors are said all the same."""
+    command = [sys.executable, "-c", WITHOUT_A_READER]
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    ends = [line.split(maxsplit=1) for line in done.stderr.splitlines()]
+    assert done.returncode == 0 and done.stdout == "" and len(ends) == 4, done.stderr
+    assert {code for code, _ in ends} <= {"0", "1"}, ends  # 120 is the interpreter's own complaint
+    table, unbuffered, short, error = (ast.literal_eval(said) for _, said in ends)
+    assert table == unbuffered == short == ""
+    assert error.startswith("error: nowhere is no run folder") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("stdout", [None, io.StringIO()], ids=["closed", "no descriptor"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.dense import Case, assert_equals_dense, make_head
+from tests.pairwise import pairwise
 
 CASES = {
     "cosface": Case("cosface"),
@@ -19,13 +20,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("sizes", [(6,), (3, 4), (4, 1, 2), (2, 2, 1, 3)], ids=lambda sizes: f"{len(sizes)} ranks")
-@pytest.mark.parametrize("rate", [1.0, 0.4])
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.slow
+@pairwise("dense", kind=CASES, rate=[1.0, 0.4], sizes=[(6,), (3, 4), (4, 1, 2), (2, 2, 1, 3)])
 def test_joint_clipping_equals_dense(kind, rate, sizes):
     assert_equals_dense(replace(CASES[kind], sample_rate=rate, sizes=sizes, clip=0.05))
 
 
+@pytest.mark.slow
 def test_a_norm_below_the_largest_changes_nothing():
     assert_equals_dense(Case("cosface", sizes=(3, 4), clip=1e6))
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ except ValueError as error:
 """
 
 
-@pytest.mark.soak
+@pytest.mark.soak("sky")
 @pytest.mark.timeout(1200)
 def test_skypilot_takes_the_task(tmp_path):
     """SkyPilot itself reads it. It brings 60 packages, so it is installed for this test alone."""
@@ -118,11 +119,11 @@ def start(command: list[str], values: dict[str, str], log: Path) -> subprocess.P
         )
 
 
-def pods(run: Path, attempt: str, *overrides: str) -> list[subprocess.Popen]:
+def pods(run: Path, attempt: str, *overrides: str, nodes: Iterable[int] = range(2)) -> list[subprocess.Popen]:
     """Both pods of the manifest, with this machine for both, one process each and a small config."""
     port = free_port()
     started = []
-    for node in range(2):
+    for node in nodes:
         values = variables() | {"NODE": str(node), "RENDEZVOUS": f"localhost:{port}", "PROCESSES": "1"}
         command = [*CONTAINER["command"], "configs/glyphs_ci.yaml", f"run.dir={run}", *ON_A_CPU, *overrides]
         started.append(start(command, values, run.parent / f"{attempt}.{node}.log"))
@@ -149,11 +150,15 @@ def said(logs: Path, attempt: str) -> str:
     return "".join((logs / f"{attempt}.{node}.log").read_text() for node in range(2))
 
 
+@pytest.mark.slow
 def test_an_invalid_config_is_told_from_a_failure(tmp_path):
-    assert ended(pods(tmp_path / "run", "bad", "optim.lrr=1"), tmp_path) == [64, 64]
-    assert "did you mean optim.lr?" in said(tmp_path, "bad")
-    assert ended(pods(tmp_path / "run", "margin", "run.steps=9", "head.margin.name=arcfase"), tmp_path) == [64, 64]
-    assert "did you mean arcface?" in said(tmp_path, "margin")
+    run = tmp_path / "run"
+    # one pod each: a pod looks at its config before it looks for the other, and each costs 4 s
+    started = pods(run, "bad", "optim.lrr=1", nodes=[0])
+    started += pods(run, "bad", "run.steps=9", "head.margin.name=arcfase", nodes=[1])
+    assert ended(started, tmp_path) == [64, 64]
+    assert "did you mean optim.lr?" in (tmp_path / "bad.0.log").read_text()
+    assert "did you mean arcface?" in (tmp_path / "bad.1.log").read_text()
     bare = {"NODES": "1", "NODE": "0", "RENDEZVOUS": "127.0.0.1:29500"}
     assert start(["bash", "launch/cloud/node.sh"], bare, tmp_path / "none.log").wait(30) == 64
     without_python = bare | {"PATH": "/nowhere"}  # to start again may help
@@ -179,14 +184,14 @@ def sky_nodes(run: Path, attempt: str, *overrides: str) -> list[subprocess.Popen
     ]
 
 
-@pytest.mark.soak
+@pytest.mark.soak("launch")
 def test_two_nodes_train_with_skypilots_script(glyphs_ci, tmp_path):
     assert ended(sky_nodes(tmp_path / "run", "sky", "run.steps=3"), tmp_path) == [0, 0], said(tmp_path, "sky")
     assert checkpoint.find_latest(tmp_path / "run").step == 3
     assert "2 ranks on cpu" in said(tmp_path, "sky")
 
 
-@pytest.mark.soak
+@pytest.mark.soak("launch")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_pod_that_must_go_saves_and_the_next_attempt_goes_on(glyphs_ci, tmp_path, node):

@@ -145,8 +145,11 @@ def test_the_configs_of_the_repository_are_valid(path):
     assert all(learning_rate(step, 200_000, config.optim.lr, config.optim) > 0 for step in (0, 30_000, 199_999))
 
 
-def test_the_backbones_of_the_configs_embed_images_of_their_size():
-    """One forward for each backbone of the repository's configs, at the size that the config's comment says."""
+VIT = "timm/vit_base_patch8_224"
+
+
+def backbones_of_the_configs() -> set[tuple]:
+    """Name, embedding size, and the images' size that the config's comment says."""
     others = {"glyphs_ci": (32, 32), "glyphs_demo": (64, 64), "folder": (112, 112)}
     found = set()
     for path in (REPOSITORY / "configs").glob("*.yaml"):
@@ -154,19 +157,26 @@ def test_the_backbones_of_the_configs_embed_images_of_their_size():
         said = re.search(r"images of (\d+) x (\d+)", " ".join(path.read_text().split("\n# ")))
         size = others[path.stem] if said is None else tuple(map(int, said.groups()))
         found.add((choice.name, choice.embedding_dim, size))
-    assert {name for name, *_ in found} == {
-        "smallnet",
-        "spherenet20",
-        "resnet28",
-        "iresnet50",
-        "iresnet100",
-        "timm/vit_base_patch8_224",
-    }
+    return found
+
+
+@pytest.mark.slow
+def test_the_backbones_of_the_configs_embed_images_of_their_size():
+    """One forward for each; of the ViT's 86 million parameters, drawn in 4 s, the shapes alone."""
+    found = backbones_of_the_configs()
+    assert {name for name, *_ in found} == {"smallnet", "spherenet20", "resnet28", "iresnet50", "iresnet100", VIT}
     for name, dim, size in found:
-        net = backbone.build(name, dim, size)
-        with torch.no_grad():
-            embeddings = net(torch.randn(2, 3, *size))
-        assert embeddings.shape == (2, dim) and embeddings.isfinite().all()
+        with torch.device("meta" if name == VIT else "cpu"), torch.no_grad():
+            embeddings = backbone.build(name, dim, size)(torch.randn(2, 3, *size))
+        assert embeddings.shape == (2, dim) and (name == VIT or embeddings.isfinite().all())
+
+
+@pytest.mark.soak("export")
+def test_the_vit_of_the_configs_embeds_images_of_its_size():
+    ((name, dim, size),) = (one for one in backbones_of_the_configs() if one[0] == VIT)
+    with torch.no_grad():
+        embeddings = backbone.build(name, dim, size)(torch.randn(2, 3, *size))
+    assert embeddings.shape == (2, dim) and embeddings.isfinite().all()
 
 
 def test_losses_beside_the_classifier(yaml_file):

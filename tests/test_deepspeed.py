@@ -33,6 +33,9 @@ from tests.test_train import (
     wait_for_step,
     workers,
 )
+from tests.test_train_options import with_tiny
+
+pytestmark = pytest.mark.slow
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("not run: DeepSpeed is not installed", allow_module_level=True)
@@ -169,14 +172,32 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "world_size, stage", [(1, 2), (2, None), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1), (3, 2), (3, 3)]
-)
+GRID = [(1, 2), (2, None), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1), (3, 2), (3, 3)]
+
+
+def cases_of(world_size: int, stage: int | None) -> list[tuple]:
+    """Every case at every stage once, by turns at two ranks and at three; DDP at two, one rank for some."""
+    possible = CASES if stage else CASES[:-2]  # without offload
+    if stage is None:
+        return possible
+    turn = 0 if world_size == 2 else 1
+    return possible[4:6] if world_size == 1 else possible[(turn + stage) % 2 :: 2]
+
+
+@pytest.mark.parametrize("world_size, stage", GRID)
 def test_equals_dense(world_size, stage):
     """Parameters, optimizer state and what the head is told, from uneven and empty batches, after skipped steps."""
-    cases = CASES if stage else CASES[:-2]  # without offload
-    if world_size == 3:
-        cases = cases[1::2]
+    all_equal_dense(world_size, stage, cases_of(world_size, stage))
+
+
+@pytest.mark.soak("deepspeed")
+@pytest.mark.parametrize("world_size, stage", [place for place in GRID if place[1] is not None])
+def test_other_cases_equal_dense(world_size, stage):
+    tested = cases_of(world_size, stage)
+    all_equal_dense(world_size, stage, [c for c in (CASES if stage else CASES[:-2]) if c not in tested])
+
+
+def all_equal_dense(world_size: int, stage: int | None, cases: list[tuple]) -> None:
     for case, (error, where) in zip(cases, run_ranks(against_dense, world_size, stage, cases)[0], strict=True):
         print(f"{world_size} ranks, stage {stage}, {case}: {error:.1e} off at {where}")
         assert error < 1e-5
@@ -303,7 +324,7 @@ def assert_same_state(state: dict, wanted: dict, tolerance: float = 0.0) -> None
 CHAIN = [(None, 2, {}), (1, 3, {}), (3, 2, {}), (2, 3, dict(offload=True)), (0, 2, {}), (3, 3, dict(offload=True))]
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+@pytest.mark.parametrize("optim", [pytest.param("sgd", marks=pytest.mark.soak("deepspeed")), "adamw"])
 def test_a_state_goes_from_engine_to_engine(optim):
     """Each takes it over bit for bit, at another rank count; in the end it is where one engine would be.
 
@@ -328,13 +349,26 @@ def resumed(stage: int, optim: str, settings: dict) -> tuple[dict, dict]:
     return parts, whole
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_the_same_engine_goes_on_bit_for_bit(world_size):
-    kinds = [(0, "adamw", {}), (1, "sgd", dict(offload=True)), (2, "adamw", {}), (3, "sgd", {})]
-    kinds += [(3, "adamw", dict(deepspeed={}))]  # small parameters stay whole on every rank
-    for kind in kinds if world_size == 2 else kinds[2:]:
-        parts, whole = run_ranks(resumed, world_size, *kind)[0]
-        assert_same_state(parts, whole)
+RESUMED = [  # stage, optimizer, settings, world sizes: the first in `make test`
+    (0, "adamw", {}, [2]),
+    (1, "sgd", dict(offload=True), [2]),
+    (2, "adamw", {}, [3, 2]),
+    (3, "sgd", {}, [2, 3]),
+    (3, "adamw", dict(deepspeed={}), [3, 2]),  # small parameters stay whole on every rank
+]
+
+
+@pytest.mark.parametrize(
+    "stage, optim, settings, world_size",
+    [
+        pytest.param(*kind, size, marks=[pytest.mark.soak("deepspeed")] if place else [])
+        for *kind, sizes in RESUMED
+        for place, size in enumerate(sizes)
+    ],
+)
+def test_the_same_engine_goes_on_bit_for_bit(stage, optim, settings, world_size):
+    parts, whole = run_ranks(resumed, world_size, stage, optim, settings)[0]
+    assert_same_state(parts, whole)
 
 
 def load_another(stage: int) -> str:
@@ -387,7 +421,13 @@ def test_ranks_hold_parts():
 
 # ---- the real train()
 
-TRAINED = ("optim.schedule=constant", "checkpoint.every=4", "evaluate.sets={}", "data.accumulate=2")
+TRAINED = (
+    "optim.schedule=constant",
+    "checkpoint.every=4",
+    "evaluate.sets={}",
+    "data.accumulate=2",
+    "data.global_batch_size=12",  # two samples in each of two micro-batches of three ranks
+)
 JOINTLY = ("optim.clip=0.5", "optim.clip_jointly=true")
 
 
@@ -410,7 +450,7 @@ def test_a_run_changes_engine_stage_and_ranks(glyphs_ci, tmp_path):
     changing_run(glyphs_ci / "train", tmp_path)
 
 
-@pytest.mark.soak
+@pytest.mark.soak("deepspeed")
 def test_a_run_with_adamw_changes_engine_stage_and_ranks(glyphs_ci, tmp_path):
     changing_run(glyphs_ci / "train", tmp_path, "optim.name=adamw", "optim.lr=0.001", "head.optim.name=sgd")
 
@@ -431,13 +471,16 @@ def test_head_and_backbone_skip_together(glyphs_ci, tmp_path):
     float16 = (
         "engine.precision=fp16",
         "data.global_batch_size=8",
+        "backbone.name=tiny",
         "head.sample_rate=1",
         f"engine.loss_scale={2.0**20}",
     )
     options = (*TRAINED, *float16, "optim.name=adamw", "optim.lr=0.001")
-    run_ranks(train_here, 2, tmp_path / "ddp", glyphs_ci / "train", *options, "run.steps=8")
+    run_ranks(with_tiny, 2, train_here, tmp_path / "ddp", glyphs_ci / "train", *options, "run.steps=8")
     for steps in (4, 8):
-        run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train", *options, *stage(2), f"run.steps={steps}")
+        run_ranks(
+            with_tiny, 2, train_here, tmp_path / "run", glyphs_ci / "train", *options, *stage(2), f"run.steps={steps}"
+        )
     last, wanted = rows(tmp_path / "run")[-1], rows(tmp_path / "ddp")[-1]
     assert 2 < last["skipped_steps"] == wanted["skipped_steps"] < 8
     assert last["engine.loss_scale"] == wanted["engine.loss_scale"]
@@ -468,14 +511,14 @@ def killed_and_resumed(data: Path, folder: Path, *overrides: str) -> None:
     assert curve(folder / "run") == curve(folder / "whole")
 
 
-@pytest.mark.soak
+@pytest.mark.soak("deepspeed")
 def test_killed_and_resumed_is_the_same_run_bit_for_bit(glyphs_ci, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
     killed_and_resumed(glyphs_ci / "train", tmp_path, *stage(2))
     assert not (tmp_path / "compiled").exists()  # see import_deepspeed
 
 
-@pytest.mark.soak
+@pytest.mark.soak("deepspeed")
 @pytest.mark.parametrize("engine", [stage(0), stage(1, "engine.offload=true"), stage(3), stage(3, "optim.name=adamw")])
 def test_other_stages_resume_bit_for_bit(glyphs_ci, tmp_path, engine):
     killed_and_resumed(glyphs_ci / "train", tmp_path, *engine)

@@ -19,6 +19,7 @@ SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
 NEEDED_BYTES = 40 * 2**30  # torch's wheels bring CUDA, 6 GB, and they are there in two stages and in the container
 
 
+@pytest.mark.slow
 def test_hadolint():
     # beside python, where pip puts it; else on PATH
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -72,7 +73,7 @@ def pip_settings(folder: Path) -> list[str]:
     return volumes
 
 
-@pytest.mark.soak
+@pytest.mark.soak("docker")
 @pytest.mark.timeout(3600)
 def test_the_image_builds_and_its_doctor_is_content(tmp_path, glyphs_ci):
     """From a Debian made by debootstrap: all steps of the Dockerfile, then partial-fc and torchrun in the image."""

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import redirect_stdout
 from io import StringIO
+from itertools import count
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +24,7 @@ from partial_fc.doctor.run import doctor
 from partial_fc.doctor.sheet import Found, size_text, spans
 from partial_fc.parallel import distributed
 from tests.conftest import REPOSITORY, run_ranks
+from tests.processes import Program, run_program
 from tests.test_train import CONFIG, TORCHRUN, config_for, train_here
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
@@ -69,6 +71,7 @@ def good(run: str) -> tuple[bool, str]:
     return ask(f"run.dir={run}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_good_config(glyphs_ci, tmp_path, monkeypatch, world_size):
     monkeypatch.chdir(REPOSITORY)
@@ -93,6 +96,7 @@ def test_a_good_config(glyphs_ci, tmp_path, monkeypatch, world_size):
     assert not (tmp_path / "run").exists(), "it leaves nothing behind"
 
 
+@pytest.mark.slow
 def test_the_size_of_a_checkpoint_is_what_a_checkpoint_takes(run):
     """And one that is there counts as room that is taken already."""
     fine, said = ask(f"run.dir={run}", f"data.train={REPOSITORY}/data/glyphs_ci/train", "checkpoint.keep=1")
@@ -103,6 +107,7 @@ def test_the_size_of_a_checkpoint_is_what_a_checkpoint_takes(run):
     assert fine and "would go on from step 3" in said
 
 
+@pytest.mark.slow
 def test_no_config_and_two_ranks_of_torchrun():
     command = [*TORCHRUN, "2", "--standalone", "-m", "partial_fc.cli", "doctor"]
     done = subprocess.run(command, env=ENVIRONMENT, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
@@ -180,9 +185,18 @@ def test_checkpoints_in_another_place(run, tmp_path):
 
 
 IN_A_NAMESPACE = """
-import sys
+import ctypes, subprocess, sys
 from partial_fc import cli
 _, config, *runs = sys.argv
+if ctypes.CDLL(None, use_errno=True).unshare(0x00020000):  # CLONE_NEWNS
+    raise OSError(ctypes.get_errno(), "unshare")
+for mount in (
+    "--make-rprivate /",
+    f"-t tmpfs -o size=8m tmpfs {runs[0]}",
+    f"-t tmpfs -o ro tmpfs {runs[1]}",
+    "-t tmpfs -o size=256k tmpfs /dev/shm",
+):
+    subprocess.run(["mount", *mount.split()], check=True)
 for run in runs:
     sys.argv = ["partial-fc", "doctor", config, f"run.dir={run}/run"]
     try:
@@ -192,22 +206,18 @@ for run in runs:
 """
 
 
+@pytest.mark.slow
 def test_no_room_for_checkpoints_and_little_shared_memory(glyphs_ci, tmp_path):
     """File systems that really are small, or read-only; mounted for these processes alone."""
-    mount = ["unshare", "--mount", "sh", "-e", "-c"]
-    allowed = shutil.which("unshare") and subprocess.run([*mount, "mount -t tmpfs tmpfs /mnt"], capture_output=True)
+    mount = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    allowed = shutil.which("unshare") and subprocess.run(mount, capture_output=True)
     if not allowed or allowed.returncode:
         pytest.skip("not run: mounting a tmpfs in a namespace of one's own is not permitted")
     small, read_only = tmp_path / "small", tmp_path / "read_only"
     small.mkdir()
     read_only.mkdir()
-    script = f"""
-        mount -t tmpfs -o size=8m tmpfs {small}
-        mount -t tmpfs -o ro tmpfs {read_only}
-        mount -t tmpfs -o size=256k tmpfs /dev/shm
-        exec "$@" """
-    command = [*mount, script, "sh", sys.executable, "-c", IN_A_NAMESPACE, str(CONFIG), str(small), str(read_only)]
-    done = subprocess.run(command, env=ENVIRONMENT, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
+    (tmp_path / "program.py").write_text(IN_A_NAMESPACE)
+    done = run_program(tmp_path / "program.py", CONFIG, small, read_only, timeout=100)
     first, second, _ = done.stdout.split("exit code 1\n")
     assert re.search(r"problem  disk: .* need 14.9 MiB, 8.0 MiB are free in .*/small: make room", first), first
     assert "problem  shared memory: 256 KiB of 256 KiB are free" in first and "--shm-size" in first
@@ -264,10 +274,12 @@ def test_clocks():
 # ---- speed
 
 
+@pytest.mark.slow
 def test_a_slow_reader_bounds_the_run(glyphs_ci, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    fast = reader.decode
-    monkeypatch.setattr(reader, "decode", lambda data: (time.sleep(0.3), fast(data))[1])
+    fast, decoded = reader.decode, count()
+    # the first 32 are looked at before anything is measured: 10 s
+    monkeypatch.setattr(reader, "decode", lambda data: (time.sleep(0.3 * (next(decoded) >= 32)), fast(data))[1])
     fine, said = ask("data.workers=0", "data.global_batch_size=4")
     line = said.splitlines()[-2]
     assert fine and line.startswith("warning  speed: ") and ": the reader bounds the run" in line, said
@@ -312,6 +324,7 @@ def out_of_memory(config: Path) -> tuple[bool, str]:
         return ask(config=config)
 
 
+@pytest.mark.slow
 def test_a_step_that_one_rank_alone_cannot_make(glyphs_ci):
     """The others do not wait for it in an all-reduce of gradients."""
     (fine, said), (fine_there, _) = run_ranks(out_of_memory, 2, CONFIG)
@@ -319,6 +332,7 @@ def test_a_step_that_one_rank_alone_cannot_make(glyphs_ci):
     assert re.search(r"problem  step: rank 1: \d+ images of 32 x 32 pixels do not fit the device's memory", said), said
 
 
+@pytest.mark.slow
 def test_what_one_rank_alone_finds(glyphs_ci):
     (fine, said), (fine_there, _) = run_ranks(another_file, 2, CONFIG)
     assert not fine and not fine_there
@@ -340,22 +354,23 @@ with distributed.job(float(sys.argv[1])) as device:
 """
 
 
-def test_a_rank_that_does_not_come_and_one_that_leaves():
+@pytest.mark.slow
+def test_a_rank_that_does_not_come_and_one_that_leaves(tmp_path):
     """Nobody waits for long, and the others say what happened."""
+    (tmp_path / "alone.py").write_text(ALONE)
 
-    def start(rank: int, port: int, seconds: int) -> subprocess.Popen:
+    def start(rank: int, port: int, seconds: int) -> Program:
         where = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-c", ALONE, str(seconds)]
-        return subprocess.Popen(command, env=ENVIRONMENT | where, stderr=subprocess.PIPE, text=True)
+        return Program(tmp_path / "alone.py", seconds, env=where)
 
     first, second = free_port(), free_port()
     alone, left, leaver = start(0, first, 2), start(0, second, 20), start(1, second, 20)
-    said = alone.communicate(timeout=60)[1]
+    said = alone.wait(60).stderr
     assert alone.returncode == 1, said
     assert f"error: rank 0 of 2 did not meet the others at 127.0.0.1:{first} within 2 s" in said
-    said = left.communicate(timeout=60)[1]
+    said = left.wait(60).stderr
     assert left.returncode == 1 and "error: rank 0 on " in said and "does not reach the others" in said
-    assert leaver.wait(60) == 3
+    assert leaver.wait(60).returncode == 3
 
 
 def free_port() -> int:

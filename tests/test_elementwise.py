@@ -1,41 +1,71 @@
 """The compiled elementwise parts: the same tests as the plain ones, where a compiler works."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch._inductor.config
 
 from partial_fc import CosFace, PartialFC
 from partial_fc.head import elementwise
+from tests.conftest import run_ranks
 from tests.dense import MARGINS, Case, assert_equals_dense
 from tests.test_partial_fc import assert_as_good_as_naive
 
+pytestmark = pytest.mark.slow
+
+
+# Inductor's settings, which change no kernel: compiled here and not in a process that loads torch for it (4 s of CPU in
+# each that compiles), and for the instructions of the CPU without a trial of each kind (13 s; AMX is still tried).
+CHEAPLY = {"compile_threads": 1, "cpp.vec_isa_ok": True}
+
+
+def compile_cheaply() -> None:
+    for name, value in CHEAPLY.items():
+        setattr(torch._inductor.config, name, value)
+
 
 @pytest.fixture(scope="module")
-def compiler() -> None:
-    if not elementwise.compiler_works("cpu"):
-        pytest.skip("not run: torch.compile does not work here (it needs a C++ compiler)")
+def compiler() -> Iterator[None]:
+    with torch._inductor.config.patch(CHEAPLY):
+        if not elementwise.compiler_works("cpu"):
+            pytest.skip("not run: torch.compile does not work here (it needs a C++ compiler)")
+        yield
 
 
 needs_compiler = pytest.mark.usefixtures("compiler")
 COMPILED = dict(compile=True)
 
 
-@needs_compiler
-@pytest.mark.parametrize("rate", [1.0, 0.3])
-@pytest.mark.parametrize("margin", MARGINS)
-def test_compiled_equals_dense(margin, rate):
-    assert_equals_dense(Case(margin, sample_rate=rate, sizes=(3, 1), head=COMPILED))
+# In `make test`: with a bias and without, with lengths and without, with a maximum and without, at both rates. A graph
+# costs 2.5 s, on two ranks 4 s; so one of them runs on two.
+SOON = [("softmax", 0.3, (3, 1)), ("cosface", 1.0, (6,)), ("cosface-unnormalized", 0.3, (6,))]
+LATER = [(margin, rate, (3, 1)) for margin in MARGINS for rate in (1.0, 0.3) if (margin, rate) != ("softmax", 0.3)]
+
+
+def soaked(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.soak("compiled"))
 
 
 @needs_compiler
-def test_compiled_adamw_and_cache_equal_dense():
+@pytest.mark.parametrize("margin, rate, sizes", [*SOON, *(soaked(*case) for case in LATER)])
+def test_compiled_equals_dense(margin, rate, sizes):
+    if len(sizes) > 1:
+        run_ranks(compile_cheaply, len(sizes))
+    assert_equals_dense(Case(margin, sample_rate=rate, sizes=sizes, head=COMPILED))
+
+
+@needs_compiler
+@pytest.mark.parametrize("sizes", [(6,), soaked((3, 1))])
+def test_compiled_adamw_and_cache_equal_dense(sizes):
     hyper = dict(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
     options = dict(cache_bytes=100 * 8, cache_dtype=torch.float64, **COMPILED)
-    assert_equals_dense(Case("arcface", sizes=(3, 1), forwards=2, optimizer="adamw", hyper=hyper, head=options))
+    assert_equals_dense(Case("arcface", sizes=sizes, forwards=2, optimizer="adamw", hyper=hyper, head=options))
 
 
 @needs_compiler
 @pytest.mark.parametrize("inputs", ["random", "trained"])
-@pytest.mark.parametrize("margin", ["cosface", "arcface", "biased", "cosface-s200"])
+@pytest.mark.parametrize("margin", ["cosface", "arcface", soaked("biased"), "cosface-s200"])
 def test_compiled_float32_is_as_good_as_naive_float32(margin, inputs):
     assert_as_good_as_naive(MARGINS[margin], inputs, **COMPILED)
 

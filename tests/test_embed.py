@@ -141,8 +141,13 @@ def evaluate(folder):
     return evaluate_sets(backbone(), sets, batch_size=8, seed=4, **OPTIONS)
 
 
-def test_a_result_is_what_its_parts_measure(data):
-    result = evaluate(data)["plain"]
+@pytest.fixture(scope="module")
+def results(data) -> dict:
+    return evaluate(data)
+
+
+def test_a_result_is_what_its_parts_measure(data, results):
+    result = results["plain"]
     index, embeddings = load_index(data / "set"), embed_set(data / "set", 8)
     pairs = all_pairs(embeddings, index.label, max_far=1e-3)
     tar, threshold, reached = pairs.tar_at_far(1e-3)
@@ -157,8 +162,8 @@ def test_a_result_is_what_its_parts_measure(data):
     assert 0.5 < result["fold_accuracy"] <= 1
 
 
-def test_scores_of_the_examples_are_those_of_their_samples(data):
-    result = evaluate(data)["plain"]
+def test_scores_of_the_examples_are_those_of_their_samples(data, results):
+    result = results["plain"]
     labels, embeddings = load_index(data / "set").label, embed_set(data / "set", 8)
     for group, examples in result["examples"].items():
         for pair in examples:
@@ -173,8 +178,7 @@ def test_scores_of_the_examples_are_those_of_their_samples(data):
     assert hardest[6]["score"] == pytest.approx(scores[~different].min(), abs=1e-6)
 
 
-def test_distractors_enlarge_the_gallery_alone(data):
-    results = evaluate(data)
+def test_distractors_enlarge_the_gallery_alone(results):
     plain, large = results["plain"], results["large"]
     assert large["num_distractors"] == 11  # one sample of each identity
     assert plain["num_distractors"] == 0
@@ -183,8 +187,7 @@ def test_distractors_enlarge_the_gallery_alone(data):
     assert {key: plain[key] for key in verification} == {key: large[key] for key in verification}
 
 
-def test_what_a_small_set_cannot_show_is_null_and_said_so(data):
-    results = evaluate(data)
+def test_what_a_small_set_cannot_show_is_null_and_said_so(results):
     tiny = results["tiny"]  # 6 samples: 12 impostor pairs
     assert tiny["tar_at_far"] == {"0.001": None, "0.0001": None, "1e-05": None}
     assert tiny["fold_accuracy"] is None
@@ -199,17 +202,17 @@ def test_what_a_small_set_cannot_show_is_null_and_said_so(data):
     assert ["trained", "–", "–", "–", "–", f"{tiny['rank1']:.4f}", "–"] in rows
 
 
-def test_results_are_json_and_the_same_on_any_number_of_ranks(data):
-    wanted = evaluate(data)
-    assert json.loads(json.dumps(wanted, allow_nan=False)) == wanted
+@pytest.mark.slow
+def test_results_are_json_and_the_same_on_any_number_of_ranks(data, results):
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
     for world_size in (2, 3):
-        assert run_ranks(evaluate, world_size, data) == [wanted] * world_size
+        assert run_ranks(evaluate, world_size, data) == [results] * world_size
 
 
-def test_one_set_alone(data):
+def test_one_set_alone(data, results):
     index, distractors = load_index(data / "set"), load_index(data / "distractors")
     alone = evaluate_set(backbone(), index, distractors, batch_size=8, seed=4, **OPTIONS)
-    assert alone == evaluate(data)["large"]
+    assert alone == results["large"]
 
 
 def test_verification_of_perfect_embeddings():

@@ -32,6 +32,7 @@ from partial_fc.head.partition import class_range
 from partial_fc.study.plan import digest
 from tests.conftest import REPOSITORY
 from tests.dense import EMBEDDING_LOSSES, EXACT, Case, assert_equals_dense, error, naive_distance, naive_loss
+from tests.pairwise import pairwise
 
 CLASSES, DIM = 11, 5
 LOSSES: dict[str, EmbeddingLoss] = {
@@ -296,14 +297,22 @@ def test_loss_and_update_use_the_same_difference():
 # ---- on the head
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("losses", [*[(name,) for name in EMBEDDING_LOSSES], tuple(EMBEDDING_LOSSES)], ids="+".join)
-def test_on_the_head_equals_dense(losses, world_size):
+HEADS = {
+    "plain": Case("cosface"),
+    "more": Case("softmax", sample_rate=0.3, forwards=2, dropout=0.5, loss_scale=8.0),
+}
+
+
+@pairwise(
+    "dense",
+    losses=[*[(name,) for name in EMBEDDING_LOSSES], tuple(EMBEDDING_LOSSES)],
+    world_size=[1, 2, 3, 4],
+    head=HEADS,
+)
+def test_on_the_head_equals_dense(losses, world_size, head):
     """Loss, gradients, class and feature centers of several steps; micro-batches, dropout for the head alone."""
     sizes = {1: (9,), 2: (4, 5), 3: (5, 0, 4), 4: (2, 3, 3, 1)}[world_size]
-    options = dict(sizes=sizes, num_classes=5, embedding_losses=losses, steps=3)
-    assert_equals_dense(Case("cosface", **options))
-    assert_equals_dense(Case("softmax", sample_rate=0.3, forwards=2, dropout=0.5, loss_scale=8.0, **options))
+    assert_equals_dense(replace(HEADS[head], sizes=sizes, num_classes=5, embedding_losses=losses, steps=3))
 
 
 def test_a_skipped_step_leaves_the_feature_centers():

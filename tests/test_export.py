@@ -2,11 +2,8 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -21,6 +18,11 @@ from torch import nn
 
 from partial_fc import ArcFace, Softmax, SubCenterArcFace, checkpoint, load_backbone, load_image
 from partial_fc.backbone import build
+from partial_fc.backbone.iresnet import Block
+from partial_fc.backbone.mobilefacenet import Bottleneck
+from partial_fc.backbone.net import EmbeddingNet
+from partial_fc.backbone.smallnet import StandardizedConv2d
+from partial_fc.backbone.spherenet import Residual
 from partial_fc.data.reader import images_in_order
 from partial_fc.data.shards import load_index
 from partial_fc.evaluate.embed import embed
@@ -35,6 +37,7 @@ from partial_fc.export.run import export_run
 from partial_fc.parallel.distributed import RunError
 from partial_fc.prepare.folder import prepare_folder
 from tests.conftest import REPOSITORY, run_ranks
+from tests.processes import run_program
 from tests.test_checkpoint import ADAMW, save_here
 from tests.test_cli import partial_fc
 from tests.test_train import train_here
@@ -142,6 +145,7 @@ def test_nothing_names_this_machine(run, exported):
     assert (exported / "model.safetensors").stat().st_mode == (exported / "config.json").stat().st_mode
 
 
+@pytest.mark.slow
 def test_a_folder_is_whole_or_not_there(run, exported, tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="exported exists"):
         export_run(run, exported)
@@ -151,6 +155,7 @@ def test_a_folder_is_whole_or_not_there(run, exported, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_images_to_check_with(run, images, tmp_path):
     """The run's own sets; where they are not here, what is given."""
     moved = tmp_path / "run" / "checkpoints" / "step_00000012"
@@ -217,6 +222,7 @@ def test_what_is_no_folder(name):
         load_backbone(name)
 
 
+@pytest.mark.slow
 def test_the_hub(exported, images, tmp_path):
     """huggingface_hub itself, offline, on a cache with one repository."""
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -234,9 +240,10 @@ except ValueError as error:
     print(error)
 """
     torch.save(images, tmp_path / "images.pt")
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program, str(tmp_path / "images.pt"), str(tmp_path / "out.pt")]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    (tmp_path / "program.py").write_text(program)
+    environment = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}  # read when huggingface_hub is loaded
+    words = (tmp_path / "program.py", tmp_path / "images.pt", tmp_path / "out.pt")
+    done = run_program(*words, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "owner/other is no folder here, and the Hugging Face hub did not give it" in done.stdout
     with torch.no_grad():
@@ -254,46 +261,95 @@ def test_pixels_must_be_bytes(exported, images):
 # ---- ONNX and torch.export
 
 
-@pytest.mark.parametrize("batch", [1, 3, 20])
-def test_onnx_and_torch_export_take_any_batch_of_bytes(exported, images, batch):
-    with torch.no_grad():
-        wanted = load_backbone(exported)(images[:batch]).numpy()
+def test_onnx_and_torch_export_take_any_batch_of_bytes(exported, images):
+    model = load_backbone(exported)
     session = onnxruntime.InferenceSession(exported / "model.onnx", providers=["CPUExecutionProvider"])
     (entrance,), (exit_,) = session.get_inputs(), session.get_outputs()
     assert (entrance.name, entrance.type, entrance.shape) == ("images", "tensor(uint8)", ["batch", 3, 32, 32])
     assert (exit_.name, exit_.shape) == ("embeddings", ["batch", 64])
-    got = session.run(None, {"images": images[:batch].numpy()})[0]
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6)
     loaded = torch.export.load(exported / "model.pt2").module()
-    np.testing.assert_allclose(loaded(images[:batch]).detach().numpy(), wanted, rtol=0, atol=2e-6)
+    for batch in (1, 3, 20):
+        with torch.no_grad():
+            wanted = model(images[:batch]).numpy()
+        got = session.run(None, {"images": images[:batch].numpy()})[0]
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(loaded(images[:batch]).detach().numpy(), wanted, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name, size", [("spherenet20", (48, 32)), ("resnet28", (48, 48)), ("iresnet18", (32, 32))])
-def test_every_other_backbone(images, tmp_path, monkeypatch, name, size):
-    """Untrained; checked inside on real images, and here against what is computed by hand in float64."""
-    if name == "iresnet18":  # as if it were larger than 2 GiB
-        monkeypatch.setattr(formats, "_IN_ONE_FILE", 0)
-    torch.manual_seed(0)
-    net = build(name, 8, size).eval()
+SIZES = {"spherenet20": (48, 32), "resnet28": (48, 48), "iresnet18": (32, 32), "mobilefacenet": (32, 32)}
+
+
+def every_layer() -> EmbeddingNet:
+    """A small net of the layers and units of all backbones, for images of 48 x 32."""
+    features = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.PReLU(8), nn.MaxPool2d(2)),  # 23 x 15
+        *(StandardizedConv2d(8, 16, 3, 2, padding=1, bias=False), nn.GroupNorm(1, 16)),  # 12 x 8
+        *(StandardizedConv2d(16, 16, 3, padding=1, bias=False), nn.Conv2d(16, 16, 3, 2, padding=1)),  # 6 x 4
+        *(Residual(16), Block(16, 16, 1), Block(16, 16, 2)),  # 3 x 2
+        *(Bottleneck(16, 32, 16, 1), Bottleneck(16, 32, 16, 2)),  # 2 x 1
+        nn.Conv2d(16, 16, (2, 1), groups=16, bias=False),
+    )
+    return EmbeddingNet(features, 16, 8, (48, 32), batch_norm=True, last_map=(1, 1))
+
+
+def kinds(net: nn.Module) -> set[tuple]:
+    """Its layers, with their options that change a graph."""
+    options = ("stride", "bias", "affine", "track_running_stats", "ceil_mode")
+    found = set()
+    for layer in net.modules():
+        if not [*layer.children()]:
+            values = {name: getattr(layer, name, None) for name in options}
+            values["bias"] = values["bias"] is not None
+            found.add((type(layer), getattr(layer, "groups", 1) > 1, *values.values()))
+    return found
+
+
+def assert_both_formats(net: EmbeddingNet, images: torch.Tensor, folder: Path) -> None:
+    """Checked inside on real images, and here against what is computed by hand in float64."""
+    size = net.image_size
     config = {"image_size": size, "backbone": {"embedding_dim": 8}}
-    model = Embedder(net, (120, 130, 140), (60, 70, 80), False, config).eval()
+    model = Embedder(net.eval(), (120, 130, 140), (60, 70, 80), False, config).eval()
     pictures = nn.functional.interpolate(images[:5], size=size)
-    assert write_onnx(model, tmp_path / "model.onnx", pictures) < 1e-5
-    assert write_torch_export(model, tmp_path / "model.pt2", pictures) < 1e-5
-    assert (tmp_path / "model.onnx.data").exists() == (name == "iresnet18")
+    assert write_onnx(model, folder / "model.onnx", pictures) < 1e-5
+    assert write_torch_export(model, folder / "model.pt2", pictures) < 1e-5
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in ((120, 130, 140), (60, 70, 80)))
     with torch.no_grad():
         wanted = nn.functional.normalize(net.double()((pictures.double() - mean) / std))
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     got = session.run(None, {"images": pictures[:4].numpy()})[0]
     np.testing.assert_allclose(got, wanted[:4].numpy(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_every_layer_of_every_backbone(images, tmp_path, monkeypatch):
+    """Untrained, in one net, as if that were larger than 2 GiB."""
+    monkeypatch.setattr(formats, "_IN_ONE_FILE", 0)
+    torch.manual_seed(0)
+    net = every_layer()
+    with torch.device("meta"):
+        backbones = [build(name, 8, (48, 48)) for name in (*SIZES, "smallnet")]
+    assert set().union(*map(kinds, backbones)) <= kinds(net)
+    assert_both_formats(net, images, tmp_path)
+    assert (tmp_path / "model.onnx.data").exists()
+
+
+@pytest.mark.soak("export")
+@pytest.mark.parametrize("name", SIZES)
+def test_every_other_backbone(images, tmp_path, monkeypatch, name):
+    """Untrained."""
+    if name == "iresnet18":  # as if it were larger than 2 GiB
+        monkeypatch.setattr(formats, "_IN_ONE_FILE", 0)
+    torch.manual_seed(0)
+    assert_both_formats(build(name, 8, SIZES[name]), images, tmp_path)
+    assert (tmp_path / "model.onnx.data").exists() == (name == "iresnet18")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [write_onnx, write_torch_export])
 def test_a_file_that_gives_other_embeddings_is_removed(images, tmp_path, monkeypatch, write):
     monkeypatch.setattr(formats, "_IN_ONE_FILE", 0)  # its second file goes, too
     config = {"image_size": (32, 32), "backbone": {"embedding_dim": 8}}
-    net = build("smallnet", 8, (32, 32))
+    net = EmbeddingNet(nn.Conv2d(3, 8, 16, stride=16), 8, 8, (32, 32))
     model = Embedder(net, (0, 0, 0), (1, 1, 1), False, config).eval()
     net.linear.bias.data.fill_(torch.nan)  # a difference that is no number is not below the tolerance
     with pytest.raises(ValueError, match="was not kept: .* differ from the eager model's by up to nan"):
@@ -301,6 +357,7 @@ def test_a_file_that_gives_other_embeddings_is_removed(images, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_embeddings_that_overflow_prove_nothing(run, photos, images, tmp_path):
     """Their length is inf, so that normalized they are 0 in every format."""
     model = open_model(run)
@@ -434,6 +491,7 @@ def test_what_cannot_be_read_is_left_out_counted_and_named(exported, photos, tmp
     assert "left out: 1 empty, 1 undecodable, 1 unreadable, see " in said and "; 1 files are not named like" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".npy", ".safetensors"])
 def test_the_files_are_the_same_at_any_number_of_ranks(exported, photos, tmp_path, ending):
     for world_size in (1, 2, 3):
@@ -489,6 +547,7 @@ def test_errors_are_the_same_on_every_rank_and_leave_nothing(exported, photos, t
 # ---- as it is typed
 
 
+@pytest.mark.slow
 def test_export_and_embed_as_typed(run, photos, glyphs_ci, tmp_path):
     said = partial_fc("export", run, tmp_path / "out", "--gallery", "--formats", "torch-export")
     assert "model.pt2: largest difference from the eager model " in said and "smallnet of step 12" in said
@@ -501,15 +560,14 @@ def test_export_and_embed_as_typed(run, photos, glyphs_ci, tmp_path):
     assert "error: nowhere holds no complete checkpoint" in partial_fc("export", "nowhere", tmp_path / "x", code=1)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_readme(exported, photos, tmp_path):
     section = (REPOSITORY / "README.md").read_text().partition("\n## Export")[2].partition("\n## ")[0]
     (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(program.splitlines()) <= 20
     (tmp_path / "compare.py").write_text(program)
     paths = [photos / "00" / "ä b.png", photos / "01" / "deep" / "ä b.png"]
-    command = [sys.executable, tmp_path / "compare.py", exported, *paths]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120)
+    done = run_program(tmp_path / "compare.py", exported, *paths, timeout=120)
     assert done.returncode == 0, done.stderr
     embed_here(exported, photos, tmp_path / "out.npy")
     first, second = np.load(tmp_path / "out.npy")[:2]

@@ -25,7 +25,7 @@ from partial_fc.prepare.fashion_mnist import CLASSES, PACKAGE, fetch_fashion_mni
 from partial_fc.prepare.packages import cache_folder
 from partial_fc.report.runs import Run
 from tests.conftest import REPOSITORY, run_ranks
-from tests.test_cli import partial_fc
+from tests.processes import run_program
 from tests.test_train import config_for, train_here
 
 ANGLES = np.linspace(0, math.pi, 181)
@@ -41,6 +41,7 @@ def saved(tmp_path):
         for ending, begin in (("png", PNG), ("svg", b"<?xml")):
             path = tmp_path / f"figure.{ending}"
             style.save(figure, path)
+            figure.set_layout_engine("none")  # it is laid out: half the time of a picture
             data = path.read_bytes()
             assert data.startswith(begin) and len(data) > 5000
 
@@ -443,6 +444,7 @@ def test_the_colors_are_the_reports():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [psi.draw_psi, boundaries.draw_boundaries, boundaries.draw_circle])
 def test_all_margins_can_be_drawn(draw, saved):
     saved(draw(parse_margins(ALL)))
@@ -453,6 +455,7 @@ def test_gradients_can_be_drawn(saved):
     saved(gradient.draw_gradient(parse_margins("softmax;cosface"), classes=10))
 
 
+@pytest.mark.slow
 def test_features_and_cosines_can_be_drawn(toys, saved):
     labels, names = toys["images"].test_labels.numpy(), toys["images"].names
     saved(features.draw_plane(toys[2], labels, names))
@@ -497,6 +500,7 @@ def run_of(name: str, **sets: dict) -> Run:
     return Run(name, Path(name), "", {}, [], evaluation)
 
 
+@pytest.mark.slow
 def test_roc_and_cmc_are_the_evaluations(saved):
     one = verification.curves_of([run_of("one", P1=result_of(0.5), P3=result_of(0.4))])
     assert {title: [label for label, _ in curves] for title, curves in one.items()} == {"one": ["P1", "P3"]}
@@ -556,7 +560,9 @@ def test_a_folder_without_checkpoints_is_said(tmp_path):
         checkpoints.run_cosines(tmp_path)
 
 
-def test_figures_of_a_run(run, tmp_path, capsys):
+@pytest.mark.slow
+def test_figures_of_a_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "IMAGES", 20)  # of 7 qualities each
     with pytest.raises(ValueError, match="not drawn: roc: it needs the folder of a run that was evaluated"):
         draw_figures(tmp_path, only=["quality", "cosines", "roc"], runs=[run])
     assert {path.name for path in tmp_path.iterdir()} == {"quality.png", "cosines.png", "index.html"}
@@ -569,6 +575,7 @@ def test_figures_of_a_run(run, tmp_path, capsys):
 # ---- the command
 
 
+@pytest.mark.slow
 def test_everything_without_a_run(data, tmp_path):
     out = tmp_path / "new" / "figures"
     drawn = draw_figures(out, fashion_mnist=data, epochs=1)
@@ -596,9 +603,13 @@ def test_the_same_figure_is_the_same_file(tmp_path):
         assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_as_it_is_typed(tmp_path, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
-    said = partial_fc("figures", tmp_path, "--only", "psi,circle", "--margins", "cosface:margin=0.2;arcface")
+    typed = ("figures", tmp_path, "--only", "psi,circle", "--margins", "cosface:margin=0.2;arcface")
+    done = run_program("partial-fc", *typed)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
     assert f"page: {tmp_path}/index.html" in said and f"{tmp_path}/psi.png: The target's logit" in said
     assert (tmp_path / "circle.png").read_bytes().startswith(PNG)
 

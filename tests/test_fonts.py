@@ -103,24 +103,21 @@ def test_a_second_run_waits_for_the_first(tmp_path, capsys):
     assert "another process is fetching packages" in capsys.readouterr().out
 
 
-def test_a_package_is_fetched_once(tmp_path, monkeypatch, apt):
+@pytest.mark.slow
+def test_a_package_is_fetched_once_and_again_if_it_was_cut_off_while_unpacking(tmp_path, monkeypatch, apt):
     use_packages(monkeypatch, PACKAGE)
+    partial = tmp_path / "small" / f"{PACKAGE}.partial"
+    partial.mkdir(parents=True)
+    (partial / "half.ttf").write_bytes(b"\0\1\0\0")
     folder = fetch_fonts("small", tmp_path)
-    assert font_files(folder / PACKAGE) == ["MTLc3m.ttf"]
+    assert font_files(folder) == font_files(folder / PACKAGE) == ["MTLc3m.ttf"]
     assert not list(folder.rglob("*.deb")) and not list(folder.glob("*.partial"))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert fetch_fonts("small", tmp_path) == folder
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_a_package_cut_off_while_unpacking_is_fetched_again(tmp_path, monkeypatch, apt):
-    use_packages(monkeypatch, PACKAGE)
-    partial = tmp_path / "small" / f"{PACKAGE}.partial"
-    partial.mkdir(parents=True)
-    (partial / "half.ttf").write_bytes(b"\0\1\0\0")
-    assert font_files(fetch_fonts("small", tmp_path)) == ["MTLc3m.ttf"]
-
-
+@pytest.mark.slow
 def test_without_package_lists_apt_gets_its_own_and_a_missing_package_is_named(tmp_path, monkeypatch, apt):
     (tmp_path / "nothing" / "partial").mkdir(parents=True)
     configuration = tmp_path / "system.conf"

@@ -72,6 +72,7 @@ TRIPLETS = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_with_triplets_is_the_same_at_any_number_of_ranks_and_resumed(glyphs_ci, tmp_path):
     two, three, resumed = (tmp_path / name for name in ("two", "three", "resumed"))
     run_ranks(train_here, 2, two, glyphs_ci / "train", *TRIPLETS)

@@ -50,6 +50,7 @@ def test_any_number_of_ranks_and_chunk_gives_the_same(world_size):
         assert run_ranks(case, world_size, 80, 10, 33, 1, chunk) == [wanted] * world_size
 
 
+@pytest.mark.slow
 def test_fewer_probes_than_ranks():
     wanted = case(3, 1, 5, 0, 1000)
     assert wanted[1] == 2

@@ -101,6 +101,7 @@ def check_not_a_number(device: str) -> None:
             assert sums.isnan().all() if broken == "weight" else sums[3].isnan(), (payload, broken)
 
 
+@pytest.mark.slow
 def test_on_a_cpu_by_the_interpreter():
     pytest.importorskip("triton", reason="not run: no Triton here")
     # it has no products of bfloat16

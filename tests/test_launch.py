@@ -1,10 +1,15 @@
-"""torchrun on one node and on two: two hosts here are two network namespaces with a cable between them."""
+"""torchrun on one node and on two: two hosts here are two network namespaces with a cable between them.
+
+In `make test` its agents are forked from a server that has loaded torch, and fork their workers, as torchrun itself
+offers (--run-path --start-method=fork): 25 s of imports saved. In `make soak` all are real interpreters.
+"""
 
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,13 +17,46 @@ import torch.distributed as dist
 
 from partial_fc.parallel import distributed
 from tests.conftest import REPOSITORY, run_ranks
-from tests.test_train import CONFIG, QUICK, checksums, curve, finish, train_here, wait_for_step, workers
+from tests.processes import Program
+from tests.test_train import CONFIG, QUICK, checksums, curve, finish, train_here, wait_for_step
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-OPTIONS = (*QUICK, "evaluate.sets={}")
+OPTIONS = (*QUICK, "evaluate.sets={}", "run.steps=22")
+
+AGENT = """
+import ctypes, os, sys
+_, namespace, *words = sys.argv
+if namespace:  # as `ip netns exec`; CLONE_NEWNET
+    inside = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    if ctypes.CDLL(None, use_errno=True).setns(inside, 0x40000000):
+        raise OSError(ctypes.get_errno(), "setns")
+from torch.distributed.run import main
+main(["--run-path", "--start-method=fork", *words])
+"""
 
 
-def torchrun(options: tuple[str, ...], run: Path, *before: str, **environment: str) -> subprocess.Popen:
+class Agent(Program):
+    """torchrun in a forked process, and forked workers."""
+
+    def __init__(self, options: tuple[str, ...], run: Path, namespace: str = "", **environment: str):
+        script = run.with_name(f"agent_{namespace}.py")
+        script.write_text(AGENT)
+        words = (*options, "launch/train.py", CONFIG, *OPTIONS, f"run.dir={run}")
+        log = str(run.with_name(f"agent_{namespace}.log"))
+        super().__init__(script, namespace, *words, env=environment, output=log)
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def communicate(self, timeout: float = 200) -> tuple[str, None]:
+        return self.wait(timeout).stdout, None
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def torchrun(options: tuple[str, ...], run: Path, namespace: str = "", **environment: str) -> subprocess.Popen:
+    before = ("ip", "netns", "exec", namespace) if namespace else ()
     command = [*before, *TORCHRUN, *options, "launch/train.py", str(CONFIG), *OPTIONS, f"run.dir={run}"]
     return subprocess.Popen(
         command,
@@ -28,6 +66,9 @@ def torchrun(options: tuple[str, ...], run: Path, *before: str, **environment: s
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+Start = Callable[..., Agent | subprocess.Popen]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +85,15 @@ def whole(glyphs_ci, tmp_path_factory) -> dict[int, Path]:
     return Runs()
 
 
-def test_torchrun_restarts_a_killed_worker_and_the_run_is_the_same(whole, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [Agent, pytest.param(torchrun, marks=pytest.mark.soak("launch"))])
+def test_torchrun_restarts_a_killed_worker_and_the_run_is_the_same(whole, tmp_path, start):
     """In one more attempt, without a variable in the environment."""
     run = tmp_path / "run"
-    process = torchrun(("--standalone", "--nproc_per_node=2", "--max-restarts=3"), run)
+    process = start(("--standalone", "--nproc_per_node=2", "--max-restarts=3"), run)
     wait_for_step(run, 13, process)
-    os.kill(workers(process.pid)[1], signal.SIGKILL)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
     output = finish(process)
     assert output.count("from the start") == 1 and output.count(f"from {run}/checkpoints/step_00000010") == 1, output
     assert output.count("failed (exitcode") == 1, output  # the kill; an attempt that did not come up would be another
@@ -98,7 +142,7 @@ class Hosts:
             self.close()
             raise
 
-    def start(self, host: int, run: Path, processes: int, *options: str) -> subprocess.Popen:
+    def start(self, start: Start, host: int, run: Path, processes: int, *options: str) -> Agent | subprocess.Popen:
         """launch/README.md's command for one of several nodes, on this host."""
         given = (
             "--nnodes=2",
@@ -110,9 +154,8 @@ class Hosts:
             *(["--rdzv-conf=is_host=1"] if host == 0 else []),
             *options,
         )
-        inside = ("ip", "netns", "exec", self.names[host])
         restarts = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if options else {}
-        return torchrun(given, run, *inside, GLOO_SOCKET_IFNAME=self.CARD, **restarts)
+        return start(given, run, self.names[host], GLOO_SOCKET_IFNAME=self.CARD, **restarts)
 
     def kill(self, host: int) -> None:
         """All processes of a host at once."""
@@ -148,23 +191,27 @@ def hosts():
     hosts.close()
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.soak)])
-def test_two_nodes_are_the_same_run_as_one(hosts, whole, tmp_path, processes):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "start, processes",
+    [(Agent, 1), *(pytest.param(torchrun, number, marks=pytest.mark.soak("launch")) for number in (1, 2))],
+)
+def test_two_nodes_are_the_same_run_as_one(hosts, whole, tmp_path, start, processes):
     run = tmp_path / "run"
-    agents = [hosts.start(host, run, processes) for host in range(2)]
+    agents = [hosts.start(start, host, run, processes) for host in range(2)]
     outputs = [finish(agent) for agent in agents]
     assert f"{2 * processes} ranks on cpu" in outputs[0]
     assert checksums(run) == checksums(whole[2 * processes]) and curve(run) == curve(whole[2 * processes])
 
 
-@pytest.mark.soak
+@pytest.mark.soak("launch")
 def test_a_lost_node_started_again_and_the_run_is_the_same(hosts, whole, tmp_path):
     run = tmp_path / "run"
-    first, second = (hosts.start(host, run, 1, "--max-restarts=3") for host in range(2))
+    first, second = (hosts.start(torchrun, host, run, 1, "--max-restarts=3") for host in range(2))
     wait_for_step(run, 13, first)
     hosts.kill(1)
     second.communicate(timeout=60)
-    second = hosts.start(1, run, 1, "--max-restarts=3")
+    second = hosts.start(torchrun, 1, run, 1, "--max-restarts=3")
     output = finish(first)
     finish(second)
     assert f"from {run}/checkpoints/step_00000010" in output

@@ -45,6 +45,7 @@ from tests.dense import (
     naive_target_logit,
     seen_by,
 )
+from tests.pairwise import pairwise
 from tests.test_partial_fc import SIZES, assert_as_good_as_naive, set_centers
 
 TARGETS = {name: full(margin) for name, margin in ALL_MARGINS.items()}  # for the function of the target alone
@@ -314,14 +315,13 @@ def test_errors(make, message):
 # ---- on the head: those that look at more than the cosine, and new factors; test_partial_fc has the others
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("rate", [1.0, 0.1])
-@pytest.mark.parametrize("margin", MORE_MARGINS)
+@pairwise("dense", margin=MORE_MARGINS, rate=[1.0, 0.1], world_size=[1, 2, 3, 4])
 def test_equals_dense(margin, rate, world_size):
     """As in test_partial_fc; lambda falls, running statistics run, margins are drawn anew in every step."""
     assert_equals_dense(Case(margin, sample_rate=rate, sizes=SIZES[world_size], steps=6 if rate < 1 else 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -384,6 +384,7 @@ def statistics_of(sizes: tuple[int, ...], padded_size: int | None, skip: int | N
     return head.statistics, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(7,), (2, 5), (5, 0, 2), (0, 6, 0, 1)])
 @pytest.mark.parametrize("padded_size", [None, 9])
 def test_statistics_are_equal_on_all_ranks_and_whatever_the_padding(sizes, padded_size):
@@ -489,6 +490,7 @@ def warned() -> int:
     return len(caught)
 
 
+@pytest.mark.slow
 def test_one_rank_warns():
     assert run_ranks(warned, 3) == [1, 0, 0]
 

@@ -108,6 +108,7 @@ def test_the_numbers_of_a_batch():
     assert all(math.isnan(value) for value in nobody.numbers().values()) and nobody.mean_cosine() == 0
 
 
+@pytest.mark.slow
 def test_what_a_head_observes_is_true_at_two_ranks():
     for seen, cosine, norm, length in run_ranks(observed, 2):
         assert seen["target_cosine"] == pytest.approx(cosine, abs=1e-6)
@@ -153,6 +154,7 @@ def write_row(metrics: Metrics) -> None:
     metrics.row(10, ranks=RankTimes.gather(phases), **numbers)
 
 
+@pytest.mark.slow
 def test_wandb_that_fails_costs_what_it_tracks_and_not_the_run(tmp_path, capsys):
     metrics = open_metrics(tmp_path, "offline")
     metrics.wandb.finish()  # it raises at every call from now on

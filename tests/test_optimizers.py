@@ -5,17 +5,18 @@ import torch
 
 from partial_fc import CosFace, PartialFC
 from tests.dense import MARGINS, Case, assert_equals_dense
+from tests.pairwise import pairwise
 
 ADAMW = dict(optimizer="adamw", hyper=dict(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1))
 
 
-@pytest.mark.parametrize("sizes", [(6,), (3, 1, 2)])
-@pytest.mark.parametrize("rate", [1.0, 0.1])
-@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.slow
+@pairwise("dense", margin=MARGINS, rate=[1.0, 0.1], sizes=[(6,), (3, 1, 2)])
 def test_adamw_equals_dense(margin, rate, sizes):
     assert_equals_dense(Case(margin, sample_rate=rate, sizes=sizes, steps=5, **ADAMW))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

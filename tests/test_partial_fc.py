@@ -13,23 +13,23 @@ from partial_fc.head.forward import _bounded
 from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
 from tests.dense import ALL_MARGINS, EXACT, MARGINS, Case, HeadLoss, assert_equals_dense, dense_logits, error
+from tests.pairwise import pairwise
 
 SIZES = {1: (6,), 2: (2, 5), 3: (3, 1, 2), 4: (1, 2, 2, 3)}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("rate", [1.0, 0.1])
-@pytest.mark.parametrize("margin", MARGINS)
+@pairwise("dense", margin=MARGINS, rate=[1.0, 0.1], world_size=[1, 2, 3, 4])
 def test_equals_dense(margin, rate, world_size):
     """Uneven classes (23 over 2, 3, 4 ranks), uneven batches; at rate 0.1 against dense SGD over all rows."""
     assert_equals_dense(Case(margin, sample_rate=rate, sizes=SIZES[world_size], steps=6 if rate < 1 else 3))
 
 
-@pytest.mark.parametrize("rate", [1.0, 0.3])
-@pytest.mark.parametrize("margin", ["softmax", "arcface"])
-@pytest.mark.parametrize(
-    "changes",
-    [
+@pytest.mark.slow
+@pairwise(
+    "dense",
+    rate=[1.0, 0.3],
+    margin=["softmax", "arcface"],
+    changes=[
         dict(num_classes=2, sizes=(1, 2, 2, 3)),  # C < W: two ranks own nothing
         dict(num_classes=1, sizes=(2, 1)),  # no negatives at all
         dict(labels="one_rank"),
@@ -43,13 +43,13 @@ def test_equals_dense(margin, rate, world_size):
         dict(forwards=2),
         dict(forwards=3, loss_scale=8.0, loss_factor=0.5, auxiliary=True),
     ],
-    ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
 )
 def test_equals_dense_in_awkward_cases(changes, margin, rate):
     case = replace(Case(margin, sample_rate=rate, sizes=(3, 1, 2)), **changes)
     assert_equals_dense(case)
 
 
+@pytest.mark.slow
 def test_many_steps_of_catch_up_equal_dense():
     """40 updates at rate 0.1 with a changing learning rate: a catch-up applied twice is off by 35 % here."""
     assert_equals_dense(Case("cosface", num_classes=101, sample_rate=0.1, sizes=(4, 4), steps=40))
@@ -98,9 +98,7 @@ def dense_once(margin, x, weight, labels, dtype):
     return loss.detach(), x.grad, weight.grad
 
 
-@pytest.mark.parametrize("chunk", [128, 2048])
-@pytest.mark.parametrize("inputs", ["random", "trained"])
-@pytest.mark.parametrize("margin", MARGINS)
+@pairwise("float32", margin=MARGINS, inputs=["random", "trained"], chunk=[128, 2048])
 def test_float32_is_as_good_as_naive_float32(margin, inputs, chunk):
     assert_as_good_as_naive(MARGINS[margin], inputs, chunk=chunk)
 
@@ -162,9 +160,12 @@ def extreme_inputs(kind: str, batch: int, num_classes: int, dim: int, seed: int)
     return x, weight, labels
 
 
-@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
-@pytest.mark.parametrize("scale", [64.0, 68.0, 70.0, 80.0])  # the first two are bounded, the others not
-@pytest.mark.parametrize("kind", ["collapsed", "opposite", "short 1e-4", "short 1e-8"])
+@pairwise(
+    "float32",
+    kind=["collapsed", "opposite", "short 1e-4", "short 1e-8"],
+    scale=[64.0, 68.0, 70.0, 80.0],  # the first two are bounded, the others not
+    cache_bytes=[0, 1 << 20],
+)
 def test_float32_at_the_ends_of_its_range(kind, scale, cache_bytes):
     margin = CosFace(scale=scale, margin=0.35)
     assert _bounded(PartialFC(1000, 64, margin)) == (scale <= 68)
@@ -270,11 +271,15 @@ def accumulated(parts: int, rate: float, margin: str, optimizer: str) -> tuple:
     return torch.tensor(losses), torch.stack(gradients), head.full_weight()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("margin, rate", [("arcface", 1.0), ("cosface-s200", 0.3), ("softmax", 0.3)])
-def test_micro_batches_equal_one_batch(margin, rate, optimizer, world_size):
+@pairwise(
+    "dense",
+    margin_and_rate=[("arcface", 1.0), ("cosface-s200", 0.3), ("softmax", 0.3)],
+    optimizer=["sgd", "adamw"],
+    world_size=[1, 2, 3],
+)
+def test_micro_batches_equal_one_batch(margin_and_rate, optimizer, world_size):
     """Four micro-batches of 3 samples and one batch of 12, at W ranks: three samples do not fit two ranks evenly."""
+    margin, rate = margin_and_rate
     (wanted,) = run_ranks(accumulated, 1, 1, rate, margin, optimizer)
     for got in run_ranks(accumulated, world_size, 4, rate, margin, optimizer):
         assert all(error(ours, theirs) < EXACT for ours, theirs in zip(got, wanted, strict=True))
@@ -347,6 +352,7 @@ def unknown_label() -> float:
     return loss.item()
 
 
+@pytest.mark.slow
 def test_an_unchecked_label_that_begin_step_was_not_given_hangs_nobody():
     """check_labels=False says that the loss is wrong then; it is wrong everywhere alike."""
     losses = run_ranks(unknown_label, 2)
@@ -493,6 +499,7 @@ def built_too_early() -> str:
     return "no error"
 
 
+@pytest.mark.slow
 def test_a_head_that_was_built_before_the_group_is_an_error():
     wanted = "this head was built for 1 ranks, now there are 2: build it after torch.distributed.init_process_group"
     assert run_ranks(built_too_early, 2) == [wanted] * 2
@@ -507,12 +514,14 @@ def wrong_dtype() -> str:
     return "no error"
 
 
+@pytest.mark.slow
 def test_a_wrong_call_on_one_rank_stops_all_ranks():
     messages = run_ranks(wrong_dtype, 3)
     assert "labels are torch.int32 (2,); wanted int64" in messages[1]
     assert messages[0] == messages[2] == "the head was called wrongly on rank 1; its own error says how"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", [10, -1, 2**40])
 def test_label_out_of_range_stops_all_ranks_with_one_message(label):
     messages = run_ranks(wrong_label, 3, label)
@@ -564,14 +573,17 @@ def peak_case(margin: Margin, rate: float, forwards: int, **options) -> tuple[in
     return peak + kept, num_classes * dim * 4
 
 
-@pytest.mark.parametrize("forwards", [1, 2])
-@pytest.mark.parametrize("margin", ["softmax", "cosface", "cosface-unnormalized", "arcface"])
-def test_memory_of_a_step_does_not_grow_with_the_classes(margin, forwards):
+@pairwise(
+    "dense",
+    margin=["softmax", "cosface", "cosface-unnormalized", "arcface"],
+    bound_at_rate=[(0.25, 1.0), (0.3, 0.1)],  # rows in use are caught up chunk by chunk, twice
+    forwards=[1, 2],
+)
+def test_memory_of_a_step_does_not_grow_with_the_classes(margin, bound_at_rate, forwards):
     """Neither a (B, U) nor a (C_r, D) tensor: 20 MB and 10 MB here, against about 1 MB of chunks and (B, D) vectors."""
-    peak, state = peak_case(MARGINS[margin], 1.0, forwards)
-    assert 0 < peak < 0.25 * state
-    peak, state = peak_case(MARGINS[margin], 0.1, forwards)
-    assert 0 < peak < 0.3 * state  # rows in use are caught up chunk by chunk, twice
+    bound, rate = bound_at_rate
+    peak, state = peak_case(MARGINS[margin], rate, forwards)
+    assert 0 < peak < bound * state
 
 
 @pytest.mark.parametrize("options", [dict(optimizer="adamw"), dict(matmul_precision="bfloat16")], ids=str)

@@ -62,12 +62,14 @@ def slow_rank(which: int, phase: str) -> tuple[int, float, str]:
     return slowest_rank(RankTimes.gather(phases).seconds / 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which, phase", [(0, "forward"), (2, "data")])
 def test_the_slowest_rank_is_named(which, phase):
     for rank, lag, name in run_ranks(slow_rank, 3, which, phase):  # the same on all
         assert (rank, name) == (which, phase) and lag > 0.04
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_rank_with_most():
     first, second = run_ranks(gathered, 2)
     assert first == second

@@ -66,12 +66,14 @@ def test_a_batch_holds_the_images_of_the_order(tmp_path):
         assert (batch.planned, batch.bad) == (12, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(tmp_path, workers):
     index = make_index(tmp_path, dict.fromkeys((3, 30), b"no image"))
     assert_equal(list(make_loader(index, workers=workers)), list(make_loader(index, workers=0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_gives_the_tail_of_the_run(tmp_path, workers):
     index = make_index(tmp_path)
@@ -97,6 +99,7 @@ def test_augmentation_differs_by_seed_step_and_position(tmp_path):
     assert len(distinct) == 2 * 3 * 12
 
 
+@pytest.mark.slow
 def test_the_loader_leaves_the_random_state_alone(tmp_path):
     index = make_index(tmp_path)
     before = torch.get_rng_state()
@@ -119,6 +122,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_sample_shortens_its_batch_and_is_named(tmp_path, kind, workers):
@@ -144,6 +148,7 @@ def test_a_bad_sample_leaves_the_augmentation_of_the_others(tmp_path):
         assert torch.equal(a.images[kept], b.images)
 
 
+@pytest.mark.slow
 def test_a_batch_of_bad_samples_has_no_rows(tmp_path):
     index = make_index(tmp_path, dict.fromkeys(range(NUM_SAMPLES), b"no image"))
     for workers in (0, 1):
@@ -153,6 +158,7 @@ def test_a_batch_of_bad_samples_has_no_rows(tmp_path):
             assert batch.planned == len(batch.bad) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_cut_after_loading_is_named_with_the_offset(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(reader, "RETRY_SECONDS", (0.01, 0.02, 0.03))
@@ -189,6 +195,7 @@ def test_a_read_that_succeeds_at_a_later_try_is_no_error(tmp_path, monkeypatch):
     assert tuple(pauses) == reader.RETRY_SECONDS[:2]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_killed_worker_is_an_error_and_not_a_hang(tmp_path):
     index = make_index(tmp_path)
@@ -230,6 +237,7 @@ def test_an_index_without_an_image_size_is_an_error(tmp_path):
         make_loader(load_index(tmp_path / "set"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_in_order_are_as_stored(tmp_path, workers):
     index = make_index(tmp_path)

@@ -14,6 +14,7 @@ from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
 from tests.dense import Case, assert_equals_dense
 from tests.dense import nearest_classes as brute_force
+from tests.pairwise import pairwise
 
 DIM = 4
 
@@ -130,6 +131,7 @@ def some_steps_begun() -> Tensor:
     return table_of(head)
 
 
+@pytest.mark.slow
 def test_all_ranks_hold_one_table():
     tables = run_ranks(some_steps_begun, 3)
     assert torch.equal(tables[0], tables[1]) and torch.equal(tables[0], tables[2]) and (tables[0] >= 0).all()
@@ -184,19 +186,17 @@ def every_third(head, step: int, labels: Tensor) -> Tensor:
     return ids[(ids + step + labels[labels >= 0].sum()) % 3 == 0]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("forwards", [1, 2])
-@pytest.mark.parametrize(
-    "sampler, rate, num_classes",
-    [
-        (every_third, 1.0, 23),
-        (HardNegatives(2, 3), 0.1, 41),
-        (HardNegatives(1, 1), 0.01, 23),
-        (HardNegatives(5), 0.3, 3),
-    ],
-    ids=["function", "hard", "hard at every step", "hard with few classes"],
-)
-def test_equals_dense(sampler, rate, num_classes, forwards, world_size):
+SAMPLERS = {  # sampler, rate, classes
+    "function": (every_third, 1.0, 23),
+    "hard": (HardNegatives(2, 3), 0.1, 41),
+    "hard at every step": (HardNegatives(1, 1), 0.01, 23),
+    "hard with few classes": (HardNegatives(5), 0.3, 3),
+}
+
+
+@pairwise("dense", kind=SAMPLERS, forwards=[1, 2], world_size=[1, 2, 3, 4])
+def test_equals_dense(kind, forwards, world_size):
+    sampler, rate, num_classes = SAMPLERS[kind]
     sizes = {1: (6,), 2: (2, 5), 3: (3, 1, 2), 4: (1, 2, 2, 3)}[world_size]
     assert_equals_dense(
         Case(
@@ -250,6 +250,7 @@ def wrong_sampler(kind: str) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, message",
     [

@@ -67,7 +67,7 @@ def finishes_as_if_nothing_had_been(cluster: Cluster, job: str, run: Path, whole
     assert checksums(run) == checksums(whole) and curve(run) == curve(whole)
 
 
-@pytest.mark.soak
+@pytest.mark.soak("slurm")
 @needs_slurm
 def test_two_nodes_signal_requeue_finish(cluster, whole, tmp_path):
     """The job of a run that was asked to stop goes back into the queue and ends as if nothing had been."""
@@ -85,6 +85,7 @@ def test_two_nodes_signal_requeue_finish(cluster, whole, tmp_path):
     assert restarts(cluster, job) == 1
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_a_job_that_cannot_start_is_not_requeued(cluster, tmp_path):
     """Not for the marker that an earlier job left either."""
@@ -97,7 +98,7 @@ def test_a_job_that_cannot_start_is_not_requeued(cluster, tmp_path):
 
 
 @needs_slurm
-@pytest.mark.soak
+@pytest.mark.soak("slurm")
 def test_a_run_that_fails_is_not_requeued(cluster, glyphs_ci, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "preempted").write_text("step 7\n")
@@ -107,7 +108,7 @@ def test_a_run_that_fails_is_not_requeued(cluster, glyphs_ci, tmp_path):
 
 
 @needs_slurm
-@pytest.mark.soak
+@pytest.mark.soak("slurm")
 def test_a_cancelled_job_is_not_requeued(cluster, glyphs_ci, tmp_path):
     run = tmp_path / "run"
     job = submit(cluster, run, "run.steps=5000", options=("--nodes=2", "--ntasks-per-node=2"))
@@ -121,7 +122,7 @@ def test_a_cancelled_job_is_not_requeued(cluster, glyphs_ci, tmp_path):
 
 
 @needs_slurm
-@pytest.mark.soak
+@pytest.mark.soak("slurm")
 @pytest.mark.parametrize("minutes", [1, 2])
 def test_the_time_limit_is_no_end(cluster, glyphs_ci, tmp_path, minutes):
     """Slurm sends the signal up to a minute early: with a limit of one minute before the trainer is there."""
@@ -138,7 +139,7 @@ def test_the_time_limit_is_no_end(cluster, glyphs_ci, tmp_path, minutes):
 
 
 @needs_slurm
-@pytest.mark.soak
+@pytest.mark.soak("slurm")
 @pytest.mark.parametrize("parameters", ["", "SlurmctldParameters=preempt_send_user_signal"], ids=["TERM", "USR1"])
 def test_preempted_by_a_more_urgent_job(whole, tmp_path, parameters):
     """Slurm sends TERM to the tasks, or what --signal says where the cluster is set up so."""
@@ -196,7 +197,7 @@ def test_a_dry_sweep_prints_its_commands(sweep, monkeypatch, capsys):
 
 
 @needs_slurm
-@pytest.mark.soak
+@pytest.mark.soak("slurm")
 def test_a_sweep_is_one_array_whose_points_resume(cluster, whole, glyphs_ci, tmp_path):
     command = [sys.executable, str(SWEEP), CONFIG, *OPTIONS, f"run.dir={tmp_path}/sweep", "optim.lr=0.02,0.01"]
     options = ("--gpus=0", "--processes=2", "--cpus=1", "--sbatch", "partition=main", "--sbatch", "nice=1")
@@ -216,6 +217,7 @@ def test_a_sweep_is_one_array_whose_points_resume(cluster, whole, glyphs_ci, tmp
         assert checksums(run) == checksums(other) and curve(run) == curve(other)
 
 
+@pytest.mark.slow
 def test_the_batch_script_is_sound():
     subprocess.run(["bash", "-n", str(SBATCH)], check=True)
     done = subprocess.run([Path(sys.executable).parent / "shellcheck", str(SBATCH)], capture_output=True, text=True)

@@ -10,10 +10,12 @@ import pytest
 from partial_fc import checkpoint
 from tests.test_train import checksums, curve, finish, start, workers
 
+pytestmark = pytest.mark.slow
+
 KILLS = 15
 
 
-@pytest.mark.soak
+@pytest.mark.soak("compiled")
 @pytest.mark.timeout(900)
 def test_a_compiled_backbone_resumes_bit_for_bit(glyphs_ci, tmp_path):
     """And follows the plain one; a compiled graph is made anew in every process."""
@@ -26,7 +28,7 @@ def test_a_compiled_backbone_resumes_bit_for_bit(glyphs_ci, tmp_path):
     assert curve(tmp_path / "whole") == pytest.approx(curve(tmp_path / "plain"), rel=1e-4)
 
 
-@pytest.mark.soak
+@pytest.mark.soak("train")
 @pytest.mark.timeout(1800)
 def test_a_run_killed_at_random_moments_is_the_same_run(glyphs_ci, tmp_path):
     """Three ranks, 150 steps, kill -9 of a random worker at a random moment, start-up and saving included."""

@@ -6,6 +6,7 @@ import torch
 from partial_fc import CosFace, PartialFC
 from partial_fc.head.softmax import Cache
 from tests.dense import MARGINS, Case, assert_equals_dense, error
+from tests.pairwise import pairwise
 
 ENTRY = 8  # bytes of a float64
 WHOLE = 1 << 20
@@ -15,9 +16,8 @@ def cached(cache_bytes: int) -> dict:
     return dict(cache_bytes=cache_bytes, cache_dtype=torch.float64)
 
 
-@pytest.mark.parametrize("sizes", [(6,), (3, 1, 2)])
-@pytest.mark.parametrize("rate", [1.0, 0.3])
-@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.slow
+@pairwise("dense", margin=MARGINS, rate=[1.0, 0.3], sizes=[(6,), (3, 1, 2)])
 def test_cached_equals_dense(margin, rate, sizes):
     assert_equals_dense(Case(margin, sample_rate=rate, sizes=sizes, head=cached(WHOLE)))
 
@@ -29,6 +29,7 @@ def test_a_cache_with_room_for_some_chunks_equals_dense(margin, rows):
     assert_equals_dense(Case(margin, sizes=(6,), head=cached(rows * 6 * ENTRY)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [5, 13, 30, 60])
 def test_micro_batches_share_the_cache(rows):
     case = Case("arcface", sample_rate=0.5, sizes=(2, 3), forwards=3, steps=4, head=cached(rows * 6 * ENTRY))

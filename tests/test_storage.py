@@ -24,7 +24,7 @@ from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
 from tests.s3_server import BUCKET, s3  # noqa: F401 - a fixture
 from tests.test_checkpoint import load_here, trained
-from tests.test_train import curve, finish, rows, start, train_and_catch, train_here, wait_for, wait_for_step, workers
+from tests.test_train import begin, curve, finish, rows, start, train_and_catch, train_here, wait_for, wait_for_step
 
 CPU = torch.device("cpu")
 
@@ -136,6 +136,7 @@ def on_s3(store, world_size: int, fn: Callable, *args) -> list:
     return run_ranks(at, world_size, store.environment, fn, *args)
 
 
+@pytest.mark.slow
 def test_a_rank_reads_what_overlaps_its_classes(s3, tmp_path):  # noqa: F811
     url = f"{BUCKET}/overlap"
     wanted = on_s3(s3, 3, save_at, url, tmp_path / "run")[0]
@@ -149,6 +150,7 @@ def test_a_rank_reads_what_overlaps_its_classes(s3, tmp_path):  # noqa: F811
     assert not any(method == "PUT" for method, _ in s3.seen)
 
 
+@pytest.mark.slow
 def test_damage_is_one_error_on_all_ranks(s3, tmp_path):  # noqa: F811
     url = f"{BUCKET}/damaged"
     on_s3(s3, 2, save_at, url, tmp_path / "run")
@@ -173,6 +175,7 @@ def save_and_catch(where: str, run: Path, step: int) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_during_a_save_is_one_error_on_all_ranks(s3, tmp_path):  # noqa: F811
     url = f"{BUCKET}/gone"
     on_s3(s3, 2, save_at, url, tmp_path / "run", 5)
@@ -203,25 +206,36 @@ def checksums(path: storage.Place) -> dict[str, str]:
     return {one["name"]: one["sha256"] for one in files if one["name"].endswith((".safetensors", "classes.txt"))}
 
 
-def test_another_machine_goes_on_bit_for_bit(s3, glyphs_ci, tmp_path):  # noqa: F811
+FIVES = ("optim.schedule=constant", "checkpoint.every=5")
+
+
+@pytest.fixture(scope="module")
+def whole(glyphs_ci, tmp_path_factory) -> Path:
+    """Ten steps of two ranks, whose checkpoints are in its folder."""
+    run = tmp_path_factory.mktemp("storage") / "whole"
+    run_ranks(train_here, 2, run, glyphs_ci / "train", *FIVES, "run.steps=10")
+    return run
+
+
+@pytest.mark.slow
+def test_another_machine_goes_on_bit_for_bit(s3, glyphs_ci, whole, tmp_path):  # noqa: F811
     data, url = glyphs_ci / "train", f"{BUCKET}/fresh"
-    overrides = ("optim.schedule=constant", "checkpoint.every=5", f"checkpoint.dir={url}", "track.wandb=offline")
-    run_ranks(train_here, 2, tmp_path / "whole", data, *overrides[:2], "run.steps=10")
+    overrides = (*FIVES, f"checkpoint.dir={url}", "track.wandb=offline")
     on_s3(s3, 2, train_here, tmp_path / "run", data, *overrides, "run.steps=5")
     first, name = rows(tmp_path / "run"), (tmp_path / "run" / "wandb_id").read_text()
     assert not (tmp_path / "run" / "checkpoints").exists()
     shutil.rmtree(tmp_path / "run")
     on_s3(s3, 2, train_here, tmp_path / "run", data, *overrides, "run.steps=10")
-    assert checksums(url) == checksums(tmp_path / "whole")
-    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert checksums(url) == checksums(whole)
+    assert curve(tmp_path / "run") == curve(whole)
     assert rows(tmp_path / "run")[:5] == first and (tmp_path / "run" / "wandb_id").read_text() == name
     assert checkpoint.find_latest(tmp_path / "run").path == f"{url}/step_00000010"  # config.yaml says where
     shutil.rmtree(tmp_path / "run")  # a finished run is finished on yet another machine
     assert on_s3(s3, 2, train_here, tmp_path / "run", data, *overrides, "run.steps=10") == [True, True]
     assert len(rows(tmp_path / "run")) == 10 and (tmp_path / "run" / "config.yaml").exists()
-    message = on_s3(s3, 2, train_and_catch, tmp_path / "whole", data, *overrides[:2], f"checkpoint.dir={BUCKET}/none")
+    message = on_s3(s3, 2, train_and_catch, whole, data, *FIVES, f"checkpoint.dir={BUCKET}/none")
     assert message[0] == message[1] and "copy them there" in message[0]
-    message = on_s3(s3, 2, train_and_catch, tmp_path / "new", data, *overrides[:2], "checkpoint.dir=s3://nobucket/a")
+    message = on_s3(s3, 2, train_and_catch, tmp_path / "new", data, *FIVES, "checkpoint.dir=s3://nobucket/a")
     assert message[0] == message[1] and "s3://nobucket/a/" in message[0] and "bucket does not exist" in message[0]
 
 
@@ -235,7 +249,7 @@ def test_a_folder_of_its_own_for_checkpoints(glyphs_ci, tmp_path):
     assert found.path == tmp_path / "disk" / "step_00000004" and checkpoint.find_checkpoint(tmp_path / "disk") == found
 
 
-@pytest.mark.soak
+@pytest.mark.soak("storage")
 def test_a_preempted_run_goes_on_with_nothing_but_the_url(s3, glyphs_ci, tmp_path):  # noqa: F811
     """SIGTERM on two ranks; another machine, which has three, trains, evaluates and reports."""
     run, url = tmp_path / "run", f"{BUCKET}/preempted"
@@ -259,33 +273,34 @@ def test_a_preempted_run_goes_on_with_nothing_but_the_url(s3, glyphs_ci, tmp_pat
     assert json.loads(storage.read(f"{url}/evaluation.json")) == json.loads((run / "evaluation.json").read_text())
 
 
-def test_killed_in_the_middle_of_an_upload(s3, glyphs_ci, tmp_path):  # noqa: F811
+@pytest.mark.slow
+def test_killed_in_the_middle_of_an_upload(s3, glyphs_ci, whole, tmp_path):  # noqa: F811
     run, url = tmp_path / "run", f"{BUCKET}/killed"
-    overrides = ("optim.schedule=constant", "checkpoint.every=3", f"checkpoint.dir={url}")
+    overrides = (*FIVES, f"checkpoint.dir={url}", "run.steps=10")
     uploading, go_on = threading.Event(), threading.Event()
 
     def wait(method: str, key: str) -> None:
-        if method == "PUT" and "/step_00000006/optimizer" in key:
+        if method == "PUT" and "/step_00000010/optimizer" in key:
             uploading.set()
             go_on.wait(60)
 
     s3.before = wait
-    process = start(2, run, *overrides, "run.steps=9", "evaluate.sets={}")
+    process = begin(2, run, *overrides, "evaluate.sets={}")
     wait_for(uploading.is_set, process)
-    os.kill(workers(process.pid)[0], signal.SIGKILL)
+    os.kill(process.pids[0], signal.SIGKILL)
     finish(process, code=1)
     s3.before = lambda method, key: None
     go_on.set()
-    assert storage.glob(url, "step_00000006/centers_*") and checkpoint.find_latest(url).step == 3
+    assert storage.glob(url, "step_00000010/centers_*") and checkpoint.find_latest(url).step == 5
     shutil.rmtree(run)
-    on_s3(s3, 2, train_here, run, glyphs_ci / "train", *overrides, "run.steps=9")
-    run_ranks(train_here, 2, tmp_path / "whole", glyphs_ci / "train", overrides[0], "run.steps=9")
-    assert checksums(url) == checksums(tmp_path / "whole") and curve(run) == curve(tmp_path / "whole")
+    on_s3(s3, 2, train_here, run, glyphs_ci / "train", *overrides)
+    assert checksums(url) == checksums(whole) and curve(run) == curve(whole)
 
 
 # ---- who reads checkpoints
 
 
+@pytest.mark.slow
 def test_a_url_stands_for_a_run(s3, glyphs_ci, tmp_path):  # noqa: F811
     run, url = tmp_path / "run", f"{BUCKET}/readers"
     sets = f"evaluate.sets={{P2: {{data: {glyphs_ci}/test_unseen}}}}"
@@ -307,7 +322,7 @@ def test_a_url_stands_for_a_run(s3, glyphs_ci, tmp_path):  # noqa: F811
     assert str(there) == str(here)
 
 
-@pytest.mark.soak
+@pytest.mark.soak("storage")
 def test_what_a_save_costs(request, tmp_path, monkeypatch):
     """1 GB by one rank, locally and to PARTIAL_FC_STORE, a URL (unset: moto in this process); -s shows the seconds."""
     url = os.environ.get("PARTIAL_FC_STORE")

@@ -6,8 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,9 +23,10 @@ from partial_fc.study.picture import draw_study, group_lines
 from partial_fc.study.plan import digest, load_plan
 from partial_fc.study.run import asked_to_stop, run_study
 from partial_fc.study.table import Line, cell, load_lines, study_table
-from partial_fc.study.trial import Process, device_of, the_only_study_in
+from partial_fc.study.trial import device_of, the_only_study_in
 from partial_fc.train import train
 from tests.conftest import REPOSITORY
+from tests.processes import Program
 
 BASE = {
     "run": {"epochs": 0.25},  # 44 steps
@@ -243,20 +242,24 @@ def test_a_tuned_value_that_the_row_gives_itself_is_not_shown(write, tmp_path):
     assert "lr 0.05" in table and "scale" not in table
 
 
+@pytest.mark.slow
 def test_the_committed_ledger_belongs_to_the_plans():
     """A change of the digest would lose every run of it."""
     folder = REPOSITORY / "configs" / "study"
     entries = ledger.read(folder / "ledger.jsonl")
     recorded = ledger.recorded_data(entries)
     plans = [load_plan(path, recorded) for path in sorted(folder.glob("*.yaml")) if path.name != "base.yaml"]
-    finals = [one["tuned"] for one in entries.values() if one["stage"] == "final"]
+    finals = []  # each once: 9 times fewer trials to make
+    for one in entries.values():
+        if one["stage"] == "final" and one["tuned"] not in finals:
+            finals.append(one["tuned"])
     known = set()
     rows = [(plan, row) for plan in plans for row in plan.rows]
     for its_plan, row in rows:
         grid = row.grid
         if its_plan.tuned_in is not None:
             grid = next(other.grid for other in its_plan.tuned_in.rows if other.name == row.tuned_as)
-        tuned = [values for values in finals if values.keys() <= grid.keys()]
+        tuned = [one for one in finals if all(name in grid and value in grid[name] for name, value in one.items())]
         try:
             known |= {trial.digest for trial in its_plan.tuning_trials(row)}
             known |= {trial.digest for values in tuned for trial in its_plan.final_trials(row, values)}
@@ -543,20 +546,24 @@ def test_a_run_does_not_go_on_with_other_label_noise(write, tmp_path):
 # ---- a real one
 
 
-def start(plan: Path, runs: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "partial_fc.cli", "study", "run", str(plan), "--runs", str(runs), *options]
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
-    )
+def start(plan: Path, runs: Path, *options: str) -> Program:
+    return Program("partial-fc", "study", "run", plan, "--runs", runs, *options)
 
 
-def wait_for(happened, process: subprocess.Popen) -> None:
+def wait_for(happened, study: Program) -> None:
     deadline = time.monotonic() + 120
     while not happened():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise AssertionError(f"it did not happen: {process.communicate()[0]}")
+        if study.returncode is not None or time.monotonic() > deadline:
+            study.process.kill()
+            raise AssertionError(f"it did not happen: {study.stdout}{study.stderr}")
         time.sleep(0.01)
+
+
+def send(study: Program, number: int) -> str:
+    """What it has said when the signal has ended it."""
+    os.kill(study.pid, number)
+    study.wait(120)
+    return study.stdout + study.stderr
 
 
 def steps(run: Path) -> int:
@@ -564,8 +571,51 @@ def steps(run: Path) -> int:
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
+@pytest.mark.slow
+def test_a_study_that_is_stopped_and_killed_goes_on_and_runs_nothing_twice(write, tmp_path):
+    """Stopped by SIGTERM as soon as a trial has started; killed while it trains, after 3 of 17 steps; finished."""
+    rows = {"softmax": {"head.margin.name": "softmax"}}
+    path = write(base={"run": {"epochs": 0.1}}, rows=rows, seeds=[1], tuning=None)
+    book, runs = tmp_path / "ledger.jsonl", tmp_path / "runs"
+    plan = load_plan(path)
+    (trial,) = plan.final_trials(plan.rows[0], {})
+    run = runs / f"softmax_final_seed1_{trial.digest}"
+
+    study = start(path, runs)
+    wait_for((run / "log.txt").exists, study)
+    said = send(study, signal.SIGTERM)
+    assert study.returncode == 2 and "SIGTERM: 1 trials could start next; the same command goes on" in said
+    assert not processes_of(run) and ledger.read(book) == {}
+
+    study = start(path, runs)
+    wait_for(lambda: steps(run) >= 3, study)
+    send(study, signal.SIGKILL)
+    wait_for_end(run)
+    assert (run / "preempted").exists(), "the trial of a killed study saves"
+    assert ledger.read(book) == {}
+
+    assert run_study(path, ledger_file=book, runs=runs)
+    assert "from " + str(run) in (run / "log.txt").read_text(), "it went on from what the killed study left"
+    assert_is_the_final_run(json.loads(book.read_text()), tmp_path)
+    before = book.read_text(), contents(run)
+    assert run_study(path, ledger_file=book, runs=runs) and (book.read_text(), contents(run)) == before
+
+
+def assert_is_the_final_run(entry: dict, tmp_path: Path) -> None:
+    assert (entry["row"], entry["stage"], entry["status"]) == ("softmax", "final", "done")
+    assert 0 <= entry["result"]["seen"]["rank1"] <= 1 and entry["seconds"] > 0
+    assert entry["device"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+    assert str(tmp_path) not in json.dumps(entry)
+
+
+def contents(run: Path) -> dict[Path, int]:
+    """When each file was written."""
+    return {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+@pytest.mark.soak("study")
 def test_a_study_that_is_killed_and_stopped_goes_on_to_the_same_table(write, tmp_path):
-    """Killed while a trial trains; stopped by SIGTERM in a later one; finished; nothing is run twice."""
+    """Tuning and two jobs: killed while a trial trains, stopped by SIGTERM in a later one, finished."""
     diverging = {"head.margin.name": "softmax", "optim.lr": 1e30, "optim.warmup_steps": 0}
     grids = {"one": {"head.init_std": [0.1]}}
     tuning = {"seed": 0, "shorter": 1, "grids": grids, "sets": load_tuning_sets(write)}
@@ -574,36 +624,32 @@ def test_a_study_that_is_killed_and_stopped_goes_on_to_the_same_table(write, tmp
     first = next(iter(load_plan(path).tuning_trials(load_plan(path).rows[0])))
     run = runs / f"softmax_tuning_seed0_{first.digest}"
 
-    process = start(path, runs)
-    wait_for(lambda: steps(run) >= 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    study = start(path, runs)
+    wait_for(lambda: steps(run) >= 3, study)
+    send(study, signal.SIGKILL)
     wait_for_end(run)
     assert (run / "preempted").exists(), "the trial of a killed study saves"
     assert ledger.read(book) == {}
 
-    process = start(path, runs, "--jobs", "2")  # the tuning of both rows, then the final run
-    wait_for(lambda: book.exists() and len(book.read_text().splitlines()) == 2, process)
+    study = start(path, runs, "--jobs", "2")  # the tuning of both rows, then the final run
+    wait_for(lambda: book.exists() and len(book.read_text().splitlines()) == 2, study)
     assert "from " + str(run) in (run / "log.txt").read_text(), "it went on from what the killed study left"
-    wait_for(lambda: not (run / "checkpoints").exists(), process)  # they go once the entry is written
-    wait_for(lambda: any(steps(one) >= 3 for one in runs.glob("softmax_final_*")), process)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 2 and "SIGTERM: 1 trials could start next; the same command goes on" in said
+    wait_for(lambda: not (run / "checkpoints").exists(), study)  # they go once the entry is written
+    wait_for(lambda: any(steps(one) >= 3 for one in runs.glob("softmax_final_*")), study)
+    said = send(study, signal.SIGTERM)
+    assert study.returncode == 2 and "SIGTERM: 1 trials could start next; the same command goes on" in said
 
-    process = start(path, runs)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, said
-    assert "bad: every tuning trial failed, so it has no final runs" in said
-    assert "the loss was not finite in 10 successive steps" in said
+    study = start(path, runs).wait(120)
+    assert study.returncode == 0, study.stdout + study.stderr
+    assert "bad: every tuning trial failed, so it has no final runs" in study.stdout
+    assert "the loss was not finite in 10 successive steps" in study.stdout
     entries = [json.loads(line) for line in book.read_text().splitlines()]
     assert sorted((one["row"], one["stage"], one["status"]) for one in entries) == [
         ("bad", "tuning", "failed"),
         ("softmax", "final", "done"),
         ("softmax", "tuning", "done"),
     ]
-    assert 0 <= entries[-1]["result"]["seen"]["rank1"] <= 1 and entries[-1]["seconds"] > 0
-    assert entries[-1]["device"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+    assert_is_the_final_run(entries[-1], tmp_path)
     assert str(tmp_path) not in book.read_text()
     before = book.read_text()
     assert run_study(path, ledger_file=book, runs=runs) and book.read_text() == before  # nothing to do
@@ -623,6 +669,7 @@ def test_a_study_stops_when_its_time_is_up_or_it_is_told_to(write, tmp_path, cap
         run_study(write(), jobs=0)
 
 
+@pytest.mark.slow
 def test_an_error_that_is_no_divergence_is_not_entered_and_ends_the_study(write, tmp_path, capsys):
     """Another process trains in the run folder, whose checkpoints stay; an earlier piece of the run diverged."""
     path, runs = write(), tmp_path / "runs"
@@ -649,19 +696,24 @@ def test_two_studies_do_not_share_a_folder_of_runs(write, tmp_path):
     assert not run_study(write(), ledger_file=tmp_path / "l.jsonl", runs=tmp_path / "runs", hours=0)
 
 
-def test_a_trial_that_diverges_at_its_end_has_failed(write, tmp_path):
-    """Too late for ten steps without a finite loss: the evaluation sees it."""
+@pytest.mark.slow
+def test_a_trial_that_diverges_at_its_end_has_failed(write, tmp_path, capsys):
+    """Too late for ten steps without a finite loss: the evaluation sees it. Its checkpoints go, as of all tuning."""
     diverging = {"head.margin.name": "softmax", "optim.lr": 1e30, "optim.warmup_steps": 0}
-    plan = load_plan(write(base={"run": {"epochs": 0.02}}, rows={"bad": diverging}, reference=None, tuning=None))
-    (trial, _) = plan.final_trials(plan.rows[0], {})
-    process = Process(trial, tmp_path / "runs")
-    process.process.wait(timeout=120)
-    found = process.end()
-    assert not process.broken() and found["status"] == ledger.FAILED
-    assert "is not finite: training has diverged" in found["error"]
+    tuning = {"seed": 0, "shorter": 1, "grids": {"one": {"head.init_std": [0.1]}}, "sets": load_tuning_sets(write)}
+    base = {"run": {"epochs": 0.02}, "checkpoint": {"every": 1}}
+    path = write(base=base, rows={"bad": diverging}, reference=None, tuning=tuning)
+    (trial,) = load_plan(path).tuning_trials(load_plan(path).rows[0])
+    assert run_study(path, ledger_file=tmp_path / "ledger.jsonl", runs=tmp_path / "runs")
+    ((found, entry),) = ledger.read(tmp_path / "ledger.jsonl").items()
+    assert found == trial.digest and entry["status"] == ledger.FAILED
+    assert "is not finite: training has diverged" in entry["error"]
+    assert "bad: every tuning trial failed, so it has no final runs" in capsys.readouterr().out
+    run = tmp_path / "runs" / f"bad_tuning_seed0_{trial.digest}"
+    assert 0 < steps(run) < 10 and not (run / "checkpoints").exists()
 
 
-@pytest.mark.soak
+@pytest.mark.soak("study")
 def test_a_trial_that_finished_without_an_entry_is_entered_and_not_trained_again(write, tmp_path):
     grids = {"one": {"head.init_std": [0.1]}}
     tuning = {"seed": 0, "shorter": 1, "grids": grids, "sets": load_tuning_sets(write)}
@@ -670,19 +722,18 @@ def test_a_trial_that_finished_without_an_entry_is_entered_and_not_trained_again
     (trial,) = load_plan(path).tuning_trials(load_plan(path).rows[0])
     run = runs / f"softmax_tuning_seed0_{trial.digest}"
 
-    process = start(path, runs)
-    wait_for(lambda: steps(run) >= 3, process)
+    study = start(path, runs)
+    wait_for(lambda: steps(run) >= 3, study)
     replace_by_a_copy(book)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 1 and "was replaced or deleted while the study ran" in said
+    study.wait(120)
+    assert study.returncode == 1 and "was replaced or deleted while the study ran" in study.stderr
     assert ledger.read(book) == {} and (run / "evaluation.json").exists()
 
     trained = (run / "metrics.jsonl").read_text()
     assert (log := (run / "log.txt").read_text()).count("step 44/44") == 1
-    process = start(path, runs)
-    wait_for(lambda: book.read_text().endswith("\n"), process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    study = start(path, runs)
+    wait_for(lambda: book.read_text().endswith("\n"), study)
+    send(study, signal.SIGTERM)
     assert ledger.read(book)[trial.digest]["status"] == ledger.DONE
     assert (run / "metrics.jsonl").read_text() == trained
     assert (run / "log.txt").read_text().count("step 44/44") == 1 and len((run / "log.txt").read_text()) > len(log)
@@ -726,9 +777,13 @@ def load_tuning_sets(write) -> dict[str, str]:
 def wait_for_end(run: Path) -> None:
     """Until no process trains in `run`: the one whose study was killed has saved."""
     deadline = time.monotonic() + 60
-    while any(str(run) in command(process) for process in Path("/proc").glob("[0-9]*")):
+    while processes_of(run):
         assert time.monotonic() < deadline, "an orphan trains on"
         time.sleep(0.1)
+
+
+def processes_of(run: Path) -> list[str]:
+    return [process.name for process in Path("/proc").glob("[0-9]*") if str(run) in command(process)]
 
 
 def command(process: Path) -> str:

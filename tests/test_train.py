@@ -30,6 +30,9 @@ from partial_fc.parallel.engine import DDPEngine
 from partial_fc.phases import ALONE, NAMES
 from partial_fc.train import read_batches, share, the_only_one_in, train
 from tests.conftest import REPOSITORY, run_ranks
+from tests.processes import Job, run_program
+
+pytestmark = pytest.mark.slow
 
 CONFIG = REPOSITORY / "configs" / "glyphs_ci.yaml"
 QUICK = (
@@ -192,9 +195,10 @@ def test_resumes_at_any_number_of_ranks(reference, glyphs_ci, tmp_path, world_si
 
 def test_three_ranks_resume_bit_for_bit(glyphs_ci, tmp_path):
     """DDP's buckets change their order after its first backward; at three ranks that would change the sums."""
-    run_ranks(train_here, 3, tmp_path / "whole", glyphs_ci / "train", "run.steps=20")
-    interrupted(tmp_path / "whole", tmp_path / "run", 10)
-    run_ranks(train_here, 3, tmp_path / "run", glyphs_ci / "train", "run.steps=20")
+    options = ("run.steps=10", "checkpoint.every=5")
+    run_ranks(train_here, 3, tmp_path / "whole", glyphs_ci / "train", *options)
+    interrupted(tmp_path / "whole", tmp_path / "run", 5)
+    run_ranks(train_here, 3, tmp_path / "run", glyphs_ci / "train", *options)
     assert checksums(tmp_path / "run") == checksums(tmp_path / "whole")
 
 
@@ -208,9 +212,9 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options_of_the_head_resume_bit_for_bit(glyphs_ci, tmp_path, options):
     overrides = (*OPTIONS[options], "optim.schedule=constant", "checkpoint.every=5")
-    for name, stops in (("whole", (10,)), ("parts", (5, 10))):
-        for stop in stops:
-            run_ranks(train_here, 2, tmp_path / name, glyphs_ci / "train", *overrides, f"run.steps={stop}")
+    run_ranks(train_here, 2, tmp_path / "whole", glyphs_ci / "train", *overrides, "run.steps=10")
+    interrupted(tmp_path / "whole", tmp_path / "parts", 5)
+    run_ranks(train_here, 2, tmp_path / "parts", glyphs_ci / "train", *overrides, "run.steps=10")
     assert checksums(tmp_path / "parts") == checksums(tmp_path / "whole")
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
 
@@ -272,7 +276,7 @@ def test_the_same_number_of_other_classes_is_an_error(reference, glyphs_ci, tmp_
 def test_wandb_notes_the_run_under_one_id(glyphs_ci, tmp_path):
     run = tmp_path / "run"
     for steps in (2, 4):  # the second goes on where the first stopped
-        finish(start(1, run, f"run.steps={steps}", "track.wandb=offline", "evaluate.sets={}"))
+        finish(begin(1, run, f"run.steps={steps}", "track.wandb=offline", "evaluate.sets={}"))
     ids = {folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")}
     assert ids == {(run / "wandb_id").read_text().strip()}
     assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == len(list((run / "wandb").glob("offline-run-*")))
@@ -296,13 +300,13 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_then_ends_the_run(glyphs_c
 
 
 def test_rows_are_the_same_after_a_resume_in_the_middle_of_one(glyphs_ci, tmp_path):
-    for name, stop in (("whole", 20), ("run", 10), ("run", 20)):  # 10 is no multiple of 7
-        overrides = (f"run.steps={stop}", "optim.schedule=constant", "track.log_every=7")
+    for name, stop in (("whole", 8), ("run", 5), ("run", 8)):  # 5 is no multiple of 3
+        overrides = (f"run.steps={stop}", "optim.schedule=constant", "track.log_every=3")
         run_ranks(train_here, 2, tmp_path / name, glyphs_ci / "train", *overrides)
-    kept = [row for row in rows(tmp_path / "run") if row["step"] != 10]  # the row of a run's last step
-    assert [row["step"] for row in kept] == [7, 14, 20]
+    kept = [row for row in rows(tmp_path / "run") if row["step"] != 5]  # the row of a run's last step
+    assert [row["step"] for row in kept] == [3, 6, 8]
     wanted = {row["step"]: row["loss"] for row in rows(tmp_path / "whole")}
-    assert kept[0]["loss"] == wanted[7] and kept[2]["loss"] == wanted[20]
+    assert kept[0]["loss"] == wanted[3] and kept[2]["loss"] == wanted[8]
 
 
 def test_fewer_steps_than_a_checkpoint_has_is_a_finished_run(reference, glyphs_ci, tmp_path):
@@ -391,9 +395,9 @@ def damaged(data: Path, out: Path, samples: range) -> Path:
 
 
 def test_undecodable_samples_shorten_their_batch_and_are_counted(glyphs_ci, tmp_path):
-    broken = range(0, 8000, 400)
+    broken = range(0, 8000, 200)
     data = damaged(glyphs_ci / "train", tmp_path / "data", broken)
-    steps = 60
+    steps = 25
     run_ranks(train_here, 2, tmp_path / "run", data, f"run.steps={steps}", "data.max_undecodable=0.01")
     index = load_index(data)
     order = Order(index.samples_per_shard, 48, 4, 0, 8192)
@@ -404,9 +408,9 @@ def test_undecodable_samples_shorten_their_batch_and_are_counted(glyphs_ci, tmp_
 
 
 def test_batch_norm_is_not_left_with_one_sample(glyphs_ci, tmp_path):
-    """A rank has two of a step, and every tenth image is none."""
-    data = damaged(glyphs_ci / "train", tmp_path / "data", range(0, 8000, 10))
-    small = ("backbone.name=iresnet18", "data.global_batch_size=4", "data.max_undecodable=0.5", "run.steps=15")
+    """A rank has two of a step, and every fourth image is none: one is left in three of eight parts."""
+    data = damaged(glyphs_ci / "train", tmp_path / "data", range(0, 8000, 4))
+    small = ("backbone.name=iresnet18", "data.global_batch_size=4", "data.max_undecodable=0.5", "run.steps=6")
     assert run_ranks(train_here, 2, tmp_path / "run", data, *small) == [True, True]
     last = rows(tmp_path / "run")[-1]
     assert last["undecodable"] > 0 and last["skipped_steps"] == 0
@@ -414,7 +418,7 @@ def test_batch_norm_is_not_left_with_one_sample(glyphs_ci, tmp_path):
 
 def test_shards_that_vanish_during_a_run_end_it_with_one_message(glyphs_ci, tmp_path):
     shutil.copytree(glyphs_ci / "train", tmp_path / "data")
-    process = start(2, tmp_path / "run", f"data.train={tmp_path}/data", "run.steps=5000", "data.workers=1")
+    process = begin(2, tmp_path / "run", f"data.train={tmp_path}/data", "run.steps=5000", "data.workers=1")
     wait_for_step(tmp_path / "run", 3, process)
     for shard in (tmp_path / "data").glob("*.tar"):
         os.truncate(shard, 512)
@@ -439,13 +443,18 @@ def start(world_size: int, run: Path, *overrides: str) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, code: int | None = 0) -> str:
+def begin(world_size: int, run: Path, *overrides: str) -> Job:
+    """As start, without torchrun and without its imports."""
+    return Job(world_size, CONFIG, *QUICK, f"run.dir={run}", *overrides)
+
+
+def finish(process: subprocess.Popen | Job, code: int | None = 0) -> str:
     output, _ = process.communicate(timeout=200)
     assert code is None or process.returncode == code, output
     return output
 
 
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen) -> None:
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen | Job) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if happened():
@@ -455,7 +464,7 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen) -> None:
     raise AssertionError(f"it did not happen: {process.communicate()[0]}")
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(run: Path, step: int, process: subprocess.Popen | Job) -> None:
     metrics = run / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= step, process)
 
@@ -471,16 +480,16 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(reference, tmp_path):
     shutil.copytree(reference, whole)
     evaluate_run(whole, torch.device("cpu"))
     for step in (4, 17):  # before the first checkpoint, and between two
-        process = start(2, killed)
+        process = begin(2, killed)
         wait_for_step(killed, step, process)
-        os.kill(workers(process.pid)[1], signal.SIGKILL)
+        os.kill(process.pids[1], signal.SIGKILL)
         finish(process, code=1)
-    process = start(2, killed)
+    process = begin(2, killed)
     wait_for(lambda: (killed / "checkpoints" / "step_00000020").exists(), process)  # in the middle of saving it
-    os.kill(workers(process.pid)[0], signal.SIGKILL)
+    os.kill(process.pids[0], signal.SIGKILL)
     finish(process, code=1)
     assert checkpoint.find_latest(killed).step in (10, 20)
-    output = finish(start(2, killed))
+    output = finish(begin(2, killed))
     assert checksums(killed) == checksums(whole)
     assert curve(killed) == curve(whole) and curve(killed, "lr") == curve(whole, "lr")
     results = [json.loads((run / "evaluation.json").read_text()) for run in (killed, whole)]
@@ -519,7 +528,7 @@ def test_killed_and_resumed_on_cuda_is_the_same_run_bit_for_bit(glyphs_ci, tmp_p
     assert curve(killed) == curve(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.soak("train"))])
 def test_a_preempted_run_saves_at_once_and_goes_on(glyphs_ci, tmp_path, number):
     run = tmp_path / "run"
     process = start(2, run, "run.steps=2000", "checkpoint.every=100000", "data.workers=1")
@@ -532,7 +541,7 @@ def test_a_preempted_run_saves_at_once_and_goes_on(glyphs_ci, tmp_path, number):
         finish(process, code=0)
     saved = checkpoint.find_latest(run)
     assert saved is not None and saved.step >= 5 and (run / "preempted").read_text() == f"step {saved.step}\n"
-    finish(start(2, run, f"run.steps={saved.step + 3}"))
+    finish(begin(2, run, f"run.steps={saved.step + 3}", "evaluate.sets={}"))
     assert not (run / "preempted").exists() and checkpoint.find_latest(run).step == saved.step + 3
 
 
@@ -559,11 +568,10 @@ with the_only_one_in(Path(sys.argv[1])):
 def test_readers_that_outlive_a_killed_rank_do_not_hold_the_folder(tmp_path):
     """They are children of a fork, and notice only after seconds that their parent is gone."""
     run = tmp_path / "run"
-    with open(tmp_path / "child", "w") as said:
-        assert (
-            subprocess.run([sys.executable, "-c", HOLDER, run], stdout=said, timeout=60).returncode == -signal.SIGKILL
-        )
-    child = int((tmp_path / "child").read_text())
+    (tmp_path / "holder.py").write_text(HOLDER)
+    holder = run_program(tmp_path / "holder.py", run, timeout=60)
+    assert holder.returncode == -signal.SIGKILL
+    child = int(holder.stdout)
     try:
         with the_only_one_in(run):
             pass
@@ -574,7 +582,7 @@ def test_readers_that_outlive_a_killed_rank_do_not_hold_the_folder(tmp_path):
 def test_two_jobs_in_one_folder_are_an_error_and_a_killed_agent_takes_its_workers_with_it(glyphs_ci, tmp_path):
     first = start(2, tmp_path / "run", "run.steps=5000")
     wait_for_step(tmp_path / "run", 2, first)
-    assert "another process trains in this folder" in finish(start(1, tmp_path / "run"), code=1)
+    assert "another process trains in this folder" in finish(begin(1, tmp_path / "run"), code=1)
     assert first.poll() is None
     orphans = workers(first.pid)
     assert len(orphans) == 2
@@ -586,7 +594,7 @@ def test_two_jobs_in_one_folder_are_an_error_and_a_killed_agent_takes_its_worker
         time.sleep(0.1)
 
 
-@pytest.mark.soak
+@pytest.mark.soak("train")
 def test_eight_ranks_are_wired(glyphs_ci, tmp_path):
     output = finish(start(8, tmp_path / "run", "run.steps=3", "evaluate.sets={}"))
     assert "8 ranks on cpu, 96 class centers on the first" in output
@@ -594,16 +602,14 @@ def test_eight_ranks_are_wired(glyphs_ci, tmp_path):
 
 
 def test_a_wrong_run_ends_with_one_message(glyphs_ci, tmp_path):
-    output = finish(start(2, tmp_path / "run", "data.global_batch_size=1", "data.streams=1"), code=1)
+    output = finish(begin(2, tmp_path / "run", "data.global_batch_size=1", "data.streams=1"), code=1)
     assert output.count("error: opening the data failed on rank 0: got a global batch of 1 samples on 2 ranks") == 1
-    command = [sys.executable, "launch/train.py", str(CONFIG), "optim.lrr=3"]
-    unknown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
+    unknown = run_program("launch/train.py", CONFIG, "optim.lrr=3")
     assert unknown.returncode == 1 and "optim.lrr: unknown key; did you mean optim.lr?" in unknown.stderr
 
 
 def test_print_config_shows_every_setting_with_its_documentation():
-    command = [sys.executable, "launch/train.py", str(CONFIG), "optim.lr=0.25", "--print-config"]
-    shown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=True).stdout
+    shown = run_program("launch/train.py", CONFIG, "optim.lr=0.25", "--print-config").stdout
     assert "  lr: 0.25 " in shown and "Learning rate at its peak" in shown
 
 

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from partial_fc import checkpoint
+from partial_fc import backbone, checkpoint
+from partial_fc.backbone.net import EmbeddingNet
 from partial_fc.build import build
 from partial_fc.data.reader import Batch, normalize
 from partial_fc.evaluate.runs import evaluate_run
@@ -27,16 +30,22 @@ from tests.test_train import (
     train_here,
 )
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("run.steps=8", "checkpoint.every=4", "optim.schedule=constant", "optim.warmup_steps=2")
 
 
+@pytest.fixture(scope="module")
+def partly_damaged(glyphs_ci, tmp_path_factory) -> Path:
+    return damaged(glyphs_ci / "train", tmp_path_factory.mktemp("damaged") / "data", range(0, 8000, 40))
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_micro_batches_equal_one_batch(glyphs_ci, tmp_path, world_size):
+def test_micro_batches_equal_one_batch(partly_damaged, tmp_path, world_size):
     """48 samples in 5 pieces: no number of ranks cuts them evenly; some of them cannot be decoded."""
-    data = damaged(glyphs_ci / "train", tmp_path / "data", range(0, 8000, 40))
     options = (*SHORT, "data.max_undecodable=0.5")
-    run_ranks(train_here, world_size, tmp_path / "whole", data, *options)
-    run_ranks(train_here, world_size, tmp_path / "pieces", data, *options, "data.accumulate=5")
+    run_ranks(train_here, world_size, tmp_path / "whole", partly_damaged, *options)
+    run_ranks(train_here, world_size, tmp_path / "pieces", partly_damaged, *options, "data.accumulate=5")
     assert rows(tmp_path / "pieces")[-1]["undecodable"] > 0
     assert_follows(tmp_path / "pieces", tmp_path / "whole")
 
@@ -76,17 +85,29 @@ def test_micro_batches_must_not_be_empty(glyphs_ci, tmp_path):
     assert messages[0] == messages[1]
 
 
-# a small batch: a CPU has no float16 units
-FLOAT16 = ("engine.precision=fp16", "data.global_batch_size=8", "head.sample_rate=1")
+def tiny(embedding_dim: int, image_size: tuple[int, int]) -> EmbeddingNet:
+    features = nn.Sequential(nn.Conv2d(3, 16, 3, 16, padding=1), nn.GroupNorm(1, 16), nn.PReLU(16))
+    return EmbeddingNet(features, 16, embedding_dim, image_size)
+
+
+def with_tiny(fn: Callable, *args: object) -> object:
+    """fn(*args) where backbone.name=tiny is one."""
+    backbone.BACKBONES["tiny"] = tiny
+    return fn(*args)
+
+
+# A small batch: a CPU has no float16 units. A backward of smallnet is 0.1 s a sample, four times that of float32; so
+# tests of many steps train a tiny net.
+FLOAT16 = ("engine.precision=fp16", "data.global_batch_size=2", "data.streams=2", "head.sample_rate=1")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_head_and_backbone_skip_together(glyphs_ci, tmp_path, optimizer):
     """A loss scale of 2^22 overflows until it has been halved often enough; the updates of both are counted."""
     rate = () if optimizer == "sgd" else ("optim.lr=0.001",)
-    scale = (f"engine.loss_scale={2.0**22}", "run.steps=16")
+    scale = (f"engine.loss_scale={2.0**22}", "run.steps=16", "backbone.name=tiny")
     overrides = (*SHORT, *FLOAT16, *scale, f"optim.name={optimizer}", *rate, "head.optim.name=adamw")
-    run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train", *overrides)
+    run_ranks(with_tiny, 2, train_here, tmp_path / "run", glyphs_ci / "train", *overrides)
     last = rows(tmp_path / "run")[-1]
     assert 4 < last["skipped_steps"] < 13 and last["engine.loss_scale"] == 2.0 ** (22 - last["skipped_steps"])
     found = checkpoint.find_latest(tmp_path / "run")
@@ -100,8 +121,8 @@ def test_head_and_backbone_skip_together(glyphs_ci, tmp_path, optimizer):
 
 
 def test_a_scale_that_never_fits_ends_the_run(glyphs_ci, tmp_path):
-    overrides = (*FLOAT16, f"engine.loss_scale={2.0**100}", "run.steps=60")
-    messages = run_ranks(train_and_catch, 2, tmp_path / "run", glyphs_ci / "train", *overrides)
+    overrides = (*FLOAT16, f"engine.loss_scale={2.0**100}", "run.steps=60", "backbone.name=tiny")
+    messages = run_ranks(with_tiny, 2, train_and_catch, tmp_path / "run", glyphs_ci / "train", *overrides)
     assert messages[0] == messages[1]
     assert "the gradients of 30 successive steps, the last one 29, were not finite" in messages[0]
 
@@ -196,8 +217,8 @@ def test_the_average_is_kept_and_evaluated_beside(glyphs_ci, tmp_path, capfd):
     run = tmp_path / "run"
     train_here(run, glyphs_ci / "train", *SHORT, "engine.ema=0.9")
     found = checkpoint.find_latest(run)
-    average, backbone = checkpoint.read_backbone(found, averaged=True), checkpoint.read_backbone(found)
-    assert list(average) == list(backbone) and not torch.equal(average["linear.weight"], backbone["linear.weight"])
+    average, trained = checkpoint.read_backbone(found, averaged=True), checkpoint.read_backbone(found)
+    assert list(average) == list(trained) and not torch.equal(average["linear.weight"], trained["linear.weight"])
     evaluate_run(run, torch.device("cpu"))
     assert set(json.loads((run / "evaluation.json").read_text())["models"]) == {"trained", "averaged", "untrained"}
     assert "averaged" in capfd.readouterr().out
@@ -241,7 +262,7 @@ def test_a_transformer_trains_and_resumes(glyphs_ci, tmp_path):
 
 
 def test_a_setting_that_only_a_start_looks_at_is_told_to_be_without_effect(glyphs_ci, tmp_path, capfd):
-    options = (tmp_path / "run", glyphs_ci / "train", *SHORT, "engine.precision=fp16")
+    options = (tmp_path / "run", glyphs_ci / "train", *SHORT, *FLOAT16)
     train_here(*options, "run.steps=2", "engine.loss_scale=64", "track.log_every=1")
     train_here(*options, "run.steps=3", "engine.loss_scale=1024", "track.log_every=1")
     output = capfd.readouterr().out

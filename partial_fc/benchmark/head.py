@@ -100,7 +100,8 @@ def benchmark_head(
     if unknown:
         raise ValueError(f"--variants: got {unknown[0]!r}; wanted some of {', '.join(LABELS)}")
     speaks, markdown = distributed.rank() == 0, measuring.markdown
-    header, compiler = begin(measuring, compiles=True)
+    compiles = variants is None or any(variant.endswith("-compiled") for variant in variants)
+    header, compiler = begin(measuring, compiles=compiles)
     variants = _runnable(variants, growth, compiler, measuring.device)
     report = {"header": header, "cells": []}
     if speaks:

@@ -90,7 +90,7 @@ class Order:
         """(size,): the permutation inside a window."""
         place = stream, window % 2
         key, shuffled = self._windows.get(place, (None, None))
-        if key != (epoch, window):
+        if shuffled is None or key != (epoch, window):
             shuffled = _random("order window", self.seed, epoch, stream, window).permutation(size)
             self._windows[place] = ((epoch, window), shuffled)
         return shuffled

@@ -85,7 +85,7 @@ def _rows(batches: range, batch_size: int, num_samples: int) -> int:
 def _gather_rows(ours: Tensor, rows: list[int]) -> Tensor:
     """In: this rank's (rows[rank], D). Out: (sum(rows), D), the ranks' rows in their order."""
     # Collectives want equal shapes, and a rank without rows does not know D.
-    width = all_gather(torch.tensor([ours.shape[-1]], device=ours.device)).max().item()
+    width = int(all_gather(torch.tensor([ours.shape[-1]], device=ours.device)).max().item())
     padded = ours.new_zeros(max(rows), width)
     if len(ours):
         padded[: len(ours)] = ours

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ def verify(embeddings: Tensor, labels: np.ndarray, seed: int, listed: np.ndarray
         if np.count_nonzero(counts > 1) >= FOLDS and len(counts) >= 2 * FOLDS:
             chosen, same, fold = verification_pairs(labels, seed, PAIRS_PER_FOLD, FOLDS)
             score = listed_scores(embeddings, chosen)
-    result = {
+    result: dict[str, Any] = {
         "num_samples": len(labels),
         "num_identities": len(counts) if listed is None else None,
         "num_genuine": len(pairs.genuine),

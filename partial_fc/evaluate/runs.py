@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ def evaluate_run(
             raise ValueError("there is nothing to evaluate on; give --data, or evaluate.sets in the config")
         size = tuple(found.manifest["settings"]["image_size"])
         indexes = open_sets(sets, size)
-    models = {"trained": _trained(found, config, size)}
+    models: dict[str, Any] = {"trained": _trained(found, config, size)}
     if (averaged := _trained(found, config, size, averaged=True)) is not None:
         models["averaged"] = averaged
     if untrained or settings.untrained:
@@ -76,7 +77,7 @@ def evaluate_run(
                 temporary.rename(path / "evaluation.json")
             if storage.remote(found.path):  # a run folder may vanish with its machine
                 beside = path if storage.remote(path) else storage.parent(found.path)
-                storage.write(storage.join(beside, "evaluation.json"), text.encode())
+                storage.write(f"{beside}/evaluation.json", text.encode())
             print(format_table(results), flush=True)
     return evaluation
 

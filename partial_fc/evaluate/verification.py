@@ -24,7 +24,7 @@ def tar_at_far(score: np.ndarray, same: np.ndarray, far: float | Sequence[float]
     """
     score, same = _checked(score, same)
     genuine, impostor = np.sort(score[same]), np.sort(score[~same])
-    if np.ndim(far) == 0:
+    if not isinstance(far, Sequence | np.ndarray):
         return tar_at_far_sorted(genuine, impostor, len(impostor), float(far))
     results = [tar_at_far_sorted(genuine, impostor, len(impostor), float(f)) for f in far]
     return tuple(np.array(column) for column in zip(*results, strict=True))
@@ -73,10 +73,10 @@ def fold_accuracy(score: np.ndarray, same: np.ndarray, folds: int | np.ndarray =
     """
     score, same = _checked(score, same)
     n = len(score)
-    if np.ndim(folds) == 0:
+    if isinstance(folds, int | np.integer):
         if not 2 <= folds <= n:
             raise ValueError(f"got {folds} folds for {n} pairs, wanted 2 to {n}")
-        folds = _cut(n, folds)
+        folds = _cut(n, int(folds))
     folds = np.asarray(folds)
     if folds.shape != score.shape:
         raise ValueError(f"got folds of shape {folds.shape}, wanted {score.shape}: the fold of each pair")
@@ -104,7 +104,7 @@ def folds_of_list(same: np.ndarray, folds: int = 10) -> np.ndarray:
     """
     fold = np.empty(len(same), dtype=np.int64)
     for kind in (same, ~same):
-        fold[kind] = _cut(np.count_nonzero(kind), folds)
+        fold[kind] = _cut(int(np.count_nonzero(kind)), folds)
     return fold
 
 

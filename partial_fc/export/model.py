@@ -56,7 +56,7 @@ class Embedder(nn.Module):
             raise ValueError(
                 f"got images of shape {tuple(images.shape)}, wanted (b, 3, {', '.join(map(str, self.image_size))})"
             )
-        images = (images.float() - self.mean) / self.std
+        images = (images.float() - self.get_buffer("mean")) / self.get_buffer("std")
         embeddings = self.backbone(images).float()
         if self.flip:
             embeddings = embeddings + self.backbone(images.flip(-1)).float()

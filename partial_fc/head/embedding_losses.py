@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     labels: Tensor  # (B,) int64
     real: Tensor  # (B,) bool; the others are padding
     own: slice  # this rank's rows
-    count: Tensor  # () real rows
+    count: Tensor  # type: ignore[assignment]  # () real rows; tuple.count is not used
     alike: Tensor  # (B,) rows of the same class, itself included; 0 for padding
 
     @classmethod

@@ -69,7 +69,7 @@ class Margin:
             )
         wanted = "False: it has no scale" if self.scale is None else "False: its negatives are not s cos(theta)"
         check(self, "learn_scale", not self.learn_scale or not (self.scale is None or self.reweights), wanted)
-        check(self, "scale", not self.learn_scale or self.scale >= 1, "1 or more: a learned scale stays there")
+        check(self, "scale", not self.learn_scale or (self.scale or 0) >= 1, "1 or more: a learned scale stays there")
 
     def at(self, step: int) -> "Margin":
         """The margin of a training step: itself, see WarmUp."""
@@ -204,7 +204,7 @@ def multiplied(cosine: Tensor, factor: float, angle: float = 0.0) -> Tensor:
     return (1 - 2 * (k % 2)) * torch.cos(phi) - 2 * k
 
 
-def check(margin: Margin, name: str, good: bool, wanted: str) -> None:
-    """Raises ValueError for a parameter of a margin that is not `good`."""
+def check(margin: object, name: str, good: bool, wanted: str) -> None:
+    """Raises ValueError for a parameter of a margin or a loss that is not `good`."""
     if not good:
         raise ValueError(f"{type(margin).__name__}: {name} is {getattr(margin, name)}; give {wanted}")

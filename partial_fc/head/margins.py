@@ -310,7 +310,7 @@ class SubCenterArcFace(ArcFace):
     with k C. Of equally near centers the first counts.
     """
 
-    sub_centers: int = 3
+    sub_centers: int = 3  # type: ignore[misc]  # of the class in every other margin
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ import types
 import typing
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ def source_of(name: str) -> Path | None:
         found = importlib.util.find_spec(module) if module else None
     except (ImportError, ValueError):
         return None
-    return Path(found.origin) if found is not None and found.has_location else None
+    return Path(found.origin) if found is not None and found.has_location and found.origin else None
 
 
 def fill(chosen: type[T], name: str, parameters: dict[str, Any], key: str) -> T:
@@ -59,13 +59,13 @@ def fill(chosen: type[T], name: str, parameters: dict[str, Any], key: str) -> T:
 
     Raises ValueError for a parameter that it does not have, that is not of its type, or that it lacks.
     """
-    types_of = typing.get_type_hints(chosen)
-    known = {field.name: types_of[field.name] for field in fields(chosen) if field.init}
+    types_of, all_fields = typing.get_type_hints(chosen), fields(cast(Any, chosen))
+    known = {field.name: types_of[field.name] for field in all_fields if field.init}
     for parameter in parameters:
         if parameter not in known:
             has = ", ".join(known) or "none"
             raise ValueError(f"{key}.{parameter}: {name} has no such parameter; it has {has}")
-    for field in fields(chosen):
+    for field in all_fields:
         if field.init and field.name not in parameters and field.default is field.default_factory is MISSING:
             raise ValueError(f"{key}.{field.name}: {name} has no default for it; give one")
     return chosen(**{one: read(f"{key}.{one}", value, known[one]) for one, value in parameters.items()})

@@ -5,9 +5,9 @@ C_r classes of this rank, U rows in use.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ class PartialFC:
             device=device,
         )
         self.feature_centers: FeatureCenters | None = None  # of a center loss; read `centers` first, which waits
-        self._terms = list(embedding_losses)
+        self._terms: list[EmbeddingLoss | FeatureCenters] = list(embedding_losses)
         for place, loss in enumerate(embedding_losses):
             if isinstance(loss, CenterLoss):
                 self.feature_centers = self._terms[place] = FeatureCenters(
@@ -163,6 +163,8 @@ class PartialFC:
         self._scale_optimizer = build_optimizer(optimizer, momentum, 0.0, betas, eps)
         self.observed: Observed | None = None  # cosines and lengths of the last forward's batch
         self.begin_phase: Callable[[str], None] = lambda name: None  # told when the gather begins, and when it ends
+        self.statistics: dict[str, Tensor] = {}
+        self._statistics_before = self.statistics
         self.set_statistics(self.first_statistics())
         self._buffers = Buffers(dtype, device)
         self._cache = softmax.Cache(cache_bytes, cache_dtype, device)
@@ -242,9 +244,11 @@ class PartialFC:
             if self.check_labels:
                 exchange.check_labels(gathered, self.num_classes, planned if self.sampled else None, padded_size)
             used = self._rows_in_use(gathered, training) if planned is None else self._used
+            assert used is not None  # begin_step has set it where it has set the labels
             loss, gradient, kept = forward(self, x, gathered, used, training)
             if not training:
                 return loss
+            assert gradient is not None and kept is not None
             self._used, self._read = used, False  # what was read until here comes before this forward's backward
             self._forwards.append(kept)
         return attach(embeddings, loss, gradient[: len(labels)], kept)
@@ -303,11 +307,11 @@ class PartialFC:
         """What `statistics` is before the first step, by name: the margin's, and the learned scale with its moments."""
         first = self.margin.first_statistics()
         if self.margin.learn_scale:
-            first |= {"scale": self.margin.scale}
+            first |= {"scale": cast(float, self.margin.scale)}  # its check wants one
             first |= {f"scale_{moment}": 0.0 for moment in self._scale_optimizer.moments}
         return first
 
-    def set_statistics(self, values: dict[str, float | Tensor]) -> None:
+    def set_statistics(self, values: Mapping[str, float | Tensor]) -> None:
         """Running statistics () float64, equal on all ranks: where a run starts, or what a checkpoint has."""
         self.statistics = {
             name: torch.as_tensor(value, dtype=torch.float64).to(self.device) for name, value in values.items()

@@ -4,6 +4,7 @@ Shapes: B labels of the global batch, D embedding size, C classes, C_r classes o
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,10 +18,13 @@ from partial_fc.head.targets import unit
 from partial_fc.parallel import distributed
 from partial_fc.seeds import keyed_bytes
 
+if TYPE_CHECKING:  # it imports this module
+    from partial_fc.head.partial_fc import PartialFC
+
 # sampler(head, step, labels of the global batch (B,)) -> distinct class ids (n,), int64, of head.classes, in any order.
 # One that keeps tables of all classes has two methods more, as HardNegatives has: refresh(head, step), which all ranks
 # call before a training step's rows are fixed, and tables(head), what a checkpoint stores.
-Sampler = Callable[["PartialFC", int, Tensor], Tensor]  # noqa: F821 - partial_fc.py imports this module
+Sampler = Callable[["PartialFC", int, Tensor], Tensor]
 
 DRAW_BLOCK = 1 << 16  # classes that share one permutation of the negatives' draw
 BLOCK = 2048  # centers of all ranks that a search has in hand at once

@@ -24,7 +24,7 @@ class SideStream:
         self._keep: object = None
 
     @contextmanager
-    def run(self, after: list[torch.cuda.Event] | None, keep: object) -> Iterator[None]:
+    def run(self, after: list[torch.cuda.Event | None] | None, keep: object) -> Iterator[None]:
         """Queues the body once the events of `after` have happened; None: once all that is queued now is done.
 
         `keep`: what the body reads; it stays alive until `join`, or its memory would be given away while in use.
