@@ -476,11 +476,10 @@ def test_head_and_backbone_skip_together(glyphs_ci, tmp_path):
         f"engine.loss_scale={2.0**20}",
     )
     options = (*TRAINED, *float16, "optim.name=adamw", "optim.lr=0.001")
-    run_ranks(with_tiny, 2, train_here, tmp_path / "ddp", glyphs_ci / "train", *options, "run.steps=8")
+    data = glyphs_ci / "train"
+    run_ranks(with_tiny, 2, train_here, tmp_path / "ddp", data, *options, "run.steps=8")
     for steps in (4, 8):
-        run_ranks(
-            with_tiny, 2, train_here, tmp_path / "run", glyphs_ci / "train", *options, *stage(2), f"run.steps={steps}"
-        )
+        run_ranks(with_tiny, 2, train_here, tmp_path / "run", data, *options, *stage(2), f"run.steps={steps}")
     last, wanted = rows(tmp_path / "run")[-1], rows(tmp_path / "ddp")[-1]
     assert 2 < last["skipped_steps"] == wanted["skipped_steps"] < 8
     assert last["engine.loss_scale"] == wanted["engine.loss_scale"]
