@@ -1,6 +1,7 @@
 """Several ranks in one fast helper, what tests may do by their marks, and the shards that many of them train on."""
 
 import fcntl
+import os
 import pickle
 import shutil
 import sys
@@ -12,11 +13,16 @@ from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 
-import pytest
-import torch
+# Inductor's, which change no kernel: compiled in the process that asks, not in one that loads torch for it (4 s of CPU
+# in each that compiles); for the instructions of this CPU, without a trial of each kind (13 s on a cold cache).
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
-from tests.processes import REPOSITORY, context
-from tests.soak import PARTS
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tests.processes import REPOSITORY, context  # noqa: E402
+from tests.soak import PARTS  # noqa: E402
 
 torch.set_num_threads(1)
 

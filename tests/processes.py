@@ -20,7 +20,14 @@ import torch.distributed as dist
 
 REPOSITORY = Path(__file__).parent.parent
 # Loaded once per server. torch._dynamo comes with the first step of any optimizer: 2 s.
-PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "partial_fc.train", "partial_fc.evaluate.runs"]
+PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "torch._dynamo",
+    "partial_fc.train",
+    "partial_fc.evaluate.runs",
+    "tests.test_train",
+]
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOADED)

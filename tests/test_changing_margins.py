@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch._inductor.config
 import torch.distributed as dist
 from torch import Tensor
 
@@ -42,7 +41,6 @@ from tests.dense import (
     run_dense,
 )
 from tests.pairwise import pairwise
-from tests.test_elementwise import CHEAPLY
 from tests.test_partial_fc import SIZES, assert_as_good_as_naive, peak_case, set_centers
 
 
@@ -88,10 +86,9 @@ def test_dropout_equals_dense(margin):
 @pytest.mark.parametrize("sizes", [(6,), pytest.param((3, 1), marks=pytest.mark.soak("compiled"))])
 @pytest.mark.parametrize("margin", ["curricularface-filtered", "subcenterarcface"])
 def test_compiled_equals_dense(margin, sizes):
-    with torch._inductor.config.patch(CHEAPLY):
-        if not compiler_works("cpu"):
-            pytest.skip("not run: torch.compile does not work here (it needs a C++ compiler)")
-        assert_equals_dense(Case(margin, sample_rate=0.3, sizes=sizes, head=dict(compile=True)))
+    if not compiler_works("cpu"):
+        pytest.skip("not run: torch.compile does not work here (it needs a C++ compiler)")
+    assert_equals_dense(Case(margin, sample_rate=0.3, sizes=sizes, head=dict(compile=True)))
 
 
 def test_the_cases_meet_every_branch():
