@@ -24,7 +24,7 @@ from partial_fc import (
     WarmUp,
 )
 from partial_fc.head import draws
-from partial_fc.head.elementwise import Negatives, compiler_works
+from partial_fc.head.elementwise import Negatives
 from partial_fc.head.forward import _bounded
 from partial_fc.head.margins import build_margin
 from partial_fc.parallel import distributed
@@ -80,15 +80,6 @@ def test_equals_dense_in_awkward_cases(margin, changes):
 def test_dropout_equals_dense(margin):
     """What depends on |x| sees it after the dropout."""
     assert_equals_dense(Case(margin, sizes=(3, 1, 2), dropout=0.4, sample_rate=0.3, dim=16, forwards=2))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(6,), pytest.param((3, 1), marks=pytest.mark.soak("compiled"))])
-@pytest.mark.parametrize("margin", ["curricularface-filtered", "subcenterarcface"])
-def test_compiled_equals_dense(margin, sizes):
-    if not compiler_works("cpu"):
-        pytest.skip("not run: torch.compile does not work here (it needs a C++ compiler)")
-    assert_equals_dense(Case(margin, sample_rate=0.3, sizes=sizes, head=dict(compile=True)))
 
 
 def test_the_cases_meet_every_branch():

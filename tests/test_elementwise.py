@@ -47,6 +47,13 @@ def test_compiled_equals_dense_on_two_ranks(margin, rate):
 
 @needs_compiler
 @pytest.mark.parametrize("sizes", [(6,), soaked((3, 1))])
+@pytest.mark.parametrize("margin", ["curricularface-filtered", "subcenterarcface"])
+def test_compiled_negatives_equal_dense(margin, sizes):
+    assert_equals_dense(Case(margin, sample_rate=0.3, sizes=sizes, head=COMPILED))
+
+
+@needs_compiler
+@pytest.mark.parametrize("sizes", [(6,), soaked((3, 1))])
 def test_compiled_adamw_and_cache_equal_dense(sizes):
     hyper = dict(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
     options = dict(cache_bytes=100 * 8, cache_dtype=torch.float64, **COMPILED)
