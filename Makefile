@@ -23,7 +23,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check
 
 # Two files side by side: many tests start processes or ranks, and wait for them. Each worker keeps pools of up to four
-# ranks; together they used 8 GB of memory. mypy beside them: it takes 40 s of one core after an installation, then one.
+# ranks; together they used 8 GB of memory. mypy beside them: it takes 17 s of one core after an installation, then 1 s.
 TESTS = $(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint
