@@ -191,12 +191,20 @@ sys.addaudithook(_no_process)
 _compile, torch.compile = torch.compile, _no_compiler
 
 
+def is_quick(item) -> bool:
+    return not any(mark in item.keywords for mark in ("slow", "soak", "gpu"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures
+def pytest_runtest_setup(item) -> None:
+    if not is_quick(item):  # `prepare glyphs` asks for a server with less in it, and the first to start one decides
+        forkserver.ensure_running()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item) -> Iterator:
     global _quick
-    _quick = not any(mark in item.keywords for mark in ("slow", "soak", "gpu"))
-    if not _quick:  # now: `prepare glyphs` asks for a server with less in it, and the first to start one decides
-        forkserver.ensure_running()
+    _quick = is_quick(item)
     try:
         return (yield)
     finally:
