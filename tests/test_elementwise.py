@@ -8,6 +8,7 @@ import torch
 from partial_fc import CosFace, PartialFC
 from partial_fc.head import elementwise
 from tests.dense import MARGINS, Case, assert_equals_dense
+from tests.pairwise import pairwise
 from tests.test_partial_fc import assert_as_good_as_naive
 
 pytestmark = pytest.mark.slow
@@ -29,20 +30,10 @@ def soaked(*values: object) -> object:
     return pytest.param(*values, marks=pytest.mark.soak("compiled"))
 
 
-ALL = [(margin, rate) for margin in MARGINS for rate in (1.0, 0.3)]
-SOON = [(margin, (1.0, 0.3)[number % 2]) for number, margin in enumerate(MARGINS)]  # a new graph costs 3 to 6 s
-
-
 @needs_compiler
-@pytest.mark.parametrize("margin, rate", [*SOON, *(soaked(*one) for one in ALL if one not in SOON)])
-def test_compiled_equals_dense(margin, rate):
-    assert_equals_dense(Case(margin, sample_rate=rate, sizes=(6,), head=COMPILED))
-
-
-@needs_compiler
-@pytest.mark.parametrize("margin, rate", [("softmax", 0.3), *(soaked(*one) for one in ALL if one != ("softmax", 0.3))])
-def test_compiled_equals_dense_on_two_ranks(margin, rate):
-    assert_equals_dense(Case(margin, sample_rate=rate, sizes=(3, 1), head=COMPILED))
+@pairwise("compiled", margin=MARGINS, rate=[1.0, 0.3], sizes=[(6,), (3, 1)])
+def test_compiled_equals_dense(margin, rate, sizes):
+    assert_equals_dense(Case(margin, sample_rate=rate, sizes=sizes, head=COMPILED))
 
 
 @needs_compiler
