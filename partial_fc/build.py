@@ -218,7 +218,7 @@ def build_head(config: Config, num_classes: int, device: torch.device) -> Partia
 
 def training_data(config: Config) -> Index:
     """The data set to train on, its labels as they are trained. Raises ValueError for a list of pairs."""
-    index = load_index(config.data.train)
+    index = load_index(config.data.train, check_labels=distributed.first_of_node())
     if index.pairs is not None:
         raise ValueError(
             f"data.train: {index.path} is a list of pairs, which does not say who is who: name it in evaluate.sets, "

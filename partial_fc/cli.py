@@ -95,6 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     glyphs.add_argument("--seed", type=int, default=0, help="of the split and the samples' order")
     glyphs.set_defaults(run=commands.prepare_glyphs)
 
+    check = subcommands.add_parser("verify", help="compare every byte of a data set with its checksums")
+    check.add_argument("data", type=Path, help="prepared data set")
+    check.set_defaults(run=commands.verify_data)
+
     evaluate = subcommands.add_parser(
         "evaluate", help="verification and identification of a run, on all ranks of torchrun"
     )

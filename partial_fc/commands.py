@@ -10,6 +10,7 @@ from pathlib import Path
 from partial_fc.benchmark import backbone, backbone_steps, head, sampler
 from partial_fc.benchmark.compare import Measuring
 from partial_fc.config import EvaluationSet
+from partial_fc.data.shards import load_index, verify
 from partial_fc.doctor import run as doctor_run
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.export.embed import embed_images
@@ -44,6 +45,15 @@ def prepare_glyphs(arguments: argparse.Namespace) -> None:
     dropped = next(iter(indexes.values())).prepared["dropped"]
     print(
         "left out: " + ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
+    )
+
+
+def verify_data(arguments: argparse.Namespace) -> None:
+    index = load_index(arguments.data, check_labels=False)  # verify names all that is damaged
+    verify(index)
+    print(
+        f"{index.path}: {index.num_samples:,} samples of {index.num_classes:,} identities in "
+        f"{len(index.shard_names):,} shards: every file is as it was prepared"
     )
 
 

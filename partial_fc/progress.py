@@ -29,12 +29,12 @@ class Progress:
     def step(
         self, step: int, loss: float, samples: int, undecodable: int, bad_here: list[str], applied: bool = True
     ) -> None:
-        """Notes a step of `samples` over all ranks, `undecodable` of them; `bad_here` are the keys of this rank's.
+        """Notes a step of `samples` over all ranks, `undecodable` of them; `bad_here` says which of this rank's.
 
         applied: whether backbone and head were updated.
         """
-        for key in bad_here:
-            print(f"step {step}: sample {key} could not be decoded; its batch is one shorter", file=sys.stderr)
+        for bad in bad_here:
+            print(f"step {step}: sample {bad}; its batch is one shorter", file=sys.stderr)
         self.samples += samples
         self.undecodable += undecodable
         if math.isfinite(loss):

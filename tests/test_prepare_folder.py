@@ -133,6 +133,15 @@ def test_what_is_dropped_is_counted_by_its_reason(tmp_path, capsys):
     on_disk = json.loads((tmp_path / "out" / "index.json").read_text(encoding="utf-8"))
     assert on_disk["prepared"]["dropped"] == counts
 
+    rows = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {reason: sum(row["reason"] == reason for row in rows) for reason in counts} == counts
+    named = {row["name"]: row for row in rows}
+    assert named["a/text.png"] == {"name": "a/text.png", "reason": "undecodable"}
+    assert named["a/same.png"]["other"] == "a/0.png" and named["a/noise.png"]["other"] == "b/noise.png"
+    assert named["b/noise2.png"]["other"] == "a/noise.png" and "a/notes.txt" in named
+    assert sorted(index.name(i).split("/")[0] for i in range(index.num_samples)) == [*"aaa", *"bb"]
+    assert all((source / index.name(i)).is_file() for i in range(index.num_samples))
+
 
 def test_depth_links_case_and_unicode(tmp_path):
     source = tmp_path / "source"
@@ -188,10 +197,10 @@ def test_without_a_size_all_images_must_have_one(tmp_path):
 
 def test_a_source_without_images_is_an_error(tmp_path):
     (tmp_path / "source" / "a").mkdir(parents=True)
-    with pytest.raises(ValueError, match="has no image to use; dropped: nothing. Wanted source/<identity>/<image>"):
+    with pytest.raises(ValueError, match="has no image to use; left out: nothing. Wanted source/<identity>/<image>"):
         prepare_folder(tmp_path / "source", tmp_path / "out", size=SIZE)
     put(tmp_path / "source" / "a" / "0.png", 0)
-    with pytest.raises(ValueError, match="dropped: 1 too_few_samples.* at least 2 of an identity"):
+    with pytest.raises(ValueError, match="left out: 1 too_few_samples.* at least 2 of an identity"):
         prepare_folder(tmp_path / "source", tmp_path / "out", size=SIZE, min_samples=2)
 
 

@@ -45,7 +45,8 @@ def test_the_same_as_of_the_folder(tmp_path, between, monkeypatch, capsys):
     assert index.fingerprint == of_folder.fingerprint
     assert dropped(index) == {"duplicate": 1, "two_identities": 2, "undecodable": 1} == dropped(of_folder)
     assert set(index.prepared["dropped"]) == set(REASONS)
-    assert "5 images of 3 identities; dropped: 1 undecodable, 2 two_identities, 1 duplicate" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "5 images of 3 identities; left out: 1 undecodable (photos/" in said and "2 two_identities (photos/" in said
     verify(index)
 
 
@@ -73,7 +74,10 @@ def test_lists_that_cannot_be_used(tmp_path):
     )
     refused("a.png x y\n", "line 1: got 'a.png x y', wanted image, identity")
     refused("a.png,\n", "line 1: got 'a.png,', wanted")
-    refused("b.png x\n", "list.txt has no image to use; dropped: 1 unreadable. Wanted image files that OpenCV reads")
-    refused("", "has no image to use; dropped: nothing")
+    refused(
+        "b.png x\n",
+        "list.txt has no image to use; left out: 1 unreadable .b.png.. Wanted image files that OpenCV reads",
+    )
+    refused("", "has no image to use; left out: nothing")
     with pytest.raises(FileNotFoundError, match="none.txt is no file; give a text with a line each: image, identity"):
         prepare_list(tmp_path / "none.txt", tmp_path / "out")

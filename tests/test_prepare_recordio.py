@@ -4,7 +4,6 @@ import hashlib
 import os
 import struct
 import tracemalloc
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 from partial_fc import cli
 from partial_fc.data.reader import images_in_order
 from partial_fc.data.shards import verify
-from partial_fc.prepare.images import Source, examine_all
+from partial_fc.prepare.images import LeftOut, Source, examine_all
 from partial_fc.prepare.recordio import MAGIC, REASONS, RecordFile, _images, prepare_recordio
 from tests.test_prepare_folder import dropped, put, stored
 
@@ -52,7 +51,7 @@ def test_a_file_of_mxnet(tmp_path, capsys):
     assert hashes(index) == IMAGES
     assert index.classes() == ["0", "1", "3"] and index.prepared["image_size"] == [16, 12]
     assert set(index.prepared["dropped"]) == set(REASONS) and dropped(index) == {"not_an_image": 4}
-    assert "7 images of 3 identities; dropped: 4 not_an_image" in capsys.readouterr().out
+    assert "7 images of 3 identities; left out: 4 not_an_image (insightface.rec@5600, …)" in capsys.readouterr().out
     verify(index)
     (batch,) = images_in_order(index, np.arange(7), 7, 0)
     assert batch.images.shape == (7, 3, 16, 12)
@@ -92,7 +91,10 @@ def test_repeated_images_stay_and_undecodable_ones_go(tmp_path):
     index = prepare_recordio(tmp_path, tmp_path / "out")
     assert index.classes() == ["4", "5"] and np.bincount(index.label).tolist() == [1, 2]
     assert dropped(index) == {"not_an_image": 1, "undecodable": 1}
-    with pytest.raises(ValueError, match="dropped: 1 not_an_image, 1 undecodable, 3 too_few_samples. Wanted records"):
+    with pytest.raises(
+        ValueError,
+        match="left out: 1 not_an_image .train.rec@1912., 1 undecodable .*, 3 too_few_samples .*. Wanted records",
+    ):
         prepare_recordio(tmp_path, tmp_path / "more", min_samples=3)
 
 
@@ -149,7 +151,7 @@ def test_parts_of_no_record_are_an_error(tmp_path):
         (record(b"x", 2.0**24), "has label 16777216.0"),
         (record(b"x", flag=1), "the record at byte 0 has 25 bytes, too few for 1 labels"),
         (record(b"x" * 50, flag=1000), "the record at byte 0 has 74 bytes, too few for 1000 labels"),
-        (b"", "has no image to use; dropped: nothing"),
+        (b"", "has no image to use; left out: nothing"),
     ],
 )
 def test_damaged_files_and_labels_are_errors(data, message, tmp_path):
@@ -163,11 +165,12 @@ def test_memory_of_an_image(tmp_path):
     """What is kept of each until the last one is written."""
     image, count = put(tmp_path / "0.png", 0, (2, 2)), 5000
     (tmp_path / "train.rec").write_bytes(b"".join(record(image, i) for i in range(count)))
-    dropped_here = Counter()
+    left_out = LeftOut()
     with RecordFile(tmp_path / "train.rec") as file:
         tracemalloc.start()
-        files = list(_images(file, dropped_here))
-        images = examine_all(files, Source(file.image, None), dropped_here, digests=False)
+        where = Source(file.image, None, str)
+        files = list(_images(file, where, left_out))
+        images = examine_all(files, where, left_out, digests=False)
         order = list(range(count))
         kept = tracemalloc.get_traced_memory()[0] / count
         tracemalloc.stop()

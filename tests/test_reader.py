@@ -31,7 +31,7 @@ def encoded(image: np.ndarray, extension: str = "png") -> bytes:
 def make_index(folder: Path, replaced: dict[int, bytes] | None = None) -> Index:
     """60 PNG images in several shards; `replaced` gives other bytes to some."""
     replaced = replaced or {}
-    samples = [(replaced.get(i, encoded(pixels(i))), "png", i % NUM_CLASSES) for i in range(NUM_SAMPLES)]
+    samples = [(replaced.get(i, encoded(pixels(i))), "png", i % NUM_CLASSES, f"photo {i}") for i in range(NUM_SAMPLES)]
     classes = [str(c) for c in range(NUM_CLASSES)]
     prepared = {"image_size": [H, W]}
     return write_shards(folder / "set", samples, classes, shard_bytes=30_000, prepared=prepared)
@@ -132,12 +132,25 @@ def test_a_bad_sample_shortens_its_batch_and_is_named(tmp_path, kind, workers):
     for batch in make_loader(index, workers=workers, flip=False, affine=None, stop_step=5):
         samples = [i for i in order.batch(batch.step) if i != 17]
         found += len(samples) == 11
-        assert batch.bad == ["000000017"] * (12 - len(samples))
+        wanted = f"000000017 (photo 17) is no image of (height, width) ({H}, {W})"
+        assert batch.bad == [wanted] * (12 - len(samples))
         assert batch.planned == 12
         assert batch.labels.tolist() == [i % NUM_CLASSES for i in samples]
         np.testing.assert_array_equal(batch.images[:, 0, 0, 0].numpy(), [pixels(i)[0, 0, 0] for i in samples])
         assert batch.images.is_contiguous()
     assert found == 1
+
+
+def test_a_sample_that_has_changed_is_left_out_and_named(tmp_path):
+    """Another whole image in its place, which decodes: the label would be of somebody else."""
+    index = make_index(tmp_path)
+    other, size = encoded(pixels(99)), int(index.size[17])
+    with index.shard_path(17).open("r+b") as file:
+        file.seek(int(index.offset[17]))
+        file.write((other + bytes(size))[:size])
+    bad = [one for batch in make_loader(index, stop_step=5) for one in batch.bad]
+    shard = index.shard_path(17).name
+    assert bad == [f"000000017 (photo 17) has changed in {shard} since it was prepared: its CRC32 is another"]
 
 
 def test_a_bad_sample_leaves_the_augmentation_of_the_others(tmp_path):
@@ -255,7 +268,7 @@ def test_images_in_order_of_no_samples_is_empty(tmp_path):
 
 def test_a_bad_image_in_order_is_an_error(tmp_path):
     index = make_index(tmp_path, {17: b"no image"})
-    with pytest.raises(ValueError, match="sample 000000017 is no image of"):
+    with pytest.raises(ValueError, match="sample 000000017 .photo 17. is no image of"):
         list(images_in_order(index, np.arange(NUM_SAMPLES), 8, 0))
 
 

@@ -1,14 +1,16 @@
 import hashlib
 import json
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from webdataset import WebDataset
 
+from partial_fc import cli
 from partial_fc.data import shards
-from partial_fc.data.shards import Index, load_index, verify, write_shards
+from partial_fc.data.shards import Index, Sample, load_index, verify, write_shards
 
 CLASSES = ["alpha", "βήτα", "丙"]
 PREPARED = {"kind": "test", "image_size": [2, 2]}
@@ -23,7 +25,8 @@ def payloads(count: int) -> list[tuple[bytes, str, int]]:
 
 def write(out: Path, count: int = 25, **options) -> Index:
     options = {"shard_bytes": 20_000, "prepared": PREPARED, **options}
-    return write_shards(out, payloads(count), CLASSES, **options)
+    samples = [Sample(*sample, f"photos/β{i}.jpg") for i, sample in enumerate(payloads(count))]
+    return write_shards(out, samples, CLASSES, **options)
 
 
 def edit_description(index: Index, **changes) -> None:
@@ -46,6 +49,8 @@ def test_an_offset_and_a_size_are_the_image(tmp_path):
             assert os.pread(file.fileno(), int(index.size[i]), int(index.offset[i])) == image
         assert index.label[i] == label
         assert index.key(i) == f"{i:09d}"
+        assert index.name(i) == f"photos/β{i}.jpg" and index.described(i) == f"{i:09d} (photos/β{i}.jpg)"
+        assert index.crc32[i] == zlib.crc32(image) and index.intact(i, image) and not index.intact(i, image + b"x")
 
 
 def test_the_index_describes_the_folder(tmp_path):
@@ -72,9 +77,24 @@ def test_permuted_class_names_are_an_error(tmp_path):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda d: "{", "index.json is damaged"),
+        (lambda d: "{", "index.json is no JSON"),
         (lambda d: "[]", "has the format None"),
-        (lambda d: json.dumps({k: v for k, v in d.items() if k != "shards"}), "it has no shards"),
+        (lambda d: "[" * 100_000, "too many lists or objects in each other"),
+        (lambda d: json.dumps(d | {"shards": 7}), "index.json: shards: got 7, wanted a valid list"),
+        (lambda d: json.dumps(d | {"shards": [d["shards"][0]["name"]]}), "shards.0: got 'shard-000000.tar', wanted"),
+        (lambda d: json.dumps(d | {"shards": [{"samples": 1}]}), "shards.0.name is missing"),
+        (lambda d: json.dumps(d | {"shards": [d["shards"][0]] * 2}), "got shard-000000.tar twice"),
+        (lambda d: json.dumps(d | {"shards": [d["shards"][0] | {"bytes": "many"}]}), "shards.0.bytes: got 'many'"),
+        (lambda d: json.dumps(d | {"shards": [d["shards"][0] | {"url": "file:///etc"}]}), "url: got 'file:///etc'"),
+        (lambda d: json.dumps(d | {"shards": [d["shards"][0] | {"url": "s3://b/x"}]}), "lies at s3://b/x.*update"),
+        (lambda d: json.dumps(d | {"version": "two"}), "version: got 'two', wanted a valid integer"),
+        (lambda d: json.dumps(d | {"arrays": ["shard"]}), "arrays: got .'shard'., wanted a valid dictionary"),
+        (lambda d: json.dumps(d | {"num_samples": 2**62}), f"num_samples: got {2**62}, wanted less than {2**40}"),
+        (lambda d: json.dumps(d | {"num_classes": None}), "num_classes: got None, wanted a valid integer"),
+        (lambda d: json.dumps(d | {"prepared": "x"}), "prepared: got 'x', wanted a valid dictionary"),
+        (lambda d: json.dumps(d | {"prepared": {"image_size": "32x32"}}), "an image_size of .height, width."),
+        (lambda d: json.dumps({k: v for k, v in d.items() if k != "crc32_sha256"}), "crc32_sha256 is missing"),
+        (lambda d: json.dumps({k: v for k, v in d.items() if k != "shards"}), "index.json: shards is missing"),
         (lambda d: json.dumps(d | {"shards": [d["shards"][0] | {"name": "../x.tar"}]}), "outside its folder"),
         (lambda d: json.dumps(d | {"arrays": {"../x": ""}}), "outside its folder"),
     ],
@@ -90,10 +110,12 @@ def test_a_damaged_or_hostile_index_is_one_clear_error(tmp_path, damage, message
 def test_a_damaged_array_names_its_file(tmp_path):
     index = write(tmp_path / "set")
     file = index.path / "index" / "label.npy"
-    for content in (b"garbage", file.read_bytes()[:100], b""):
+    whole = file.read_bytes()
+    huge = whole.replace(b"(25,)", b"(%d,)" % 10**15).replace(b" " * 14 + b"\n", b"\n", 1)
+    for content in (b"garbage", whole[:100], whole[:-1], b"", whole.replace(b"'<i8'", b"'|O' "), huge):
         file.unlink()
         file.write_bytes(content)
-        with pytest.raises(ValueError, match="label.npy is damaged"):
+        with pytest.raises(ValueError, match=r"label.npy (is damaged|has 10{15} rows)"):
             load_index(index.path)
 
 
@@ -187,9 +209,9 @@ def test_a_folder_without_an_index_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 3}, "format version 3, this partial_fc reads up to 2"),
+        ({"version": 4}, "format version 4, this partial_fc reads up to 3"),
         ({"format": "other"}, "has the format 'other'"),
-        ({"num_samples": 26}, "has 25 rows, index.json says 26 samples"),
+        ({"num_samples": 26}, "has 25 rows, index.json says 26"),
         ({"arrays": {}}, "got none for the array 'shard'"),
     ],
 )
@@ -221,7 +243,7 @@ def test_a_missing_file_is_named(tmp_path, file):
 def test_a_label_that_is_no_class_is_named_with_its_key(tmp_path, label):
     index = write(tmp_path / "set")
     edit_array(index, "label", 17, label)
-    with pytest.raises(ValueError, match=f"sample 000000017 has the label {label}, wanted 0 <= label < 3"):
+    with pytest.raises(ValueError, match=f"000000017 .photos/β17.jpg. has the label {label}, wanted 0 <= label < 3"):
         load_index(index.path)
 
 
@@ -265,7 +287,42 @@ def test_missing_class_names_are_an_error(tmp_path):
         index.classes()
 
 
-@pytest.mark.parametrize("file", ["shard-000001.tar", "index/label.npy"])
+@pytest.mark.parametrize("wrong", [lambda v: v[::-1], lambda v: np.where(np.arange(25) < 12, v, 0)])
+def test_other_labels_are_an_error(tmp_path, wrong):
+    index = write(tmp_path / "set")
+    file = index.path / "index" / "label.npy"
+    np.save(file, wrong(np.load(file)))
+    with pytest.raises(ValueError, match="label.npy is damaged: its sha256 is .*, the index says"):
+        load_index(index.path)
+    assert load_index(index.path, check_labels=False).num_samples == 25  # another rank of the node has looked
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_older_versions_load(tmp_path, version):
+    """Of 1, without pairs, and 2, neither with CRC32 nor names; the fingerprint is that of version 3."""
+    new = write(tmp_path / "set", pairs=None if version == 1 else np.array([[0, 1, 1], [0, 2, 0]]))
+    file = new.path / "index.json"
+    description = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("crc32", "name", "name_offset"):
+        (new.path / "index" / f"{name}.npy").unlink()
+        del description[f"{name}_sha256"]
+    file.write_text(json.dumps(description | {"version": version}), encoding="utf-8")
+    old = load_index(new.path)
+    assert old.fingerprint == new.fingerprint and old.crc32 is None and (old.pairs is None) == (version == 1)
+    assert old.name(3) == "" and old.described(3) == "000000003" and old.intact(3, b"anything")
+    verify(old)
+
+
+def test_names_are_damaged_alone(tmp_path):
+    """Offsets that lead nowhere give an empty or a wrong name, never an error in the midst of a message."""
+    index = write(tmp_path / "set")
+    edit_array(index, "name_offset", 5, 10**12)
+    assert load_index(index.path).name(5) == "" and len(load_index(index.path).name(4)) < 1000
+    with pytest.raises(ValueError, match="name_offset.npy is damaged"):
+        verify(index)
+
+
+@pytest.mark.parametrize("file", ["shard-000001.tar", "index/label.npy", "index/crc32.npy", "index/name.npy"])
 def test_verify_names_the_file_with_a_flipped_bit(tmp_path, file):
     index = write(tmp_path / "set")
     verify(index)
@@ -275,6 +332,24 @@ def test_verify_names_the_file_with_a_flipped_bit(tmp_path, file):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{file} is damaged"):
         verify(index)
+
+
+def test_verify_names_all_files_and_the_samples_that_changed(tmp_path, monkeypatch, capsys):
+    index = write(tmp_path / "set")
+    for sample in (9, 17):
+        with index.shard_path(sample).open("r+b") as file:
+            file.seek(int(index.offset[sample]))
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+    edit_array(index, "label", 3, 1)
+    monkeypatch.setattr("sys.argv", ["partial-fc", "verify", str(index.path)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = str(end.value)
+    assert said.startswith("error: ") and "label.npy is damaged" in said and said.count(" is damaged") == 3
+    for sample in (9, 17):
+        assert index.described(sample) in said
 
 
 def test_a_broken_tar_header_gives_shard_and_offset_for_a_key(tmp_path):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -428,6 +429,11 @@ def test_too_many_undecodable_samples_end_the_run(glyphs_ci, tmp_path):
     data = damaged(glyphs_ci / "train", tmp_path / "data", range(0, 8500, 2))
     messages = run_ranks(train_and_catch, 2, tmp_path / "run", data)
     assert messages[0] == messages[1] and "samples could not be decoded, more than data.max_undecodable" in messages[0]
+
+    labels = np.load(data / "index" / "label.npy")
+    np.save(data / "index" / "label.npy", labels[::-1])  # as many of each class, and of other people
+    messages = run_ranks(train_and_catch, 2, tmp_path / "other", data)
+    assert messages[0] == messages[1] and "label.npy is damaged: its sha256 is" in messages[0]
 
 
 # ---- real processes, as users start and lose them

@@ -46,7 +46,7 @@ class Batch(NamedTuple):
     planned: int
     """Samples of the global batch that are this rank's."""
     bad: list[str]
-    """Keys of the samples that are no image of the data set's size."""
+    """Of each sample that was left out the key, its source name, and what is wrong with it."""
 
 
 def loader(
@@ -83,17 +83,14 @@ def loader(
 def images_in_order(index: Index, samples: np.ndarray, batch_size: int, workers: int) -> Iterator[Batch]:
     """The given samples as they are stored, `batch_size` at a time; a batch's step is its number.
 
-    Iterating raises ValueError naming the key of a sample that is no image of the data set's size.
+    Iterating raises ValueError naming a sample that is no image of the data set's size, or has changed.
     """
     starts = range(0, len(samples), batch_size)
     requests = [_Request(i, 0, samples[start : start + batch_size]) for i, start in enumerate(starts)]
     dataset = _Samples(index, seed=0, flip=False, affine=None)
     for batch in _loader(dataset, requests, min(workers, len(requests)), 2, False):
         if batch.bad:
-            raise ValueError(
-                f"{index.path}: sample {batch.bad[0]} is no image of (height, width) {image_size(index)}: "
-                "leave it out and prepare the data set again"
-            )
+            raise ValueError(f"{index.path}: sample {batch.bad[0]}: leave it out and prepare the data set again")
         yield batch
 
 
@@ -171,9 +168,10 @@ class _Samples:
         good: list[int] = []
         bad: list[str] = []
         for row, sample in enumerate(request.samples.tolist()):
-            image = decode(self._read(sample))
+            data = self._read(sample)
+            image = decode(data) if self.index.intact(sample, data) else None
             if image is None or image.shape != (height, width, 3):
-                bad.append(self.index.key(sample))
+                bad.append(self._fault(sample, data))
                 continue
             if self.flip or self.affine:
                 rng = np.random.Generator(
@@ -185,19 +183,30 @@ class _Samples:
         labels = torch.from_numpy(self.index.label[good])
         return Batch(torch.from_numpy(images[: len(good)]), labels, request.step, planned, bad)
 
+    def _fault(self, sample: int, data: bytes) -> str:
+        """Which sample it is, and why it cannot be used."""
+        if self.index.intact(sample, data):
+            return f"{self.index.described(sample)} is no image of (height, width) {image_size(self.index)}"
+        shard = self.index.shard_path(sample).name
+        return f"{self.index.described(sample)} has changed in {shard} since it was prepared: its CRC32 is another"
+
     def _read(self, sample: int) -> bytes:
-        """The stored bytes of an image. Raises ReadError when all tries have failed."""
+        """The stored bytes of an image, read once more if they have changed. Raises ReadError if all tries failed."""
         shard, offset, size = (int(a[sample]) for a in (self.index.shard, self.index.offset, self.index.size))
+        changed = None
         for pause in (*RETRY_SECONDS, None):
             try:
                 data = os.pread(self._descriptor(shard), size, offset)
                 if len(data) == size:
-                    return data
-                error = OSError(f"got {len(data)} of {size} bytes")
+                    if data == changed or self.index.intact(sample, data):
+                        return data
+                    changed, error = data, OSError("the bytes differ from one reading to the next")
+                else:
+                    error = OSError(f"got {len(data)} of {size} bytes")
             except OSError as caught:
                 error = caught
             self._close(shard)  # a new descriptor also helps where the file was replaced
-            if pause is not None:
+            if pause is not None and changed is None:
                 time.sleep(pause)
         raise ReadError(
             f"cannot read {size} bytes at offset {offset} of {self.index.shard_path(sample)} "

@@ -1,17 +1,21 @@
 """The data set folder: tar shards of images in the WebDataset layout, and an index of where every image lies.
 
-    shard-000000.tar …   members <key>.<extension> (the image) and <key>.cls (its label in ASCII); written
-                         here, a key is the 9-digit sample number
-    index.json           format version, sizes and checksums, how the data set was prepared
-    index/shard.npy      (N,) int32   shard number of a sample
-    index/offset.npy     (N,) int64   where its image starts in that shard, in bytes
-    index/size.npy       (N,) int32   length of its image, in bytes
-    index/label.npy      (N,) int64   its class
-    index/<name>.npy     (N, …)       further arrays, one row a sample
-    index/pairs.npy      (P, 3) int64 of a list of pairs for verification alone: two samples, and
-                                       whether they are of one identity, 1 or 0. Its samples have a
-                                       class each, since who is who is not known
-    classes.txt          line i = name of class i, UTF-8
+    shard-000000.tar …     members <key>.<extension> (the image) and <key>.cls (its label in ASCII); written
+                           here, a key is the 9-digit sample number
+    index.json             format version, sizes and checksums, how the data set was prepared (`description`)
+    index/shard.npy        (N,) int32   shard number of a sample
+    index/offset.npy       (N,) int64   where its image starts in that shard, in bytes
+    index/size.npy         (N,) int32   length of its image, in bytes
+    index/label.npy        (N,) int64   its class
+    index/crc32.npy        (N,) uint32  CRC32 of its image
+    index/name.npy         (bytes,) uint8   the source names of all samples, UTF-8, end to end
+    index/name_offset.npy  (N + 1,) int64   where each name begins in it
+    index/<name>.npy       (N, …)       further arrays, one row per sample
+    index/pairs.npy        (P, 3) int64 of a list of pairs for verification alone: two samples, and
+                                         whether they are of one identity, 1 or 0. Its samples have a
+                                         class each, since who is who is not known
+    classes.txt            line i = name of class i, UTF-8
+    left_out.jsonl         what was not taken: one object per file, name and reason; only where there is one
 
 N is the number of samples; they are numbered in the order of (shard, offset). The arrays are memory-mapped:
 however many ranks and workers a machine has, it holds one copy of them, in its page cache.
@@ -19,28 +23,42 @@ however many ranks and workers a machine has, it holds one copy of them, in its 
 
 import hashlib
 import json
+import math
+import os
 import shutil
 import tarfile
+import zlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 from webdataset import TarWriter
 
-FORMAT = "partial_fc-index"
-VERSION = 2
-WITHOUT_PAIRS = 1  # what data sets without pairs.npy have, which the version before reads
+from partial_fc.data.description import AGAIN, FORMAT, OF_SAMPLES, VERSION, read_description
+
 SHARD_BYTES = 256 * 2**20
+LEFT_OUT = "left_out.jsonl"
 
 _DTYPES = {"shard": np.int32, "offset": np.int64, "size": np.int32, "label": np.int64}
+_RESERVED = (*_DTYPES, *OF_SAMPLES, "pairs")
 _BLOCK = tarfile.BLOCKSIZE  # 512: a header's length, and what a payload is padded to
-_AGAIN = "copy the data set again, or prepare it again"
+_HEADER_BYTES = 10_000  # numpy's own limit of an .npy file's header
+_SHOWN = 5  # damaged samples of a shard that an error names
 _CHECKED_AT_ONCE = 2**20  # samples: keeps the temporaries of load_index at a few MiB
+
+
+class Sample(NamedTuple):
+    """What goes into a data set."""
+
+    image: bytes
+    extension: str  # without a dot
+    label: int
+    name: str = ""  # where it comes from: a path, a record, as its user would look for it
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +77,9 @@ class Index:
     prepared: dict[str, Any]  # how the data set was made: kind, source, image_size, what was dropped and why
     fingerprint: str  # sha256 over the checksums of the arrays and shards: the identity of the data set
     pairs: np.ndarray | None = None  # (P, 3) int64 of a list of pairs
+    # of index version 3
+    crc32: np.ndarray | None = None  # (N,) uint32
+    names: tuple[np.ndarray, np.ndarray] | None = None  # name and name_offset
 
     @property
     def samples_per_shard(self) -> np.ndarray:
@@ -81,12 +102,28 @@ class Index:
         key = base.partition(".")[0]  # WebDataset: the key ends at the first dot of the base name
         return f"{folder}/{key}" if folder else key
 
+    def name(self, sample: int) -> str:
+        """Where the sample comes from, as `prepare` noted it; empty in an index before version 3."""
+        if self.names is None:
+            return ""
+        start, stop = (int(offset) for offset in self.names[1][sample : sample + 2])
+        return self.names[0][start:stop].tobytes().decode("utf-8", "replace")
+
+    def described(self, sample: int) -> str:
+        """The sample's key and, in brackets, its source name where there is one: for messages."""
+        name = self.name(sample)
+        return f"{self.key(sample)} ({name})" if name else self.key(sample)
+
+    def intact(self, sample: int, image: bytes) -> bool:
+        """Whether these are the bytes that were prepared, by their CRC32; True where the index has none."""
+        return self.crc32 is None or zlib.crc32(image) == self.crc32[sample]
+
     def classes(self) -> list[str]:
         """The names of the C classes. Raises ValueError if classes.txt has another number of lines."""
         names = (self.path / "classes.txt").read_bytes().decode("utf-8").split("\n")[:-1]
         if len(names) != self.num_classes:
             raise ValueError(
-                f"{self.path / 'classes.txt'} names {len(names)} classes, index.json says {self.num_classes}: {_AGAIN}"
+                f"{self.path / 'classes.txt'} names {len(names)} classes, index.json says {self.num_classes}: {AGAIN}"
             )
         return names
 
@@ -99,7 +136,7 @@ def require_new(out: Path) -> None:
 
 def write_shards(
     out: Path,
-    samples: Iterable[tuple[bytes, str, int]],
+    samples: Iterable[tuple],
     classes: list[str],
     *,
     shard_bytes: int = SHARD_BYTES,
@@ -107,14 +144,16 @@ def write_shards(
     total: int | None = None,
     arrays: dict[str, np.ndarray] | None = None,
     pairs: np.ndarray | None = None,
+    left_out: Sequence[dict[str, Any]] = (),
 ) -> Index:
-    """Write `samples` (image bytes, extension without dot, label) to the new folder `out`, in this order.
+    """Write `samples` (each a Sample, its name optional) to the new folder `out`, in this order.
 
     The reader shuffles within windows only: give the samples in a seeded random order. Equal input gives
     equal shards and arrays, byte for byte. The samples of a shard take at most `shard_bytes`, unless there is
     only one. `total`, the number of samples, is for the progress bar. `arrays` are further arrays of one row
     a sample; `pairs` (P, 3) makes it a list of pairs. `prepared` says what made the data set; the reader needs its
-    `image_size: [H, W]`. The folder appears when it is complete; until then it is `out` + ".partial".
+    `image_size: [H, W]`. `left_out` has name and reason of each file that was not taken. The folder appears when it
+    is complete; until then it is `out` + ".partial".
 
     Raises FileExistsError if `out` exists, ValueError on a bad label, class name, extension or array.
     """
@@ -122,30 +161,35 @@ def write_shards(
     require_new(out)
     _check_class_names(classes)
     for name in arrays or {}:
-        if name in (*_DTYPES, "pairs") or not name.isidentifier():
-            raise ValueError(f"got an extra array named {name!r}, wanted an identifier other than {', '.join(_DTYPES)}")
+        if name in _RESERVED or not name.isidentifier():
+            raise ValueError(
+                f"got an extra array named {name!r}, wanted an identifier other than {', '.join(_RESERVED)}"
+            )
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
     (partial / "index").mkdir(parents=True)
     try:
         bar = tqdm(samples, desc=f"writing {out.name}", unit=" images", total=total, mininterval=1)
-        shard_names, columns = _write_tars(partial, bar, len(classes), shard_bytes)
+        shard_names, columns, of_samples = _write_tars(partial, bar, len(classes), shard_bytes)
         num_samples = len(columns["label"])
         for name, values in (arrays or {}).items():
             if len(values) != num_samples:
                 raise ValueError(f"got {len(values)} rows for array {name!r}, wanted one a sample: {num_samples}")
         columns.update(arrays or {})
-        for name, values in columns.items():
-            np.save(partial / "index" / f"{name}.npy", values, allow_pickle=False)
         if pairs is not None:
-            np.save(partial / "index" / "pairs.npy", pairs.astype(np.int64), allow_pickle=False)
+            of_samples["pairs"] = pairs.astype(np.int64)
+        for name, values in (columns | of_samples).items():
+            np.save(partial / "index" / f"{name}.npy", values, allow_pickle=False)
+        if left_out:
+            lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in left_out)
+            (partial / LEFT_OUT).write_text("".join(lines), encoding="utf-8")
 
         (partial / "classes.txt").write_bytes("".join(name + "\n" for name in classes).encode("utf-8"))
         counts = np.bincount(columns["shard"], minlength=len(shard_names))
         description = {
             "format": FORMAT,
-            "version": WITHOUT_PAIRS if pairs is None else VERSION,
+            "version": VERSION,
             "num_samples": num_samples,
             "num_classes": len(classes),
             "shards": [
@@ -159,7 +203,7 @@ def write_shards(
             ],
             "classes_sha256": _sha256(partial / "classes.txt"),
             "arrays": {name: _sha256(partial / "index" / f"{name}.npy") for name in columns},
-            **({} if pairs is None else {"pairs_sha256": _sha256(partial / "index" / "pairs.npy")}),
+            **{f"{name}_sha256": _sha256(partial / "index" / f"{name}.npy") for name in of_samples},
             "prepared": prepared,
         }
         (partial / "index.json").write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -170,74 +214,119 @@ def write_shards(
     return load_index(out)
 
 
-def load_index(path: Path | str) -> Index:
+def load_index(path: Path | str, *, check_labels: bool = True) -> Index:
     """Open the data set in folder `path` and check it against itself, without reading any shard's bytes.
 
+    check_labels: compare the checksum of label.npy, too: 0.2 s for 42.5 million samples, and one rank of a machine is
+    enough. The other arrays are compared by `verify`; a wrong one of theirs is found by the sample's CRC32.
+
     Raises FileNotFoundError or ValueError naming the file, and for a label that is no class the sample's key.
-    Damage inside a shard of the right length is found by `verify` only.
     """
     path = Path(path)
-    description = _read_description(path)
-    shards, num_samples, num_classes = (description[name] for name in ("shards", "num_samples", "num_classes"))
+    description = read_description(path)
+    shards, num_samples = description.shards, description.num_samples
     for shard in shards:
-        _check_shard_file(path / shard["name"], shard["bytes"])
-    _check_checksum(path / "classes.txt", description["classes_sha256"])  # permuted names would be other people
+        if shard.url is not None or shard.compression is not None:
+            raise ValueError(
+                f"{path}: {shard.name} lies at {shard.url}, compression {shard.compression}; this partial_fc reads "
+                "uncompressed shards in the data set's own folder: update partial_fc"
+            )
+        _check_shard_file(path / shard.name, shard.bytes)
+    _check_checksum(path / "classes.txt", description.classes_sha256)  # permuted names would be other people
 
-    arrays = {name: _open_array(path / "index" / f"{name}.npy", num_samples) for name in description["arrays"]}
+    arrays = {name: _open_array(path, name, num_samples) for name in description.arrays}
     for name, dtype in _DTYPES.items():
-        if name not in arrays or arrays[name].dtype != dtype or arrays[name].ndim != 1:
-            got = f"{arrays[name].dtype} {arrays[name].shape}" if name in arrays else "none"
-            raise ValueError(f"{path}: got {got} for the array {name!r}, wanted {np.dtype(dtype)} (N,): {_AGAIN}")
-    pairs = None
-    if "pairs_sha256" in description:
-        _check_checksum(path / "index" / "pairs.npy", description["pairs_sha256"])
-        pairs = _open_pairs(path / "index" / "pairs.npy", num_samples)
+        _check_type(path, name, arrays.get(name), dtype)
+    crc32 = names = pairs = None
+    if description.crc32_sha256 is not None:
+        crc32 = _check_type(path, "crc32", _open_array(path, "crc32", num_samples), np.uint32)
+    if description.name_sha256 is not None:
+        offsets = _check_type(path, "name_offset", _open_array(path, "name_offset", num_samples + 1), np.int64)
+        names = (_check_type(path, "name", _open_array(path, "name"), np.uint8), offsets)
+    if description.pairs_sha256 is not None:
+        _check_checksum(path / "index" / "pairs.npy", description.pairs_sha256)
+        pairs = _open_pairs(path, num_samples)
     checksums = [
-        *([] if pairs is None else [("pairs", description["pairs_sha256"])]),
-        ("classes.txt", description["classes_sha256"]),
-        *sorted(description["arrays"].items()),
-        *((shard["name"], shard["sha256"]) for shard in shards),
+        *([] if pairs is None else [("pairs", description.pairs_sha256)]),
+        ("classes.txt", description.classes_sha256),
+        *sorted(description.arrays.items()),
+        *((shard.name, shard.sha256) for shard in shards),
     ]
     index = Index(
         path=path,
         num_samples=num_samples,
-        num_classes=num_classes,
-        shard_names=[shard["name"] for shard in shards],
+        num_classes=description.num_classes,
+        shard_names=[shard.name for shard in shards],
         **{name: arrays.pop(name) for name in _DTYPES},
         extra=arrays,
         pairs=pairs,
-        prepared=description["prepared"],
+        crc32=crc32,
+        names=names,
+        prepared=description.prepared,
         fingerprint=hashlib.sha256(json.dumps(checksums).encode()).hexdigest(),
     )
-    _check_samples(index, np.array([shard["bytes"] for shard in shards], dtype=np.int64))
-    got, wanted = index.samples_per_shard.tolist(), [shard["samples"] for shard in shards]
+    _check_samples(index, np.array([shard.bytes for shard in shards], dtype=np.int64))
+    got, wanted = index.samples_per_shard.tolist(), [shard.samples for shard in shards]
     if got != wanted:
         name = next(name for name, a, b in zip(index.shard_names, got, wanted, strict=True) if a != b)
         raise ValueError(f"{path}: index/shard.npy and index.json disagree on the number of samples in {name}")
+    if check_labels:
+        _check_checksum(path / "index" / "label.npy", description.arrays["label"])
     return index
 
 
 def verify(index: Index) -> None:
-    """Read every byte of the data set. Raises ValueError naming the first file whose checksum is wrong."""
-    description = _read_description(index.path)
-    files = [(index.path / "index" / f"{name}.npy", sha256) for name, sha256 in description["arrays"].items()]
-    files += [(index.path / shard["name"], shard["sha256"]) for shard in description["shards"]]
-    files.append((index.path / "classes.txt", description["classes_sha256"]))
-    if index.pairs is not None:
-        files.append((index.path / "index" / "pairs.npy", description["pairs_sha256"]))
-    for file, wanted in tqdm(files, desc=f"verifying {index.path.name}", unit=" files", mininterval=1):
-        _check_checksum(file, wanted)
+    """Read every byte of the data set. Raises ValueError naming every file whose checksum is wrong.
+
+    Of a damaged shard the error names the first samples whose bytes have changed, by their CRC32.
+    """
+    description = read_description(index.path)
+    files = {f"index/{name}.npy": sha256 for name, sha256 in description.arrays.items()}
+    for name in (*OF_SAMPLES, "pairs"):
+        sha256 = getattr(description, f"{name}_sha256")
+        if sha256 is not None:
+            files[f"index/{name}.npy"] = sha256
+    files["classes.txt"] = description.classes_sha256
+    files |= {shard.name: shard.sha256 for shard in description.shards}
+    total = sum((index.path / name).stat().st_size for name in files)
+    damaged = []
+    with tqdm(total=total, desc=f"verifying {index.path.name}", unit="B", unit_scale=True, mininterval=1) as bar:
+        for name, wanted in files.items():
+            got = _sha256(index.path / name)
+            bar.update((index.path / name).stat().st_size)
+            if got != wanted:
+                samples = _changed(index, index.shard_names.index(name)) if name in index.shard_names else ""
+                damaged.append(f"{index.path / name} is damaged: its sha256 is {got}, the index says {wanted}{samples}")
+    if damaged:
+        raise ValueError("\n".join([*damaged, AGAIN]))
+
+
+def _changed(index: Index, shard: int) -> str:
+    """Which samples of a shard are not what they were, as the end of a message."""
+    first, stop = np.searchsorted(index.shard, [shard, shard + 1]).tolist()
+    with (index.path / index.shard_names[shard]).open("rb") as file:
+        changed = []
+        for sample in range(first, stop):
+            file.seek(int(index.offset[sample]))
+            if not index.intact(sample, file.read(int(index.size[sample]))):
+                changed.append(sample)
+    if not changed:
+        return ""
+    named = ", ".join(index.described(sample) for sample in changed[:_SHOWN])
+    return f"; {len(changed)} of its {stop - first} samples have changed: {named}{', …' * (len(changed) > _SHOWN)}"
 
 
 def _write_tars(
-    folder: Path, samples: Iterable[tuple[bytes, str, int]], num_classes: int, shard_bytes: int
-) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Write the shards; return their names and the index's columns."""
+    folder: Path, samples: Iterable[tuple], num_classes: int, shard_bytes: int
+) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Write the shards; return their names, the index's columns, and CRC32 and names of the samples."""
     columns = {"shard": array("i"), "offset": array("q"), "size": array("i"), "label": array("q")}
+    crc32, source_names, name_offset = array("I"), bytearray(), array("q", [0])
     names: list[str] = []
     writer: TarWriter | None = None
     with ExitStack() as shard:
-        for number, (image, extension, label) in enumerate(samples):
+        for number, sample in enumerate(samples):
+            image, extension, label, name = Sample(*sample)
             key = f"{number:09d}"
             if not 0 <= label < num_classes:
                 raise ValueError(_bad_label(key, label, num_classes))
@@ -256,81 +345,85 @@ def _write_tars(
             columns["offset"].append(writer.tarstream.offset + _BLOCK)
             columns["size"].append(len(image))
             columns["label"].append(label)
+            crc32.append(zlib.crc32(image))
+            source_names += name.encode("utf-8", "backslashreplace")
+            name_offset.append(len(source_names))
             # Two calls, or the members would be in the order of their extensions.
             writer.write({"__key__": key, extension: image})
             writer.write({"__key__": key, "cls": cls})
     if not names:
         raise ValueError("got no samples to write, wanted at least one")
-    return names, {name: np.frombuffer(values, dtype=_DTYPES[name]) for name, values in columns.items()}
-
-
-_KEYS = ("version", "num_samples", "num_classes", "shards", "classes_sha256", "arrays", "prepared")
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    file = path / "index.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} is no data set: it has no index.json (`partial-fc prepare` makes one)")
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}: {_AGAIN}") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        description = description if isinstance(description, dict) else {}
-        raise ValueError(f"{file} has the format {description.get('format')!r}, wanted {FORMAT!r}")
-    if description.get("version", 0) > VERSION:
-        raise ValueError(
-            f"{file} has the format version {description['version']}, this partial_fc reads up to {VERSION}: "
-            "update partial_fc, or prepare the data set again with this one"
-        )
-    missing = [name for name in _KEYS if name not in description]
-    if missing:
-        raise ValueError(f"{file} is damaged or of an old format: it has no {', '.join(missing)}: {_AGAIN}")
-    names = [*(shard["name"] for shard in description["shards"]), *description["arrays"]]
-    outside = [name for name in names if Path(name).name != name]
-    if outside:  # the index may be somebody else's
-        raise ValueError(f"{file} names {outside[0]!r}, which is outside its folder: {_AGAIN}")
-    return description
+    of_samples: dict[str, np.ndarray] = {
+        "crc32": np.frombuffer(crc32, np.uint32),
+        "name": np.frombuffer(source_names, np.uint8),
+        "name_offset": np.frombuffer(name_offset, np.int64),
+    }
+    return names, {name: np.frombuffer(values, dtype=_DTYPES[name]) for name, values in columns.items()}, of_samples
 
 
 def _check_checksum(file: Path, wanted: str) -> None:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: {_AGAIN}")
+        raise FileNotFoundError(f"{file} is missing: {AGAIN}")
     got = _sha256(file)
     if got != wanted:
-        raise ValueError(f"{file} is damaged: its sha256 is {got}, the index says {wanted}: {_AGAIN}")
+        raise ValueError(f"{file} is damaged: its sha256 is {got}, the index says {wanted}: {AGAIN}")
 
 
 def _check_shard_file(file: Path, wanted: int) -> None:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: {_AGAIN}")
+        raise FileNotFoundError(f"{file} is missing: {AGAIN}")
     got = file.stat().st_size
     if got != wanted:
-        raise ValueError(f"{file} has {got} bytes, the index says {wanted}: {_AGAIN}")
+        raise ValueError(f"{file} has {got} bytes, the index says {wanted}: {AGAIN}")
 
 
-def _open_array(file: Path, num_samples: int) -> np.ndarray:
+def _open_array(path: Path, name: str, rows: int | None = None) -> np.ndarray:
+    """A memory map of index/<name>.npy of so many rows. Nothing is asked for before the header is checked."""
+    file = path / "index" / f"{name}.npy"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: {_AGAIN}")
+        raise FileNotFoundError(f"{file} is missing: {AGAIN}")
     try:
-        values = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} is damaged: {error}: {_AGAIN}") from error
-    if len(values) != num_samples:
-        raise ValueError(f"{file} has {len(values)} rows, index.json says {num_samples} samples: {_AGAIN}")
+        with file.open("rb") as stream:
+            major, _ = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(stream, max_header_size=_HEADER_BYTES)
+            start = stream.tell()
+            size = os.fstat(stream.fileno()).st_size
+    except Exception as error:  # numpy evaluates the header as Python: its errors are of every kind
+        raise ValueError(f"{file} is damaged: it is no .npy file ({type(error).__name__}): {AGAIN}") from None
+    if dtype.kind not in "biuf" or fortran and len(shape) > 1 or not shape or min(shape) < 0:
+        raise ValueError(f"{file} is damaged: got {dtype} {shape}, wanted an array of numbers in C order: {AGAIN}")
+    if rows is not None and shape[0] != rows:
+        raise ValueError(f"{file} has {shape[0]} rows, index.json says {rows}: {AGAIN}")
+    if size != start + dtype.itemsize * math.prod(shape):
+        raise ValueError(
+            f"{file} is damaged: it has {size} bytes, wanted {start + dtype.itemsize * math.prod(shape)} for "
+            f"{dtype} {shape}: {AGAIN}"
+        )
+    if 0 in shape:  # which cannot be mapped
+        return np.empty(shape, dtype)
+    return np.memmap(file, dtype, "r", start, shape)
+
+
+def _check_type(path: Path, name: str, values: np.ndarray | None, dtype: type) -> np.ndarray:
+    """`values`, which must be a vector of `dtype`."""
+    if values is None or values.dtype != dtype or values.ndim != 1:
+        got = "none" if values is None else f"{values.dtype} {values.shape}"
+        raise ValueError(f"{path}: got {got} for the array {name!r}, wanted {np.dtype(dtype)} (N,): {AGAIN}")
     return values
 
 
-def _open_pairs(file: Path, num_samples: int) -> np.ndarray:
-    pairs = np.load(file, mmap_mode="r", allow_pickle=False)
+def _open_pairs(path: Path, num_samples: int) -> np.ndarray:
+    pairs = _open_array(path, "pairs")
+    file = path / "index" / "pairs.npy"
     good = pairs.ndim == 2 and pairs.shape[1] == 3 and pairs.dtype == np.int64
     if not good:
-        raise ValueError(f"{file} has {pairs.dtype} {pairs.shape}, wanted int64 (P, 3): {_AGAIN}")
+        raise ValueError(f"{file} has {pairs.dtype} {pairs.shape}, wanted int64 (P, 3): {AGAIN}")
     bad = ((pairs < 0) | (pairs >= (num_samples, num_samples, 2))).any(axis=1)
     if bad.any():
         row = int(bad.argmax())
         raise ValueError(
-            f"{file} has {pairs[row].tolist()} at row {row}, wanted two of {num_samples} samples, and 1 or 0: {_AGAIN}"
+            f"{file} has {pairs[row].tolist()} at row {row}, wanted two of {num_samples} samples, and 1 or 0: {AGAIN}"
         )
     return pairs
 
@@ -350,7 +443,7 @@ def _check_samples(index: Index, shard_bytes: np.ndarray) -> None:
         if sample is not None:
             raise ValueError(
                 f"{index.path}: sample {sample} is in shard number {index.shard[sample]}, "
-                f"there are {len(shard_bytes)} shards: {_AGAIN}"
+                f"there are {len(shard_bytes)} shards: {AGAIN}"
             )
         before_shard = np.concatenate(([last_shard], shard[:-1]))
         before_end = np.concatenate(([last_end], end[:-1]))
@@ -360,11 +453,11 @@ def _check_samples(index: Index, shard_bytes: np.ndarray) -> None:
             raise ValueError(
                 f"{index.path}: got {index.size[sample]} bytes at {index.offset[sample]} of "
                 f"{index.shard_path(sample).name} for sample {sample}, which is outside that file or before "
-                f"the end of sample {sample - 1}: {_AGAIN}"
+                f"the end of sample {sample - 1}: {AGAIN}"
             )
         sample = first(start, (label < 0) | (label >= index.num_classes))
         if sample is not None:
-            message = _bad_label(index.key(sample), int(index.label[sample]), index.num_classes)
+            message = _bad_label(index.described(sample), int(index.label[sample]), index.num_classes)
             raise ValueError(f"{index.path}: {message}")
         last_shard, last_end = int(shard[-1]), int(end[-1])
 

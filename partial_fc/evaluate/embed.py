@@ -71,7 +71,7 @@ def embed(
                 finite = embeddings.isfinite().all(dim=1)
                 if not finite.all():
                     sample = mine[int(finite.long().argmin())]
-                    raise ValueError(f"the embedding of sample {index.key(sample)} is not finite: {DIVERGED}")
+                    raise ValueError(f"the embedding of sample {index.described(sample)} is not finite: {DIVERGED}")
     finally:
         for module, mode in training.items():
             module.training = mode

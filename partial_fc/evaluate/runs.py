@@ -89,8 +89,9 @@ def open_sets(sets: dict[str, EvaluationSet], size: tuple[int, int]) -> dict[str
     """
     indexes = {}
     for name, chosen in sets.items():
-        index = load_index(chosen.data)
-        distractors = None if chosen.distractors is None else load_index(chosen.distractors)
+        first = distributed.first_of_node()
+        index = load_index(chosen.data, check_labels=first)
+        distractors = None if chosen.distractors is None else load_index(chosen.distractors, check_labels=first)
         for one in filter(None, (index, distractors)):
             if image_size(one) != size:
                 raise ValueError(

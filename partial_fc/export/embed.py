@@ -79,7 +79,7 @@ def embed_images(
                 _join(files, [files.part(r) for r in range(world_size)], counts, net.embedding_dim)
                 if missing:
                     print(f"left out: {_reasons(missing)}, see {files.left_out}; {_some(missing)}", flush=True)
-                others = f"; {images.others} files are not named like images" if images.others else ""
+                others = f"; {len(images.others)} files are not named like images" if images.others else ""
                 print(f"{out}: {sum(counts):,} embeddings of {net.embedding_dim} numbers{others}", flush=True)
     finally:
         for path in files.part(rank):

@@ -26,7 +26,7 @@ class Read(NamedTuple):
 
 class Images(Protocol):
     path: Path
-    others: int  # files that are not named like images
+    others: list[str]  # files that are not named like images
 
     def __len__(self) -> int: ...
 
@@ -79,7 +79,7 @@ class DataSet:
     """The samples of a prepared data set. One that is no image is an error that names it, as in an evaluation."""
 
     def __init__(self, index: Index):
-        self.path, self.index, self.classes, self.others = index.path, index, index.classes(), 0
+        self.path, self.index, self.classes, self.others = index.path, index, index.classes(), []
 
     def __len__(self) -> int:
         return self.index.num_samples
@@ -96,6 +96,7 @@ class DataSet:
             done += len(samples)
             rows = [
                 {"name": self.index.key(sample), "label": label, "class": self.classes[label]}
+                | ({} if self.index.names is None else {"source": self.index.name(sample)})
                 for sample, label in zip(samples.tolist(), batch.labels.tolist(), strict=True)
             ]
             yield Read(batch.images, rows, [])
@@ -118,7 +119,7 @@ def open_images(path: Path, size: tuple[int, int]) -> Images:
         raise NotADirectoryError(f"{path} is no folder, wanted one of images, or a data set of `partial-fc prepare`")
     folder = Folder(path, size)
     if not folder.files:
-        raise ValueError(f"{path} has no image in it or below; {folder.others} files of other kinds")
+        raise ValueError(f"{path} has no image in it or below; {len(folder.others)} files of other kinds")
     return folder
 
 

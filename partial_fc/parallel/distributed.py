@@ -221,6 +221,11 @@ def message(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError | RunError) else f"{type(error).__name__}: {error}"
 
 
+def first_of_node() -> bool:
+    """Whether this is the rank that does what one rank of each node must do: LOCAL_RANK 0, or unset."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @contextmanager
 def together(what: str) -> Iterator[None]:
     """Runs its body so that it succeeds on all ranks or fails on all of them.

@@ -4,7 +4,7 @@ Identities are the folders right under SOURCE; class ids follow their sorted nam
 any depth, is a sample. Links are followed to identities and to images, but not to folders deeper down, which may go
 in circles. Hidden files and folders are left alone.
 
-Every image is decoded once. What is dropped is counted by its reason:
+Every image is decoded once. What is left out is counted by its reason, and named in left_out.jsonl:
     outside_identity     lies in SOURCE itself
     not_an_image         its name does not end like an image's
     unreadable           cannot be opened: no permission, a link to nothing, no regular file
@@ -16,7 +16,6 @@ Every image is decoded once. What is dropped is counted by its reason:
 """
 
 import os
-from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from partial_fc.data.shards import Index, require_new
 from partial_fc.prepare.images import (
     File,
+    LeftOut,
     Source,
     check_options,
     drop_repeated,
@@ -61,7 +61,7 @@ def prepare_folder(
     size: (H, W) for all images. An image of this size keeps its bytes. Any other is cut to the shape of `size` around
     its middle, resized and encoded anew: a JPEG as JPEG of `quality` (1 to 100), anything else as PNG, which loses
     nothing. None keeps all bytes; images of several sizes are an error then.
-    What was dropped and why is counted in the result's `prepared["dropped"]` and printed.
+    What was left out and why is counted in the result's `prepared["dropped"]` and printed; left_out.jsonl names it.
 
     Raises NotADirectoryError if `source` is no folder, FileExistsError if `out` exists, and ValueError if no image
     is left, if sizes differ or an option is out of range.
@@ -71,17 +71,16 @@ def prepare_folder(
         raise NotADirectoryError(f"{source} is no folder, wanted one that holds a folder of images per identity")
     require_new(out)
     check_options(min_samples, quality, size)
-    dropped = Counter(dict.fromkeys(REASONS, 0))
-    files = _list(source, dropped)
-    where = Source(read_file, lambda path, data: _kind(path))
-    images = examine_all(files, where, dropped, digests=True)
-    images = drop_repeated(images, dropped)
+    left_out = LeftOut(REASONS)
+    where = Source(read_file, lambda path, data: _kind(path), lambda path: os.path.relpath(path, source))
+    files = _list(source, where, left_out)
+    images = drop_repeated(examine_all(files, where, left_out, digests=True), where, left_out)
     return write_images(
         out,
         files,
         images,
         where,
-        dropped,
+        left_out,
         kind="folder",
         place=source,
         wanted=f"{source.name}/<identity>/<image> files that end in {', '.join(sorted(_EXTENSIONS))}",
@@ -92,23 +91,24 @@ def prepare_folder(
     )
 
 
-def _list(source: Path, dropped: Counter[str]) -> list[File]:
+def _list(source: Path, where: Source, left_out: LeftOut) -> list[File]:
     """The files in the folders of `source` that look like images, sorted by identity and path."""
     files = []
     for entry in tqdm(sorted(os.scandir(source), key=lambda entry: entry.name), desc="listing", mininterval=1):
         if entry.name.startswith("."):
             continue
         if not entry.is_dir():
-            dropped["outside_identity"] += 1
+            left_out.add(where.name(entry.path), "outside_identity")
             continue
         paths, others = images_below(entry.path)
         files += [File(entry.name, path) for path in paths]
-        dropped["not_an_image"] += others
+        for path in others:
+            left_out.add(where.name(path), "not_an_image")
     return files
 
 
-def images_below(top: str) -> tuple[list[str], int]:
-    """Paths of the files at any depth of `top` that are named like images, sorted, and how many others there are.
+def images_below(top: str) -> tuple[list[str], list[str]]:
+    """Paths of the files at any depth of `top`, sorted: those that are named like images, and the others.
 
     Hidden files and folders are left alone. Raises OSError for a folder that may not be read.
     """
@@ -116,16 +116,14 @@ def images_below(top: str) -> tuple[list[str], int]:
     def fail(error: OSError) -> None:
         raise error  # os.walk would leave out a folder that it may not read
 
-    paths, others = [], 0
+    paths: list[str] = []
+    others: list[str] = []
     for folder, folders, names in os.walk(top, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if name.startswith("."):
                 continue
-            if _extension(name) in _EXTENSIONS:
-                paths.append(os.path.join(folder, name))
-            else:
-                others += 1
+            (paths if _extension(name) in _EXTENSIONS else others).append(os.path.join(folder, name))
     return paths, others
 
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from partial_fc.data.shards import Index, load_index, write_shards
+from partial_fc.data.shards import Index, Sample, load_index, write_shards
 from partial_fc.prepare.faces import Glyph, degraded, draw_faces, fit_faces, read_fonts
 from partial_fc.prepare.fonts import FONT_SETS, fetch_fonts, font_cache
 from partial_fc.seeds import seed_for
@@ -290,9 +290,13 @@ def _write(out: Path, glyphs: Sequence[Glyph], prepared: dict, seed: int) -> Non
     label = {code_point: number for number, code_point in enumerate(code_points)}
     random = np.random.Generator(np.random.Philox(seed_for("glyph order", seed, prepared["split"])))
     shuffled = [glyphs[i] for i in random.permutation(len(glyphs))]
+    faces = prepared["faces"]
     write_shards(
         out,
-        ((glyph.png, "png", label[glyph.code_point]) for glyph in shuffled),
+        (
+            Sample(glyph.png, "png", label[glyph.code_point], f"U+{glyph.code_point:04X} in {faces[glyph.face]}")
+            for glyph in shuffled
+        ),
         [f"U+{code_point:04X}" for code_point in code_points],
         prepared=prepared,
         total=len(shuffled),

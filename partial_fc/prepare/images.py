@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from partial_fc.data.reader import decode
-from partial_fc.data.shards import Index, write_shards
+from partial_fc.data.shards import LEFT_OUT, Index, Sample, write_shards
 from partial_fc.seeds import seed_for
 
 _AT_ONCE = 1024  # images that the threads have in hand: bounds what is in memory
@@ -36,10 +36,30 @@ class Image(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where images are: `read` gives the bytes of a key, or the reason to drop it; `extension` its kind of file."""
+    """Where images are: `read` gives the bytes of a key, or the reason to drop it; `extension` its kind of file; `name`
+    what its user would look for."""
 
     read: Callable[[str | int], bytes | str]
     extension: Callable[[str | int, bytes], str]
+    name: Callable[[str | int], str]
+
+
+class LeftOut:
+    """What is not taken, and why: counted, and named in the data set's left_out.jsonl."""
+
+    def __init__(self, reasons: Iterable[str] = ()):
+        self.counts = Counter(dict.fromkeys(reasons, 0))
+        self.rows: list[dict[str, str]] = []
+
+    def add(self, name: str, reason: str, **more: str) -> None:
+        """more: `other`, the file that has the same bytes."""
+        self.counts[reason] += 1
+        self.rows.append({"name": printable(name), "reason": reason} | {key: printable(v) for key, v in more.items()})
+
+    def said(self) -> str:
+        """The counts, and the first name of each reason."""
+        first = {row["reason"]: row["name"] for row in reversed(self.rows)}
+        return ", ".join(f"{n} {reason} ({first[reason]}{', …' * (n > 1)})" for reason, n in self.counts.items() if n)
 
 
 def check_options(min_samples: int, quality: int, size: tuple[int, int] | None) -> None:
@@ -51,8 +71,8 @@ def check_options(min_samples: int, quality: int, size: tuple[int, int] | None) 
         raise ValueError(f"got the size {size[0]} x {size[1]}, wanted height and width of 1 or more")
 
 
-def examine_all(files: list[File], source: Source, dropped: Counter[str], *, digests: bool) -> list[Image]:
-    """Those that can be decoded; the others are counted by their reason. digests: of their bytes, too."""
+def examine_all(files: list[File], source: Source, left_out: LeftOut, *, digests: bool) -> list[Image]:
+    """Those that can be decoded. digests: of their bytes, too."""
 
     def examine(file: File) -> Image | str:
         data = source.read(file.key)
@@ -65,25 +85,33 @@ def examine_all(files: list[File], source: Source, dropped: Counter[str], *, dig
         return Image(*file, image.shape[:2], digest)
 
     images = []
-    for result in tqdm(in_threads(examine, files), desc="decoding", unit=" images", total=len(files), mininterval=1):
+    results = tqdm(in_threads(examine, files), desc="decoding", unit=" images", total=len(files), mininterval=1)
+    for file, result in zip(files, results, strict=True):
         if isinstance(result, str):
-            dropped[result] += 1
+            left_out.add(source.name(file.key), result)
         else:
             images.append(result)
     return images
 
 
-def drop_repeated(images: list[Image], dropped: Counter[str]) -> list[Image]:
+def drop_repeated(images: list[Image], source: Source, left_out: LeftOut) -> list[Image]:
     """Without the images that several identities have, and with one of those that an identity has several times."""
-    owner: dict[bytes, str] = {}
-    shared = {image.digest for image in images if owner.setdefault(image.digest, image.identity) != image.identity}
-    kept: dict[bytes, Image] = {}
+    first: dict[bytes, Image] = {}
+    of_another: dict[bytes, Image] = {}  # the first of the same bytes under another identity
     for image in images:
-        if image.digest in shared:
-            dropped["two_identities"] += 1
-        elif kept.setdefault(image.digest, image) is not image:
-            dropped["duplicate"] += 1
-    return list(kept.values())
+        if first.setdefault(image.digest, image).identity != image.identity:
+            of_another.setdefault(image.digest, image)
+    kept = []
+    for image in images:
+        same, other = first[image.digest], of_another.get(image.digest)
+        if other is not None:
+            other = same if same.identity != image.identity else other
+            left_out.add(source.name(image.key), "two_identities", other=source.name(other.key))
+        elif same is not image:
+            left_out.add(source.name(image.key), "duplicate", other=source.name(same.key))
+        else:
+            kept.append(image)
+    return kept
 
 
 def write_images(
@@ -91,7 +119,7 @@ def write_images(
     files: list[File],
     images: list[Image],
     source: Source,
-    dropped: Counter[str],
+    left_out: LeftOut,
     *,
     kind: str,
     place: Path,
@@ -109,19 +137,22 @@ def write_images(
     """
     count = Counter(image.identity for image in images)
     enough = [image for image in images if count[image.identity] >= min_samples]
-    dropped["too_few_samples"] += len(images) - len(enough)
+    for image in images:
+        if count[image.identity] < min_samples:
+            left_out.add(source.name(image.key), "too_few_samples")
     if not enough:
         raise ValueError(
-            f"{place} has no image to use; dropped: {_said(dropped)}. Wanted {wanted}, and at least {min_samples} "
-            "of an identity"
+            f"{place} has no image to use; left out: {left_out.said() or 'nothing'}. Wanted {wanted}, and at least "
+            f"{min_samples} of an identity"
         )
     size = size or only_size(enough)
     identities = sorted({image.identity for image in enough})
     label_of = {identity: label for label, identity in enumerate(identities)}
     order = np.random.Generator(np.random.Philox(seed_for("prepare", seed))).permutation(len(enough))
 
-    def sample(i: int) -> tuple[bytes, str, int]:
-        return (*stored(enough[i], source, size, quality), label_of[enough[i].identity])
+    def sample(i: int) -> Sample:
+        image = enough[i]
+        return Sample(*stored(image, source, size, quality), label_of[image.identity], source.name(image.key))
 
     index = write_shards(
         out,
@@ -136,16 +167,14 @@ def write_images(
             "seed": seed,
             "encoded_anew": sum(image.size != size for image in enough),
             "quality": quality,
-            "dropped": dict(dropped),
+            "dropped": dict(left_out.counts),
             "dropped_identities": len({file.identity for file in files}) - len(identities),
         },
+        left_out=left_out.rows,
     )
-    print(f"{out}: {len(enough)} images of {len(identities)} identities; dropped: {_said(dropped)}")
+    see = f"; all are named in {out / LEFT_OUT}" if left_out.rows else ""
+    print(f"{out}: {len(enough)} images of {len(identities)} identities; left out: {left_out.said() or 'nothing'}{see}")
     return index
-
-
-def _said(dropped: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "nothing"
 
 
 def read_file(path: str | os.PathLike) -> bytes | str:

@@ -1,18 +1,19 @@
 """A data set from a list of images: a text with a line an image, its file and its identity.
 
 Files are relative to the list's folder. Between the two stands a tab, or a comma, or a space where no name has one;
-names with a comma are quoted, as in CSV. Every image is decoded once; what is dropped is counted by the reasons of
-`prepare.folder`.
+names with a comma are quoted, as in CSV. Every image is decoded once; what is left out is counted by the reasons of
+`prepare.folder`, and named in left_out.jsonl.
 """
 
 import csv
-from collections import Counter
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from partial_fc.data.shards import Index, require_new
 from partial_fc.prepare.images import (
     File,
+    LeftOut,
     Source,
     check_options,
     drop_repeated,
@@ -44,17 +45,17 @@ def prepare_list(
     source, out = Path(source), Path(out)
     require_new(out)
     check_options(min_samples, quality, size)
-    dropped = Counter(dict.fromkeys(REASONS, 0))
+    left_out = LeftOut(REASONS)
     rows = read_rows(source, "image, identity")
     files = [File(identity, str(source.parent / image)) for _, (image, identity) in rows]
-    where = Source(read_file, lambda _, data: kind_of(data))
-    images = drop_repeated(examine_all(files, where, dropped, digests=True), dropped)
+    where = Source(read_file, lambda _, data: kind_of(data), lambda path: os.path.relpath(path, source.parent))
+    images = drop_repeated(examine_all(files, where, left_out, digests=True), where, left_out)
     return write_images(
         out,
         files,
         images,
         where,
-        dropped,
+        left_out,
         kind="list",
         place=source,
         wanted="image files that OpenCV reads",

@@ -5,16 +5,17 @@ that is in several pairs, with the same bytes in a .bin, the same name in a text
 order in which the list has them first.
 """
 
-from collections import Counter
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from partial_fc.data.shards import Index, require_new, write_shards
+from partial_fc.data.shards import Index, Sample, require_new, write_shards
 from partial_fc.prepare.bin_file import read_bin
 from partial_fc.prepare.images import (
     File,
+    LeftOut,
     Source,
     check_options,
     examine_all,
@@ -39,7 +40,7 @@ def prepare_bin(source: Path, out: Path, *, size: tuple[int, int] | None = None,
         raise FileNotFoundError(f"{source} is no file; give a verification set of InsightFace's, as lfw.bin")
     require_new(out)
     images, same = read_bin(source)
-    where = Source(lambda data: data, lambda _, data: kind_of(data))
+    where = Source(lambda data: data, lambda _, data: kind_of(data), lambda _: source.name)
     return _write(out, source, where, images, same, "bin", size, quality)
 
 
@@ -53,7 +54,7 @@ def prepare_pairs(source: Path, out: Path, *, size: tuple[int, int] | None = Non
             raise ValueError(f"{source}, line {number}: got {one!r} behind two images, wanted 1 for one identity or 0")
         files += [str(source.parent / first), str(source.parent / second)]
         same.append(one == "1")
-    where = Source(read_file, lambda _, data: kind_of(data))
+    where = Source(read_file, lambda _, data: kind_of(data), lambda path: os.path.relpath(path, source.parent))
     return _write(out, source, where, files, same, "pairs", size, quality)
 
 
@@ -77,12 +78,13 @@ def _write(
     samples = [sample.setdefault(key, len(sample)) for key in keys]
     first = dict(zip(reversed(samples), reversed(range(len(samples))), strict=True))  # place in the list of a sample
     names = [key if isinstance(key, str) else f"image {first[i]}" for key, i in sample.items()]
-    dropped: Counter[str] = Counter()
-    images = examine_all([File(i, key) for key, i in sample.items()], source, dropped, digests=False)
-    if dropped:
+    sources = [source.name(key) if isinstance(key, str) else name for key, name in zip(sample, names, strict=True)]
+    left_out = LeftOut()
+    images = examine_all([File(i, key) for key, i in sample.items()], source, left_out, digests=False)
+    if left_out.counts:
         there = {image.identity for image in images}
         missing = next(i for i in range(len(sample)) if i not in there)
-        counts = ", ".join(f"{count} {why}" for why, count in dropped.items())
+        counts = ", ".join(f"{count} {why}" for why, count in left_out.counts.items())
         raise ValueError(
             f"{place}: {names[missing]} cannot be used; in all {counts}. Mend them, or take their pairs out of the "
             "list: left out here, the result would be one over other pairs"
@@ -90,7 +92,9 @@ def _write(
     size = size or only_size(images)
     index = write_shards(
         out,
-        in_threads(lambda image: (*stored(image, source, size, quality), image.identity), images),
+        in_threads(
+            lambda image: Sample(*stored(image, source, size, quality), image.identity, sources[image.identity]), images
+        ),
         [printable(name) for name in names],
         total=len(images),
         pairs=np.column_stack([np.reshape(samples, (-1, 2)), same]),

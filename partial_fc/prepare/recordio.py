@@ -6,7 +6,8 @@ Bytes that hold the first word, at a multiple of 4, are cut there into parts, wh
 uint64), `flag` more labels in float32, whose first one counts then, and the image's bytes. InsightFace's records
 without an image, which list ranges of others, are left out.
 
-Images are taken as they were published: repeated ones stay. Every image is decoded once. What is dropped is counted:
+Images are taken as they were published: repeated ones stay. Every image is decoded once. What is left out
+is counted, and named by the byte where its record begins in left_out.jsonl:
     not_an_image         a record without image bytes
     undecodable          OpenCV cannot decode it
     too_few_samples      its identity has fewer than `min_samples` of what is left
@@ -14,7 +15,6 @@ Images are taken as they were published: repeated ones stay. Every image is deco
 
 import os
 import struct
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from partial_fc.data.shards import Index, require_new
 from partial_fc.prepare.images import (
     File,
+    LeftOut,
     Source,
     check_options,
     examine_all,
@@ -63,16 +64,16 @@ def prepare_recordio(
         raise FileNotFoundError(f"{source} is no file; give the .rec file, or a folder with a train.rec")
     require_new(out)
     check_options(min_samples, quality, size)
-    dropped = Counter(dict.fromkeys(REASONS, 0))
+    left_out = LeftOut(REASONS)
     with RecordFile(source) as file:
-        files = list(_images(file, dropped))
-        where = Source(file.image, lambda _, data: kind_of(data))
+        where = Source(file.image, lambda _, data: kind_of(data), lambda offset: f"{source.name}@{offset}")
+        files = list(_images(file, where, left_out))
         return write_images(
             out,
             files,
-            examine_all(files, where, dropped, digests=False),
+            examine_all(files, where, left_out, digests=False),
             where,
-            dropped,
+            left_out,
             kind="recordio",
             place=source,
             wanted="records with images that OpenCV reads",
@@ -83,12 +84,12 @@ def prepare_recordio(
         )
 
 
-def _images(file: "RecordFile", dropped: Counter[str]) -> Iterator[File]:
+def _images(file: "RecordFile", where: Source, left_out: LeftOut) -> Iterator[File]:
     with tqdm(desc="listing", total=file.end, unit="B", unit_scale=True, mininterval=1) as bar:
         for offset, label, has_image in file.records():
             bar.update(offset - bar.n)  # what is before it
             if not has_image:
-                dropped["not_an_image"] += 1
+                left_out.add(where.name(offset), "not_an_image")
                 continue
             if not (0 <= label < MOST and label == int(label)):
                 raise ValueError(

@@ -1,0 +1,112 @@
+"""The schema of a data set's index.json.
+
+Versions: 1 has no pairs, 2 has them, 3 also has a CRC32 and a source name of every sample, and a field for each shard's
+URL and compression. Older ones are read as they are.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from partial_fc.documents import MIB, parse_json, read_bytes
+from partial_fc.schema import Document, fits
+
+FORMAT = "partial_fc-index"
+VERSION = 3
+SCHEMES = ("http", "https", "s3", "gs", "hf")  # of a shard's URL
+MOST_BYTES = 512 * MIB  # of index.json: 2 million shards
+AGAIN = "copy the data set again, or prepare it again"
+
+
+def _plain(name: str) -> str:
+    if name in ("", ".", "..") or len(name) > 255 or not name.isprintable() or set(name) & {"/", "\\"}:
+        raise ValueError("the plain name of a file in the folder, nothing outside its folder")
+    return name
+
+
+def _identifier(name: str) -> str:
+    if not name.isidentifier():
+        raise ValueError("an identifier, nothing outside its folder")
+    return name
+
+
+def _of_a_scheme(url: str) -> str:
+    if not url.isprintable() or url.partition("://")[0] not in SCHEMES:
+        raise ValueError(f"a URL that begins with one of {', '.join(SCHEMES)}")
+    return url
+
+
+def _prepared(prepared: dict[str, Any]) -> dict[str, Any]:
+    size = prepared.get("image_size")
+    sides = size if isinstance(size, list) else []
+    fitting = len(sides) == 2 and all(type(side) is int and 1 <= side <= 2**16 for side in sides)
+    if size is not None and not fitting:
+        raise ValueError(f"an image_size of [height, width] in pixels instead of {size!r:.60}")
+    return prepared
+
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class Shard(Document):
+    """One shard. With a `url` it lies there, and `name` is what a local copy is called."""
+
+    name: Annotated[str, AfterValidator(_plain)]
+    bytes: Count
+    """Of the file as it lies there, compressed where it is."""
+    sha256: Sha256
+    samples: Count
+    url: Annotated[str, AfterValidator(_of_a_scheme)] | None = None
+    compression: Literal["gzip"] | None = None
+    unpacked_bytes: Count | None = None
+    """Offsets of samples are in the unpacked tar, which has so many bytes; without compression unset."""
+
+
+class Description(Document):
+    """What index.json says; the arrays' checksums are of the files in index/."""
+
+    version: Annotated[int, Field(ge=1)]
+    num_samples: Annotated[int, Field(ge=1, lt=2**40)]
+    num_classes: Annotated[int, Field(ge=1, lt=2**31)]
+    shards: Annotated[list[Shard], Field(min_length=1)]
+    classes_sha256: Sha256
+    arrays: dict[Annotated[str, AfterValidator(_identifier)], Sha256]
+    crc32_sha256: Sha256 | None = None
+    name_sha256: Sha256 | None = None
+    name_offset_sha256: Sha256 | None = None
+    pairs_sha256: Sha256 | None = None
+    prepared: Annotated[dict[str, Any], AfterValidator(_prepared)]
+
+
+OF_SAMPLES = ("crc32", "name", "name_offset")  # arrays of version 3, whose checksums are no part of the fingerprint
+
+
+def read_description(folder: Path) -> Description:
+    """What the folder's index.json says.
+
+    Raises FileNotFoundError without one, and ValueError with file, field, what was got and what was wanted.
+    """
+    file = folder / "index.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is no data set: it has no index.json (`partial-fc prepare` makes one)")
+    values = parse_json(read_bytes(file, MOST_BYTES), file)
+    got = values.get("format") if isinstance(values, dict) else None
+    if got != FORMAT:
+        raise ValueError(f"{file} has the format {got!r:.60}, wanted {FORMAT!r}")
+    version = values.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise ValueError(
+            f"{file} has the format version {version}, this partial_fc reads up to {VERSION}: "
+            "update partial_fc, or prepare the data set again with this one"
+        )
+    description = fits(Description, values, file)
+    missing = [f"{name}_sha256" for name in OF_SAMPLES if getattr(description, f"{name}_sha256") is None]
+    if description.version >= 3 and missing:
+        raise ValueError(f"{file}: {missing[0]} is missing: {AGAIN}")
+    names = [shard.name for shard in description.shards]
+    if len(set(names)) < len(names):
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise ValueError(f"{file}: shards: got {twice} twice, wanted a file each: {AGAIN}")
+    return description
