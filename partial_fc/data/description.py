@@ -5,9 +5,9 @@ URL and compression. Older ones are read as they are.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from partial_fc.documents import MIB, parse_json, read_bytes
 from partial_fc.schema import Document, fits
@@ -37,16 +37,8 @@ def _of_a_scheme(url: str) -> str:
     return url
 
 
-def _prepared(prepared: dict[str, Any]) -> dict[str, Any]:
-    size = prepared.get("image_size")
-    sides = size if isinstance(size, list) else []
-    fitting = len(sides) == 2 and all(type(side) is int and 1 <= side <= 2**16 for side in sides)
-    if size is not None and not fitting:
-        raise ValueError(f"an image_size of [height, width] in pixels instead of {size!r:.60}")
-    return prepared
-
-
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Side = Annotated[int, Field(ge=1, le=2**16)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
@@ -64,6 +56,15 @@ class Shard(Document):
     """Offsets of samples are in the unpacked tar, which has so many bytes; without compression unset."""
 
 
+class Prepared(Document):
+    """How the data set was made. What is not read here is kept as it is."""
+
+    model_config = ConfigDict(extra="allow")
+
+    image_size: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    """[height, width] of all images, in pixels."""
+
+
 class Description(Document):
     """What index.json says; the arrays' checksums are of the files in index/."""
 
@@ -77,7 +78,7 @@ class Description(Document):
     name_sha256: Sha256 | None = None
     name_offset_sha256: Sha256 | None = None
     pairs_sha256: Sha256 | None = None
-    prepared: Annotated[dict[str, Any], AfterValidator(_prepared)]
+    prepared: Prepared
 
 
 OF_SAMPLES = ("crc32", "name", "name_offset")  # arrays of version 3, whose checksums are no part of the fingerprint

@@ -262,7 +262,7 @@ def load_index(path: Path | str, *, check_labels: bool = True) -> Index:
         pairs=pairs,
         crc32=crc32,
         names=names,
-        prepared=description.prepared,
+        prepared=description.prepared.model_dump(exclude_unset=True),
         fingerprint=hashlib.sha256(json.dumps(checksums).encode()).hexdigest(),
     )
     _check_samples(index, np.array([shard.bytes for shard in shards], dtype=np.int64))
