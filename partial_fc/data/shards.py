@@ -217,7 +217,7 @@ def write_shards(
 def load_index(path: Path | str, *, check_labels: bool = True) -> Index:
     """Open the data set in folder `path` and check it against itself, without reading any shard's bytes.
 
-    check_labels: compare the checksum of label.npy, too: under 1 s for 42.5 million samples, and one rank of a machine is
+    check_labels: compare the checksum of label.npy, too: 1 s for 42.5 million samples; one rank of a machine is
     enough. The other arrays are compared by `verify`; a wrong one of theirs is found by the sample's CRC32.
 
     Raises FileNotFoundError or ValueError naming the file, and for a label that is no class the sample's key.
