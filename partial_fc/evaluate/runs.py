@@ -13,10 +13,9 @@ from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone
 from partial_fc.config import Config, Evaluate, EvaluationSet
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
+from partial_fc.evaluate.evaluation_file import FORMAT, VERSION
 from partial_fc.evaluate.protocol import evaluate_sets, format_table
 from partial_fc.parallel import distributed
-
-FORMAT, VERSION = "partial_fc-evaluation", 2
 
 
 def evaluate_run(
@@ -131,10 +130,9 @@ def _initial(config: Config, size: tuple[int, int]) -> nn.Module:
 
 def _trained(found: Checkpoint, config: Config, size: tuple[int, int], averaged: bool = False) -> nn.Module | None:
     """The checkpoint's backbone; or the moving average of it, None where there is none."""
-    net = _initial(config, size)
     with distributed.together(f"loading {found.path}"):
         state = read_backbone(found, averaged)
         if state is None:
             return None
-        net.load_state_dict(state)
+        net = backbone.build_trained(config.backbone.name, config.backbone.embedding_dim, size, state, found.path)
     return net

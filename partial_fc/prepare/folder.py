@@ -28,6 +28,7 @@ from partial_fc.prepare.images import (
     check_options,
     drop_repeated,
     examine_all,
+    printable,
     read_file,
     write_images,
 )
@@ -43,6 +44,7 @@ REASONS = (
     "too_few_samples",
 )
 
+DEEPEST = 100  # levels of folders below an identity's
 _JPEG = {"jpg", "jpeg", "jpe"}
 _EXTENSIONS = _JPEG | {"png", "webp", "bmp", "tif", "tiff", "ppm", "pgm"}
 
@@ -110,7 +112,8 @@ def _list(source: Path, dropped: Counter[str]) -> list[File]:
 def images_below(top: str) -> tuple[list[str], int]:
     """Paths of the files at any depth of `top` that are named like images, sorted, and how many others there are.
 
-    Hidden files and folders are left alone. Raises OSError for a folder that may not be read.
+    Hidden files and folders are left alone. Raises OSError for a folder that may not be read, ValueError for folders
+    more than DEEPEST levels down.
     """
 
     def fail(error: OSError) -> None:
@@ -118,6 +121,10 @@ def images_below(top: str) -> tuple[list[str], int]:
 
     paths, others = [], 0
     for folder, folders, names in os.walk(top, onerror=fail):
+        if folder.count(os.sep) - top.count(os.sep) > DEEPEST:  # os.walk calls itself, and paths have a limit, too
+            raise ValueError(
+                f"{printable(top)} has folders more than {DEEPEST} levels deep: is it the right one? Move the images up"
+            )
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if name.startswith("."):
