@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from partial_fc import checkpoint_files, storage
@@ -34,7 +34,6 @@ from partial_fc.head.sampling import tables
 from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
 from partial_fc.storage import Place
-from partial_fc.tensor_files import load_tensors
 
 FORMAT, VERSION = "partial_fc-checkpoint", 1
 STATISTICS = "statistics."  # before a name in history.safetensors: the margin's
@@ -201,7 +200,7 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: BaseEngine, near: P
         distributed.together(f"loading {path}"),
         checkpoint_files.at_hand(path, wanted, near=near, verified=True) as here,
     ):
-        history = load_tensors(here / "history.safetensors")
+        history = load_file(here / "history.safetensors")
         known = head.first_statistics()
         statistics = {
             name.removeprefix(STATISTICS): history.pop(name) for name in [*history] if name.startswith(STATISTICS)
@@ -217,7 +216,7 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: BaseEngine, near: P
         head.step_count = checkpoint.step
         names = {entry["name"] for entry in checkpoint.files()}
         kept = (name for name in engine.files if f"{name}.safetensors" in names)
-        engine.load({name: load_tensors(here / f"{name}.safetensors") for name in kept})
+        engine.load({name: load_file(here / f"{name}.safetensors") for name in kept})
     per_rank = len(class_range(head.num_classes, 0, distributed.world_size()))
     for name, table in tables(head).items():  # every rank keeps all of it
         table.copy_(distributed.gather_rows(rows[name], per_rank, head.num_classes))
@@ -354,7 +353,7 @@ def read_backbone(checkpoint: Checkpoint, averaged: bool = False) -> dict[str, T
     if entry is None:
         return None
     with checkpoint_files.at_hand(checkpoint.path, [entry]) as here:
-        return load_tensors(here / entry["name"])
+        return load_file(here / entry["name"])
 
 
 def read_centers(checkpoint: Checkpoint, classes_at_once: int) -> Iterator[Tensor]:
@@ -384,7 +383,7 @@ def _read_centers(path: Path, wanted: list[dict], manifest: dict, classes_at_onc
 
     # The least updated row tells how far the table of missed updates has to reach back; 4 bytes a row.
     missed = MissedUpdates()
-    history = load_tensors(path / "history.safetensors")["history"]
+    history = load_file(path / "history.safetensors")["history"]
     last_updates = (read("last_update", classes, dtype=torch.int32) for classes in slices)
     oldest = min((int(rows.min()) for rows in last_updates if rows is not None), default=len(history))
     missed.replay(history, len(history) - oldest)

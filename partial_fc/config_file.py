@@ -27,7 +27,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     values = _sections(text, path)
     values.pop("environment", None)  # what save_config noted beside the settings
     for override in overrides:
-        _override(values, override)
+        _override(values, override, path)
     run = values.setdefault("run", {})
     if isinstance(run, dict) and not run.get("dir"):
         run["dir"] = f"runs/{path.stem}"
@@ -56,7 +56,7 @@ def _sections(text: str, path: Path) -> dict:
     return values
 
 
-def _override(values: dict, override: str) -> None:
+def _override(values: dict, override: str, path: Path) -> None:
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or len(parts) < 2 or not all(parts):
@@ -66,7 +66,7 @@ def _override(values: dict, override: str) -> None:
         if inner is None:
             inner = values[part] = {}
         if not isinstance(inner, dict):
-            raise ValueError(f"override {override!r}: {part} is no section, it is {got(inner)}")
+            raise ValueError(f"override {override!r}: {part} is no section in {path}, it is {got(inner)}")
         values = inner
     values[parts[-1]] = strict_yaml.parse(text, f"override {override!r}: the value")
 

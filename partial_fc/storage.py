@@ -58,11 +58,6 @@ def exists(where: Place) -> bool:
     return _try("look for", where, lambda files, path: files.exists(path))
 
 
-def size(url: str) -> int | None:
-    """Bytes of the object; None where its store does not say."""
-    return _try("look for", url, lambda files, path: files.info(path).get("size"))
-
-
 def glob(where: Place, pattern: str) -> list[Place]:
     """What is in the folder under names like `pattern`, which may have slashes; by name."""
     if not remote(where):

@@ -69,8 +69,11 @@ def build_trained(
     Raises ValueError where names, shapes or dtypes are not the backbone's, before it takes memory: a file that someone
     else made may ask for any size, and can fill it only where it is as large itself.
     """
-    with torch.device("meta"), _Uninitialized():
-        wanted = build(name, embedding_dim, image_size).state_dict()
+    try:
+        with torch.device("meta"), _Uninitialized():
+            wanted = build(name, embedding_dim, image_size).state_dict()
+    except ValueError as error:
+        raise ValueError(f"{whose}: {error}") from None
     for key in [*wanted, *state]:
         got, kind = (_kind(tensors.get(key)) for tensors in (state, wanted))
         if got != kind:

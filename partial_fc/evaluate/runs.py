@@ -130,9 +130,10 @@ def _initial(config: Config, size: tuple[int, int]) -> nn.Module:
 
 def _trained(found: Checkpoint, config: Config, size: tuple[int, int], averaged: bool = False) -> nn.Module | None:
     """The checkpoint's backbone; or the moving average of it, None where there is none."""
+    net = _initial(config, size)
     with distributed.together(f"loading {found.path}"):
         state = read_backbone(found, averaged)
         if state is None:
             return None
-        net = backbone.build_trained(config.backbone.name, config.backbone.embedding_dim, size, state, found.path)
+        net.load_state_dict(state)
     return net

@@ -34,10 +34,8 @@ def config_of(found: Checkpoint) -> Config:
 def load_net(found: Checkpoint) -> nn.Module:
     """A checkpoint's backbone, in evaluation mode."""
     config, size = config_of(found), tuple(found.manifest["settings"]["image_size"])
-    state = checkpoint.read_backbone(found)
-    if state is None:
-        raise ValueError(f"{found.path} has no backbone: it is damaged; take another checkpoint")
-    net = backbone.build_trained(config.backbone.name, config.backbone.embedding_dim, size, state, found.path)
+    net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
+    net.load_state_dict(checkpoint.read_backbone(found))
     return net.eval()
 
 
