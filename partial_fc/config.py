@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
+from partial_fc.documents import got, shown
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -336,7 +338,7 @@ def check_config(values: dict, what: str) -> Config:
 
 def _explain(problem: dict) -> str:
     location = problem["loc"]
-    name = ".".join(map(str, location))
+    name = shown(".".join(map(str, location)))
     if problem["type"] == "extra_forbidden":
         nearest = _nearest(location)
         hint = f"did you mean {nearest}?" if nearest else f"there are {', '.join(_siblings(location))}"
@@ -344,7 +346,7 @@ def _explain(problem: dict) -> str:
     if problem["type"] == "missing":
         return f"{name}: missing; it has no default, give it in the YAML or as {name}=..."
     message = problem["msg"].removeprefix("Value error, ")
-    return message if problem["type"] == "value_error" else f"{name}: got {problem['input']!r}; {message}"
+    return message if problem["type"] == "value_error" else f"{name}: got {got(problem['input'])}; {message}"
 
 
 def _nearest(location: tuple) -> str | None:

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
+from partial_fc import strict_yaml
 from partial_fc.config import Config, check_config
+from partial_fc.documents import got, read_text
 from partial_fc.environment import environment
 
 
@@ -14,27 +15,48 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     """The YAML at `path` over the defaults, then every `section.key=value`; a saved run's config.yaml works too.
 
     Raises ValueError with one message that lists everything wrong: unknown keys with the nearest known one, bad values
-    with what was wanted.
+    with what was wanted; for YAML that `strict_yaml` does not read, its line.
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        text = read_text(path, strict_yaml.BYTES, pipes=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such config file") from None
-    except (IsADirectoryError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: wanted sections (run:, data:, ...), got {type(values).__name__}")
+    except OSError as error:  # a folder, no right to read it
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    values = _sections(text, path)
     values.pop("environment", None)  # what save_config noted beside the settings
     for override in overrides:
-        _override(values, override)
+        _override(values, override, path)
     run = values.setdefault("run", {})
     if isinstance(run, dict) and not run.get("dir"):
         run["dir"] = f"runs/{path.stem}"
     return check_config(values, f"{path} with its overrides")
 
 
-def _override(values: dict, override: str) -> None:
+def read_config_yaml(run: Path) -> tuple[str, dict]:
+    """The text of a run folder's config.yaml, and its sections, which may be of another version; "" and {} without one.
+
+    Raises ValueError for what is no YAML of sections.
+    """
+    file = run / "config.yaml"
+    try:
+        text = read_text(file, strict_yaml.BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return "", {}
+    return text, _sections(text, file)
+
+
+def _sections(text: str, path: Path) -> dict:
+    values = strict_yaml.parse(text, path)
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: wanted sections (run:, data:, ...), got {type(values).__name__}")
+    return values
+
+
+def _override(values: dict, override: str, path: Path) -> None:
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or len(parts) < 2 or not all(parts):
@@ -44,12 +66,9 @@ def _override(values: dict, override: str) -> None:
         if inner is None:
             inner = values[part] = {}
         if not isinstance(inner, dict):
-            raise ValueError(f"override {override!r}: {part} is no section, it is {inner!r}")
+            raise ValueError(f"override {override!r}: {part} is no section in {path}, it is {got(inner)}")
         values = inner
-    try:
-        values[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: the value is no YAML: {error}") from None
+    values[parts[-1]] = strict_yaml.parse(text, f"override {override!r}: the value")
 
 
 def describe(config: Config) -> str:
@@ -75,7 +94,7 @@ def describe(config: Config) -> str:
 
 def _plain(value: Any) -> str:
     """One line of YAML."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+    return strict_yaml.dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
 
 
 def save_config(config: Config, path: Path, device: str | None = None) -> None:
@@ -83,14 +102,15 @@ def save_config(config: Config, path: Path, device: str | None = None) -> None:
     values = config.model_dump(mode="json")
     values["environment"] = environment() | ({} if device is None else {"device": device})
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+    temporary.write_text(strict_yaml.dump(values, sort_keys=False), encoding="utf-8")
     temporary.rename(path)
 
 
 def saved_checkpoint_dir(run: Path) -> str | None:
     """The checkpoint.dir of a run folder's config.yaml; None where that is unset or not there."""
-    try:
-        values = yaml.safe_load((run / "config.yaml").read_text()) or {}
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return (values.get("checkpoint") or {}).get("dir")
+    _, values = read_config_yaml(run)
+    section = values.get("checkpoint") or {}
+    found = section.get("dir") if isinstance(section, dict) else section
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"{run / 'config.yaml'}: checkpoint.dir: got {got(found)}, wanted a folder or URL")
+    return found

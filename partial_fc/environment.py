@@ -6,7 +6,8 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import yaml
+from partial_fc import strict_yaml
+from partial_fc.documents import got
 
 
 def environment() -> dict[str, str]:
@@ -37,6 +38,13 @@ def _git(*arguments: str) -> str:
         return ""
 
 
-def read_environment(text: str) -> dict[str, str]:
-    """What `config_file.save_config` noted beside the settings, of the text of its file; empty without it."""
-    return (yaml.safe_load(text) or {}).get("environment", {})
+def read_environment(text: str, name: object) -> dict[str, str]:
+    """What `config_file.save_config` noted beside the settings, of the text of its file; empty without it.
+
+    Raises ValueError, which names the file `name`, for what is no YAML of sections.
+    """
+    values = strict_yaml.parse(text, name) or {}
+    found = values.get("environment") or {} if isinstance(values, dict) else None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: environment: got {got(found)}, wanted names and values")
+    return {str(key): str(value) for key, value in found.items()}

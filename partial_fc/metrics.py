@@ -153,15 +153,15 @@ def cut_back(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            wanted = json.loads(line)["step"] <= step
+        except (ValueError, LookupError, TypeError, RecursionError):
             break
-        if row["step"] <= step:
-            kept.append(line + "\n")
+        if wanted:
+            kept.append(line + b"\n")
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text("".join(kept))
+    temporary.write_bytes(b"".join(kept))
     temporary.rename(path)
 
 

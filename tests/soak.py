@@ -26,6 +26,7 @@ PARTS = {
     "benchmark": "the benchmarks' own tables",
     "slurm": "a real Slurm cluster of two nodes on this machine; needs its packages",
     "docker": "the image, built by buildah from a debootstrap; needs both",
+    "mutated": "100,000 files of all formats, changed at random: read, or refused with words",
     "sky": "SkyPilot reads its task; installs it",
 }
 

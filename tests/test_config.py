@@ -68,7 +68,7 @@ def test_defaults_deltas_and_overrides(yaml_file):
         ("lr=3", "override 'lr=3': wanted section.key=value"),
         ("optim.lr", "override 'optim.lr': wanted section.key=value"),
         ("run.steps.x=1", "override 'run.steps.x=1': steps is no section"),
-        ("optim.lr=[1", "the value is no YAML"),
+        ("optim.lr=[1", "override 'optim.lr=[1': the value, line 1 is no YAML: "),
     ],
 )
 def test_errors_name_what_to_change(yaml_file, override, message):

@@ -273,31 +273,35 @@ def test_the_committed_ledger_belongs_to_the_plans():
 # ---- the ledger
 
 
+def failed(digest: str, error: str = "it diverged") -> dict:
+    return {"digest": digest, "status": "failed", "error": error, "data": {}, "seconds": 1.0, "commit": "0123"}
+
+
 def test_the_ledger_keeps_entries_and_drops_a_torn_last_line(tmp_path, capsys):
     path = tmp_path / "new" / "ledger.jsonl"
     with ledger.opened(path) as book:
-        book.append({"digest": "a", "status": "failed"})
-        book.append({"digest": "b", "status": "done"})
-        book.append({"digest": "a", "status": "done"})
+        book.append(failed("a", "once"))
+        book.append(failed("b"))
+        book.append(failed("a", "twice"))
         with pytest.raises(ValueError, match="another study writes to"), ledger.opened(path):
             pass
     with open(path, "a") as file:
         file.write('{"digest": "c", "sta')
-    wanted = {"a": {"digest": "a", "status": "done"}, "b": {"digest": "b", "status": "done"}}
+    wanted = {"a": failed("a", "twice"), "b": failed("b")}
     assert ledger.read(path) == wanted
     assert "its last line is torn and left out" in capsys.readouterr().out
     with ledger.opened(path) as book:
         assert book.entries == wanted
-        book.append({"digest": "d"})
-    assert ledger.read(path) == wanted | {"d": {"digest": "d"}}
+        book.append(failed("d"))
+    assert ledger.read(path) == wanted | {"d": failed("d")}
     assert len(path.read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("line", ["<<<<<<< HEAD", "[]", "{}", '"digest"', ""])
 def test_a_line_that_is_no_entry_is_named(tmp_path, line):
     path = tmp_path / "ledger.jsonl"
-    path.write_text('{"digest": "a"}\n' + line + '\n{"digest": "b"}\n')
-    with pytest.raises(ValueError, match="ledger.jsonl, line 2 is no entry of a ledger"):
+    path.write_text("\n".join([json.dumps(failed("a")), line, json.dumps(failed("b")), ""]))
+    with pytest.raises(ValueError, match="ledger.jsonl, line 2.*: no entry of a ledger, mend or delete that line"):
         ledger.read(path)
 
 
@@ -311,10 +315,10 @@ def replace_by_a_copy(path: Path) -> None:
 def test_a_ledger_that_was_replaced_gets_no_lines_that_nobody_sees(tmp_path, lose):
     path = tmp_path / "ledger.jsonl"
     with ledger.opened(path) as book:
-        book.append({"digest": "a"})
+        book.append(failed("a"))
         lose(path)
         with pytest.raises(OSError, match="was replaced or deleted while the study ran"):
-            book.append({"digest": "b"})
+            book.append(failed("b"))
         assert list(book.entries) == ["a"]
 
 
@@ -322,15 +326,15 @@ def test_a_full_disk_leaves_no_torn_line(tmp_path):
     path = tmp_path / "ledger.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with ledger.opened(path) as book:
-        book.append({"digest": "a"})
+        book.append(failed("a"))
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))  # the write is cut short there
         try:
             with pytest.raises(OSError, match="the disk is full"):
-                book.append({"digest": "b"})
+                book.append(failed("b"))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert path.read_text() == '{"digest": "a"}\n'
-        book.append({"digest": "c"})
+        assert path.read_text() == json.dumps(failed("a")) + "\n"
+        book.append(failed("c"))
     assert list(ledger.read(path)) == ["a", "c"]
 
 
@@ -741,7 +745,7 @@ def test_a_trial_that_finished_without_an_entry_is_entered_and_not_trained_again
 
 
 def test_a_run_folder_of_an_earlier_version_does_not_say_its_device(tmp_path):
-    (tmp_path / "config.yaml").write_text("run: {seed: 1}\nenvironment: {git_commit: 0123456, torch: 2.11.0}\n")
+    (tmp_path / "config.yaml").write_text("run: {seed: 1}\nenvironment: {git_commit: '0123456', torch: 2.11.0}\n")
     assert device_of(tmp_path) == "unknown"
 
 

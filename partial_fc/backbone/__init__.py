@@ -1,10 +1,13 @@
 """Backbones by name: images (b, 3, H, W) to embeddings (b, D), which the head normalizes."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from partial_fc.backbone.iresnet import BLOCKS, iresnet
 from partial_fc.backbone.mobilefacenet import mobilefacenet
@@ -56,3 +59,41 @@ def build_seeded(name: str, embedding_dim: int, image_size: tuple[int, int], see
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for("backbone", seed))
         return build(name, embedding_dim, image_size)
+
+
+def build_trained(
+    name: str, embedding_dim: int, image_size: tuple[int, int], state: Mapping[str, Tensor], whose: object
+) -> EmbeddingNet:
+    """`build` with the parameters and buffers `state`, read from the file `whose`.
+
+    Raises ValueError where names, shapes or dtypes are not the backbone's, before it takes memory: a file that someone
+    else made may ask for any size, and can fill it only where it is as large itself.
+    """
+    try:
+        with torch.device("meta"), _Uninitialized():
+            wanted = build(name, embedding_dim, image_size).state_dict()
+    except ValueError as error:
+        raise ValueError(f"{whose}: {error}") from None
+    for key in [*wanted, *state]:
+        got, kind = (_kind(tensors.get(key)) for tensors in (state, wanted))
+        if got != kind:
+            raise ValueError(
+                f"{whose}: got {got} for {key:.80}, wanted {kind}: the parameters are not those of the {name} of "
+                f"{embedding_dim} dimensions for images of {image_size[0]} x {image_size[1]} that it is said to be"
+            )
+    net = build_seeded(name, embedding_dim, image_size, seed=0)
+    net.load_state_dict(state)
+    return net
+
+
+def _kind(tensor: Tensor | None) -> str:
+    return "no tensor" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+class _Uninitialized(TorchFunctionMode):
+    """No tensor is drawn: the first one on the meta device would load torch's compiler, 2 s."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(function, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return function(*args, **kwargs or {})

@@ -2,10 +2,10 @@
 
 import math
 
-import cv2
 import numpy as np
 
 from partial_fc.config import Affine
+from partial_fc.opencv import cv2
 
 
 def augment(image: np.ndarray, rng: np.random.Generator, flip: bool, affine: Affine | None) -> np.ndarray:

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from partial_fc.data.augment import augment
 from partial_fc.data.groups import Groups
 from partial_fc.data.order import Order
 from partial_fc.data.shards import Index
+from partial_fc.opencv import cv2
 from partial_fc.parallel.distributed import part
 from partial_fc.seeds import seed_for
 

@@ -13,10 +13,9 @@ from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone
 from partial_fc.config import Config, Evaluate, EvaluationSet
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
+from partial_fc.evaluate.evaluation_file import FORMAT, VERSION
 from partial_fc.evaluate.protocol import evaluate_sets, format_table
 from partial_fc.parallel import distributed
-
-FORMAT, VERSION = "partial_fc-evaluation", 2
 
 
 def evaluate_run(

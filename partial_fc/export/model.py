@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from partial_fc import storage
-from partial_fc.backbone import build_seeded
+from partial_fc.backbone import build_trained
 from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone
-from partial_fc.config import Backbone, Config
+from partial_fc.config import Config
+from partial_fc.config_file import read_config_yaml
+from partial_fc.documents import text_of
 from partial_fc.environment import read_environment
+from partial_fc.export.model_config import FORMAT, VERSION, read_config
 from partial_fc.prepare.images import fit, read_image
-
-FORMAT, VERSION = "partial_fc-backbone", 1
-_KEYS = ("backbone", "image_size", "mean", "std", "flip", "model_sha256")
+from partial_fc.tensor_files import load_tensors
 
 
 class Embedder(nn.Module):
@@ -77,7 +77,7 @@ def load_backbone(source: str | os.PathLike, revision: str | None = None) -> Emb
     weights = folder / "model.safetensors"
     if not weights.is_file() or _sha256(weights) != config["model_sha256"]:
         raise ValueError(f"{weights} is missing or damaged: its SHA-256 is not config.json's; copy the folder again")
-    return _assemble(config, load_file(weights))
+    return _assemble(config, load_tensors(weights), folder)
 
 
 def open_model(source: str | os.PathLike) -> Embedder:
@@ -98,7 +98,7 @@ def from_checkpoint(found: Checkpoint, averaged: bool = False) -> Embedder:
         raise ValueError(f"{found.path} has no moving average: its run had no engine.ema; leave --averaged out")
     config = Config.model_validate(found.manifest["settings"]["config"])
     classes = next(entry for entry in found.files() if entry["name"] == "classes.txt")
-    trained_with = read_environment(_config_text(found))
+    trained_with = _trained_with(found)
     description = {
         "format": FORMAT,
         "version": VERSION,
@@ -117,16 +117,17 @@ def from_checkpoint(found: Checkpoint, averaged: bool = False) -> Embedder:
         "trained_at_commit": trained_with.get("git_commit", "unknown"),
         "partial_fc_version": version("partial_fc"),
     }
-    return _assemble(description, state)
+    return _assemble(description, state, found.path)
 
 
-def _config_text(found: Checkpoint) -> str:
-    """The run's config.yaml: brought along by the checkpoint, or in its run folder; "" where there is none."""
+def _trained_with(found: Checkpoint) -> dict[str, str]:
+    """The environment in config.yaml: brought along by the checkpoint, or in its run folder; {} where there is none."""
     brought = found.read("config.yaml")
     if brought is not None or storage.remote(found.path):
-        return (brought or b"").decode()
-    file = found.path.parent.parent / "config.yaml"
-    return file.read_text() if file.exists() else ""
+        name = storage.join(found.path, "config.yaml")
+        return read_environment(text_of(brought or b"", name), name)
+    run = found.path.parent.parent
+    return read_environment(read_config_yaml(run)[0], run / "config.yaml")
 
 
 def save_backbone(model: Embedder, folder: Path) -> None:
@@ -144,28 +145,6 @@ def save_backbone(model: Embedder, folder: Path) -> None:
     weights.chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read it
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of an exported folder, checked."""
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder} has no config.json: give a folder that `partial-fc export` wrote") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
-    got = config.get("format") if isinstance(config, dict) else None
-    if got != FORMAT:
-        raise ValueError(f"{file} has the format {got!r}, wanted {FORMAT!r}: `partial-fc export` writes it")
-    if config.get("version", 0) > VERSION:
-        raise ValueError(
-            f"{file} has the format version {config['version']}, this partial_fc reads up to {VERSION}: upgrade it"
-        )
-    missing = [key for key in _KEYS if key not in config]
-    if missing:
-        raise ValueError(f"{file} is damaged: it has no {', '.join(missing)}; export the run again")
-    return config
-
-
 def load_image(path: str | os.PathLike, size: tuple[int, int]) -> Tensor:
     """(3, H, W) uint8 RGB of an image file, as `partial-fc prepare folder` makes it: cut to the shape, resized.
 
@@ -177,18 +156,9 @@ def load_image(path: str | os.PathLike, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(fit(read[1], size)).permute(2, 0, 1).contiguous()
 
 
-def _assemble(config: dict[str, Any], state: dict[str, Tensor]) -> Embedder:
-    try:
-        chosen = Backbone.model_validate(config["backbone"])
-    except ValidationError as error:
-        raise ValueError(f"config.json's backbone is {config['backbone']}: {error}") from None
-    net = build_seeded(chosen.name, chosen.embedding_dim, tuple(config["image_size"]), seed=0)
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:  # of names and shapes
-        raise ValueError(
-            f"the parameters are not those of the {chosen.name} that config.json describes: {error}"
-        ) from None
+def _assemble(config: dict[str, Any], state: dict[str, Tensor], source: storage.Place) -> Embedder:
+    chosen = config["backbone"]
+    net = build_trained(chosen["name"], chosen["embedding_dim"], tuple(config["image_size"]), state, source)
     return Embedder(net, config["mean"], config["std"], config["flip"], config).eval()
 
 

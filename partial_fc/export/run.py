@@ -1,6 +1,5 @@
 """partial-fc export: a run's backbone, and its class centers, in a folder that others can use."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from partial_fc import storage
 from partial_fc.checkpoint import Checkpoint, find_checkpoint
 from partial_fc.config import Config
 from partial_fc.data.shards import require_new
-from partial_fc.evaluate import runs
+from partial_fc.evaluate import evaluation_file
 from partial_fc.export.card import model_card
 from partial_fc.export.formats import CHECKED, require_packages, write_onnx, write_torch_export
 from partial_fc.export.gallery import write_gallery
@@ -75,14 +74,9 @@ def read_evaluation(path: Place, found: Checkpoint) -> dict | None:
     beside = storage.parent(found.path)  # of a run folder it is the folder `checkpoints`
     for folder in dict.fromkeys((found.path, path, beside if storage.remote(beside) else beside.parent)):
         file = storage.join(folder, "evaluation.json")
-        if not storage.exists(file):
+        evaluation = evaluation_file.read_evaluation(file)
+        if evaluation is None:
             continue
-        evaluation = json.loads(storage.read(file))
-        if evaluation["version"] > runs.VERSION:
-            raise ValueError(
-                f"{file} has the format version {evaluation['version']}, this partial_fc reads up to {runs.VERSION}: "
-                "upgrade it"
-            )
         if evaluation["step"] == found.step:
             return evaluation
         print(f"{file} is of step {evaluation['step']}, not of {found.step}: it is left out of the model card")

@@ -211,11 +211,11 @@ def _embed(toy: Toy) -> Callable[[np.ndarray], np.ndarray]:
 
 def _roc(sources: Sources) -> tuple[Figure, str]:
     runs = [load_run(run) for run in sources.runs]
-    if not any(run.evaluation for run in runs):
+    if not any(map(verification.trained, runs)):
         raise NothingToDraw("it needs the folder of a run that was evaluated: --runs RUN")
     rows = verification.curves_of(runs)
     sentence = "Verification (ROC) and identification (CMC) from evaluation.json (AM-Softmax, Fig. 6)."
-    missing = [run.name for run in runs if not run.evaluation]
+    missing = [run.name for run in runs if not verification.trained(run)]
     if missing:
         sentence += f" Not evaluated: {', '.join(missing)}."
     several = len(runs) - len(missing) > 1

@@ -5,11 +5,11 @@ Quality is resolution: an image is made smaller by averaging and enlarged again.
 
 from collections.abc import Callable, Sequence
 
-import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
 from partial_fc.figures.style import label_ends, line_of, new_figure
+from partial_fc.opencv import cv2
 
 DEFAULT = "softmax;normsoftmax:scale=16;cosface:scale=16"
 PARTS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)  # of the image's side

@@ -16,11 +16,16 @@ def curves_of(runs: Sequence[Run]) -> dict[str, list[tuple[str, dict]]]:
 
     Runs that were not evaluated are left out; results are those of evaluation.json, of the trained backbone.
     """
-    results = [(run.name, run.evaluation["models"]["trained"]) for run in runs if run.evaluation is not None]
+    results = [(run.name, run.evaluation["models"]["trained"]) for run in runs if trained(run)]
     if len(results) == 1:
         return {results[0][0]: list(results[0][1].items())}
     titles = dict.fromkeys(title for _, sets in results for title in sets)
     return {title: [(name, sets[title]) for name, sets in results if title in sets] for title in titles}
+
+
+def trained(run: Run) -> bool:
+    """Whether its trained backbone was evaluated."""
+    return run.evaluation is not None and "trained" in run.evaluation["models"]
 
 
 def draw_verification(rows: Mapping[str, Sequence[tuple[str, dict]]]) -> Figure:

@@ -88,6 +88,6 @@ def read(key: str, value: Any, kind: Any) -> Any:
         if isinstance(value, bool):
             raise ValueError
         number = float(value)  # YAML reads 3e-1 as text
-    except (TypeError, ValueError):
-        raise ValueError(f"{key}: got {value!r}; wanted {' or '.join(['a number', *words])}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{key}: got {value!r:.80}; wanted {' or '.join(['a number', *words])}") from None
     return int(number) if int in choices and number.is_integer() else number

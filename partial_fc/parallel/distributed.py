@@ -217,8 +217,10 @@ def gather_objects(value: object) -> list:
 
 def message(error: Exception) -> str:
     """The text of an error for people."""
-    # what we raise ourselves reads as a sentence; of anything else the type says more than the text
-    return str(error) if isinstance(error, ValueError | RunError) else f"{type(error).__name__}: {error}"
+    # what we raise ourselves and what names a file reads as a sentence; else the type says more than the text
+    own = isinstance(error, ValueError | RunError)
+    named = isinstance(error, OSError) and (error.errno is None or error.filename is not None)
+    return str(error) if own or named else f"{type(error).__name__}: {error}"
 
 
 def first_of_node() -> bool:

@@ -15,6 +15,7 @@ _BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
 _STRINGS = {"BINSTRING", "SHORT_BINSTRING"}  # Python 2's: bytes, which pickletools gives as latin-1
 _PLAIN = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1", "INT"}
 _CONSTANTS = {"NEWTRUE": True, "NEWFALSE": False, "NONE": None}
+_NUMBER = 8  # bytes that a number of NumPy's has at most
 _OF_LENGTH = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -25,6 +26,7 @@ class _Call:
     name: Any
     arguments: Any
     state: Any = None
+    found: bytes | None = None  # what `_bytes` found in it: a call may be named many times
 
 
 def read_bin(path: Path) -> tuple[list[bytes], list[bool]]:
@@ -121,24 +123,32 @@ def _bytes(value: Any) -> bytes:
     if isinstance(value, bytes):
         return value
     if isinstance(value, _Call):
-        if value.state is not None:  # _reconstruct, then version, shape, dtype, order, data
-            return _bytes(value.state[-1])
-        if value.name == "_frombuffer":  # data, dtype, shape, order
-            return _bytes(value.arguments[0])
-        if value.name == "scalar":  # dtype, data
-            return _bytes(value.arguments[1])
+        if value.found is None and value.state is not None:  # _reconstruct, then version, shape, dtype, order, data
+            value.found = _bytes(value.state[-1])
+        elif value.found is None and value.name == "_frombuffer":  # data, dtype, shape, order
+            value.found = _bytes(value.arguments[0])
+        elif value.found is None and value.name == "scalar":  # dtype, data
+            value.found = _bytes(value.arguments[1])
+        if value.found is not None:
+            return value.found
     raise ValueError(f"it has {'a call' if isinstance(value, _Call) else type(value).__name__} where bytes were wanted")
 
 
 def _truths(same: Any, count: int) -> list[bool]:
     """From a list of truth values or whole numbers, of Python's or NumPy's, or an array of `count`."""
     if isinstance(same, list):
-        return [_truth(one if isinstance(one, int) else int.from_bytes(_bytes(one), "little")) for one in same]
+        return [_truth(one if isinstance(one, int) else _number(_bytes(one))) for one in same]
     data = _bytes(same)
     size = len(data) // max(count, 1)  # of a number
-    if not size or size * count != len(data):
+    if not size or size * count != len(data) or size > _NUMBER:
         raise ValueError(f"it has {count} pairs of images and an array of {len(data)} bytes for them")
-    return [_truth(int.from_bytes(data[start : start + size], "little")) for start in range(0, len(data), size)]
+    return [_truth(_number(data[start : start + size])) for start in range(0, len(data), size)]
+
+
+def _number(data: bytes) -> int:
+    if len(data) > _NUMBER:
+        raise ValueError(f"it has {len(data)} bytes where a number was wanted")
+    return int.from_bytes(data, "little")
 
 
 def _truth(number: int) -> bool:

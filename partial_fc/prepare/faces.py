@@ -15,12 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
-import cv2
 import numpy as np
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from partial_fc.opencv import cv2
 from partial_fc.seeds import seed_for
 
 REFERENCES = 70  # characters that a face's pen is fitted to

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from partial_fc.documents import MIB, read_bytes
 from partial_fc.prepare.packages import cache_folder, fetch_packages
 
 CLASSES = (
@@ -21,6 +22,7 @@ CLASSES = (
     "bag",
     "ankle boot",
 )
+BYTES = 64 * MIB  # of a file, unpacked; the largest has 47 million
 PACKAGE = "dataset-fashion-mnist"
 INSTEAD = "Any folder with its four files (train-images-idx3-ubyte.gz, …) does instead: `--fashion-mnist /folder`."
 
@@ -53,12 +55,15 @@ def read_idx(path: Path) -> np.ndarray:
 
     Raises ValueError for a file that is damaged, of another kind, or of another length than its sizes say.
     """
-    data = path.read_bytes()
+    data = read_bytes(path, BYTES)
     if data[:2] == b"\x1f\x8b":
         try:
-            data = gzip.decompress(data)
+            with gzip.open(path) as file:
+                data = file.read(BYTES + 1)  # 1 MB may stand for 1 GB
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is cut off or damaged ({error}): fetch it again") from None
+        if len(data) > BYTES:
+            raise ValueError(f"{path} unpacks to more than {BYTES:,} bytes: fetch it again")
     if len(data) < 4 or data[:3] != b"\0\0\x08":
         raise ValueError(
             f"{path} begins with {data[:4].hex(' ') or 'nothing'}, wanted 00 00 08 and the number of dimensions: "

@@ -28,6 +28,7 @@ from partial_fc.prepare.images import (
     check_options,
     drop_repeated,
     examine_all,
+    printable,
     read_file,
     write_images,
 )
@@ -43,6 +44,7 @@ REASONS = (
     "too_few_samples",
 )
 
+DEEPEST = 100  # levels of folders below an identity's
 _JPEG = {"jpg", "jpeg", "jpe"}
 _EXTENSIONS = _JPEG | {"png", "webp", "bmp", "tif", "tiff", "ppm", "pgm"}
 
@@ -110,7 +112,8 @@ def _list(source: Path, where: Source, left_out: LeftOut) -> list[File]:
 def images_below(top: str) -> tuple[list[str], list[str]]:
     """Paths of the files at any depth of `top`, sorted: those that are named like images, and the others.
 
-    Hidden files and folders are left alone. Raises OSError for a folder that may not be read.
+    Hidden files and folders are left alone. Raises OSError for a folder that may not be read, ValueError for folders
+    more than DEEPEST levels down.
     """
 
     def fail(error: OSError) -> None:
@@ -119,6 +122,10 @@ def images_below(top: str) -> tuple[list[str], list[str]]:
     paths: list[str] = []
     others: list[str] = []
     for folder, folders, names in os.walk(top, onerror=fail):
+        if folder.count(os.sep) - top.count(os.sep) > DEEPEST:  # os.walk calls itself, and paths have a limit, too
+            raise ValueError(
+                f"{printable(top)} has folders more than {DEEPEST} levels deep: is it the right one? Move the images up"
+            )
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if name.startswith("."):

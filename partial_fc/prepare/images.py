@@ -9,12 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
 from partial_fc.data.reader import decode
 from partial_fc.data.shards import LEFT_OUT, Index, Sample, write_shards
+from partial_fc.opencv import MAX_PIXELS, cv2
 from partial_fc.seeds import seed_for
 
 _AT_ONCE = 1024  # images that the threads have in hand: bounds what is in memory
@@ -69,6 +69,8 @@ def check_options(min_samples: int, quality: int, size: tuple[int, int] | None) 
         raise ValueError(f"got quality={quality}, wanted 1 to 100")
     if size is not None and min(size) < 1:
         raise ValueError(f"got the size {size[0]} x {size[1]}, wanted height and width of 1 or more")
+    if size is not None and size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"got the size {size[0]} x {size[1]}, wanted at most {MAX_PIXELS:,} pixels")
 
 
 def examine_all(files: list[File], source: Source, left_out: LeftOut, *, digests: bool) -> list[Image]:

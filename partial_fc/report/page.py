@@ -162,9 +162,10 @@ def _training_curves(runs: Sequence[Run], names: Iterator[str]) -> list[dict]:
             drawn.append({"title": title, "svg": Markup(plots.curves(next(names), series, **options))})
     several = len(runs) > 1
     for run in runs:
-        rows = [row for row in run.metrics if f"phase.{PHASES[0]}" in row]  # early runs did not measure them
-        if rows:
-            seconds = np.array([[row[f"phase.{name}"] for name in PHASES] for row in rows])
+        # early runs did not measure them
+        rows = [row for row in run.metrics if all(row.get(f"phase.{name}") is not None for name in PHASES)]
+        seconds = np.array([[row[f"phase.{name}"] for name in PHASES] for row in rows], dtype=float)
+        if rows and np.isfinite(seconds).all() and (seconds >= 0).all() and (seconds.sum(axis=1) > 0).all():
             svg = plots.shares(next(names), np.array([row["step"] for row in rows]), *_in_groups(seconds))
             title = f"Where a step's time goes{f', {run.name}' if several else ''}"
             drawn.append({"title": title, "svg": Markup(svg)})

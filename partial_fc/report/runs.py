@@ -6,9 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from partial_fc.config_file import read_config_yaml
+from partial_fc.documents import MIB, got, read_bytes
+from partial_fc.evaluate.evaluation_file import read_evaluation
+from partial_fc.phases import NAMES as PHASES
 
-EVALUATION_VERSION = 2
+METRICS_BYTES = 128 * MIB  # of metrics.jsonl: 180,000 rows
+# Of a row: what is drawn, numbers or null. It may have more.
+NUMBERS = (
+    "loss",
+    "target_cosine",
+    "lr",
+    "samples_per_second",
+    "data_wait",
+    "step_time",
+    "embedding_norm",
+    "center_norm",
+    "engine.gradient_norm",
+    "memory",
+    *(f"phase.{name}" for name in PHASES),
+)
+LARGEST = 1e100  # beyond what float32 has, and a plot's arithmetic holds it
 
 
 @dataclass(frozen=True)
@@ -24,45 +42,55 @@ class Run:
 def load_run(path: Path) -> Run:
     """Read a run folder. Each of its files may be missing.
 
-    Raises FileNotFoundError if the folder is missing, ValueError on a broken metrics line or a newer evaluation format.
+    Raises FileNotFoundError if the folder is missing, and ValueError, which names file and field, for a file that is
+    damaged or of a newer format.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path} is no run folder: give the folder that holds a run's config.yaml and metrics.jsonl"
         )
-    config_file, evaluation_file = path / "config.yaml", path / "evaluation.json"
-    config_text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
-    evaluation = json.loads(evaluation_file.read_text(encoding="utf-8")) if evaluation_file.exists() else None
-    if evaluation is not None and evaluation["version"] > EVALUATION_VERSION:
-        raise ValueError(
-            f"{evaluation_file} has the format version {evaluation['version']}, this partial_fc reads up to "
-            f"{EVALUATION_VERSION}: update partial_fc or evaluate again"
-        )
+    config_text, config = read_config_yaml(path)
+    evaluation = read_evaluation(path / "evaluation.json")
     return Run(
         name=path.resolve().name,
         path=path,
         config_text=config_text,
-        config=_dotted(yaml.safe_load(config_text) or {}),
+        config=_dotted(config),
         metrics=_read_metrics(path / "metrics.jsonl"),
         evaluation=evaluation,
     )
 
 
 def _read_metrics(file: Path) -> list[dict[str, Any]]:
-    if not file.exists():
+    try:
+        lines = read_bytes(file, METRICS_BYTES).splitlines()
+    except FileNotFoundError:
         return []
     rows = {}
-    lines = file.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # the run is writing it, or was killed while it did
                 break
-            raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
+            raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
+        _check_row(row, f"{file}, line {number}")
         rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
+
+
+def _check_row(row: Any, where: str) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: got {got(row)}, wanted an object with a step")
+    step = row.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 1 << 53:
+        raise ValueError(f"{where}: step: got {got(step)}, wanted a number of steps")
+    for name in NUMBERS:
+        value = row.get(name)
+        good = value is None or isinstance(value, int | float) and not isinstance(value, bool)
+        if not good or isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"{where}: {name}: got {got(value)}, wanted a number or null")
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,29 +15,79 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from partial_fc.documents import MIB, parse_json, read_bytes
+from partial_fc.schema import Document, fits
 
 DONE, FAILED = "done", "failed"
+BYTES = 256 * MIB  # of the file; an entry takes 2 kB
+
+Rate = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Tar(Document):
+    at_1e4: Rate | None = Field(alias="0.0001")
+
+
+class _Dir(Document):
+    at_1: Rate | None = Field(alias="0.01")
+
+
+class _Result(Document):
+    """Of one set: what the tables read."""
+
+    tar_at_far: _Tar
+    dir_at_far: _Dir
+    rank1: Rate | None
+
+
+def _facts(values: list) -> list:
+    if not (len(values) == 2 and isinstance(values[0], str) and isinstance(values[1], int) and 0 < values[1] < 1 << 63):
+        raise ValueError("a fingerprint and a number of samples")
+    return values
+
+
+class _Entry(Document):
+    digest: str
+    data: dict[str, Annotated[list, AfterValidator(_facts)]]
+    seconds: float
+    commit: str
+    device: str = "cpu"
+
+
+class _Done(_Entry):
+    status: Literal["done"]
+    result: dict[str, _Result] = Field(min_length=1)
+
+
+class _Failed(_Entry):
+    status: Literal["failed"]
+    error: str
 
 
 def read(path: Path) -> dict[str, dict]:
     """Digest to entry; of several with one digest the last counts. A torn last line is left out, with a message.
 
-    Raises ValueError for any other line that is no entry.
+    Raises ValueError, which names the line and the field, for any other line that is no entry.
     """
     if not path.exists():
         return {}
     entries = {}
-    lines = path.read_bytes().split(b"\n")
+    lines = read_bytes(path, BYTES).split(b"\n")
     if lines[-1]:
         print(f"{path}: its last line is torn and left out: the trial is run again")
     for number, line in enumerate(lines[:-1], start=1):
+        where = f"{path}, line {number}"
         try:
-            entry = json.loads(line)
-            entries[entry["digest"]] = entry
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number} is no entry of a ledger ({type(error).__name__}): mend or delete that line"
-            ) from None
+            entry = parse_json(line, where)
+            failed = isinstance(entry, dict) and entry.get("status") == FAILED
+            fits(_Failed if failed else _Done, entry, where)
+        except ValueError as error:
+            raise ValueError(f"{error}: no entry of a ledger, mend or delete that line") from None
+        entries[entry["digest"]] = entry
     return entries
 
 

@@ -24,20 +24,23 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError
 
+from partial_fc import strict_yaml
 from partial_fc.build import build_losses
 from partial_fc.config import Config, EvaluationSet, Section, check_config
 from partial_fc.data.shards import load_index
+from partial_fc.documents import got, read_text
 from partial_fc.head.named import source_of
 
 TUNING, FINAL = "tuning", "final"
+MOST_POINTS = 1000  # of a grid
 
 
 class Tuning(Section):
@@ -49,8 +52,8 @@ class Tuning(Section):
 
 class PlanFile(Section):
     base: str
-    rows: dict[str, dict[str, Any]] = Field(min_length=1)
-    seeds: list[int] = Field(min_length=1)
+    rows: dict[str, dict[str, Any]] = Field(min_length=1, max_length=1000)
+    seeds: list[int] = Field(min_length=1, max_length=1000)
     reference: str | None = None
     first: list[str] = []
     tuned_in: str | None = None
@@ -139,10 +142,11 @@ class Plan:
             return self.recorded[folder]
 
 
-def load_plan(path: Path, recorded: dict[str, list] | None = None) -> Plan:
+def load_plan(path: Path, recorded: dict[str, list] | None = None, *, for_plan: Path | None = None) -> Plan:
     """Reads and checks a plan, every config in it included.
 
-    recorded: the data of earlier trials (see Trial), which stands for data sets that are not here.
+    recorded: the data of earlier trials (see Trial), which stands for data sets that are not here. for_plan: the plan
+    that takes its tuned values from this one.
 
     Raises ValueError or OSError that says what is wrong: an unknown key, a row whose config is not valid, grids
     of different sizes. A data set that is missing is said when trials are made.
@@ -151,18 +155,21 @@ def load_plan(path: Path, recorded: dict[str, list] | None = None) -> Plan:
     try:
         given = PlanFile.model_validate(_read_yaml(path))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:3])
         raise ValueError(f"{path} is no plan: {problems}") from None
-    base = _read_yaml(path.parent / given.base)
-    if not (base.get("run") or {}).get("epochs"):
-        raise ValueError(f"{path.parent / given.base}: wanted run.epochs, the length of a run")
-    if not (base.get("evaluate") or {}).get("sets"):
-        raise ValueError(f"{path.parent / given.base}: wanted evaluate.sets, the test sets of the study")
+    base = _read_base(path.parent / given.base)
     grids = {} if given.tuning is None else given.tuning.grids
-    sizes = {name: len(list(itertools.product(*grid.values()))) for name, grid in grids.items()}
-    if len(set(sizes.values())) > 1 or 0 in sizes.values():
-        raise ValueError(f"{path}: the grids have {sizes} points; wanted one number for all, the same budget for all")
-    tuned_in = None if given.tuned_in is None else load_plan(path.parent / given.tuned_in, recorded)
+    sizes = {name: math.prod(len(values) for values in grid.values()) for name, grid in grids.items()}
+    if len(set(sizes.values())) > 1 or 0 in sizes.values() or max(sizes.values(), default=1) > MOST_POINTS:
+        raise ValueError(
+            f"{path}: the grids have {sizes} points; wanted one number for all, the same budget for all, and at most "
+            f"{MOST_POINTS}"
+        )
+    if for_plan is not None and given.tuned_in is not None:
+        raise ValueError(f"{path} has tuned_in, and {for_plan} names it there: wanted a plan with tuning of its own")
+    tuned_in = None
+    if given.tuned_in is not None:
+        tuned_in = load_plan(path.parent / given.tuned_in, recorded, for_plan=path)
     if tuned_in is not None and given.tuning is not None:
         raise ValueError(f"{path} has both tuning and tuned_in: take one of them away")
     if given.tuning is not None:
@@ -177,6 +184,9 @@ def load_plan(path: Path, recorded: dict[str, list] | None = None) -> Plan:
     for name, overrides in given.rows.items():
         overrides = {"against": given.reference} | overrides
         grid, against, tuned_as = (overrides.pop(key, None) for key in ("grid", "against", "tuned_as"))
+        for key, value in (("grid", grid), ("against", against), ("tuned_as", tuned_as)):
+            if not isinstance(value, str | None):
+                raise ValueError(f"{path}: row {name}: {key}: got {got(value)}, wanted a name")
         known = [] if tuned_in is None else [other.name for other in tuned_in.rows]
         if tuned_as is not None and tuned_as not in known:
             raise ValueError(
@@ -261,6 +271,8 @@ def _check_row(base: dict, row: Row) -> None:
         for name, value in (row.overrides | dict(zip(row.grid, point, strict=True))).items():
             put(values, name, value)
         config = check_config(values, "its config")
+        if not isinstance(values["run"].get("epochs"), int | float):
+            raise ValueError(f"run.epochs: got {got(values['run'].get('epochs'))}, wanted a number")
         if config.checkpoint.dir:
             raise ValueError(
                 "checkpoint.dir is set: a study's runs would go on from each other's checkpoints; unset it"
@@ -274,11 +286,25 @@ def _index_facts(folder: str) -> list:
     return [index.fingerprint, index.num_samples]
 
 
+def _read_base(path: Path) -> dict:
+    """The base config, of which the rows give the rest; what trials are made from is there."""
+    base = _read_yaml(path)
+    for section, value in base.items():
+        if not isinstance(value, dict | None):
+            raise ValueError(f"{path}: {section}: got {got(value)}, wanted a section")
+    if not (base.get("run") or {}).get("epochs"):
+        raise ValueError(f"{path}: wanted run.epochs, the length of a run")
+    sets = (base.get("evaluate") or {}).get("sets")
+    if not sets or not isinstance(sets, dict):
+        raise ValueError(f"{path}: wanted evaluate.sets, the test sets of the study")
+    for name, one in sets.items():
+        if not isinstance(one, dict) or not isinstance(one.get("data"), str):
+            raise ValueError(f"{path}: evaluate.sets.{name}: got {got(one)}, wanted data: and a folder")
+    return base
+
+
 def _read_yaml(path: Path) -> dict:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
+    values = strict_yaml.parse(read_text(path, strict_yaml.BYTES), path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: wanted keys and values, got {type(values).__name__}")
     return values

@@ -110,6 +110,11 @@ def _line(plan: Plan, row: Row, entries: dict[str, dict]) -> Line:
             continue
         seeds.append(trial.seed)
         for name, result in entry["result"].items():
+            if f"{name} {next(iter(MEASURES))}" not in values:
+                raise ValueError(
+                    f"the ledger's entry {trial.digest} is of the set {name!r}, which {plan.path} does not have: mend "
+                    "or delete that line"
+                )
             for measure, of in MEASURES.items():
                 if of(result) is not None:
                     values[f"{name} {measure}"][trial.seed] = of(result)
@@ -160,6 +165,8 @@ def _edges(plan: Plan, lines: list[Line]) -> list[tuple[Line, str, Any]]:
     for row, line in zip(plan.rows, lines, strict=True):
         for name, value in (line.tuned or {}).items():
             tried = row.grid.get(name, [])
+            if not all(isinstance(one, int | float) for one in tried):
+                continue
             if len(tried) > 2 and value in (min(tried), max(tried)):
                 found.append((line, name.rpartition(".")[2], value))
     return found

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from partial_fc.config_file import save_config
+from partial_fc.config_file import read_config_yaml, save_config
 from partial_fc.environment import environment, read_environment
+from partial_fc.evaluate.evaluation_file import read_evaluation
 from partial_fc.progress import DIVERGED
 from partial_fc.study import ledger
 from partial_fc.study.plan import TUNING, Trial, config_of
@@ -79,7 +80,8 @@ class Process:
     def samples_done(self) -> float:
         """How many samples it has trained on, by its last row of metrics."""
         row = _last_row(self.run)
-        return 0.0 if row is None else min(row["epoch"] / self.trial.epochs, 1.0) * self.trial.samples
+        epoch = None if row is None else row.get("epoch")
+        return min(epoch / self.trial.epochs, 1.0) * self.trial.samples if isinstance(epoch, int | float) else 0.0
 
     def end(self) -> dict | None:
         """The entry of a trial that has finished or diverged; None if it was stopped, killed by a signal or broken."""
@@ -140,7 +142,10 @@ def _in_a_path(row: str) -> str:
 
 def _outcome(run: Path) -> dict:
     """What the ledger keeps of a finished run."""
-    sets = json.loads((run / "evaluation.json").read_text())["models"]["trained"]
+    evaluation = read_evaluation(run / "evaluation.json")
+    if evaluation is None or "trained" not in evaluation["models"]:
+        raise ValueError(f"{run} has no evaluation.json of its trained backbone: delete the folder, to train it again")
+    sets = evaluation["models"]["trained"]
     row = _last_row(run) or {}
     return {
         "result": {
@@ -160,20 +165,23 @@ def _outcome(run: Path) -> dict:
 
 def device_of(run: Path) -> str:
     """What its last piece was trained on; "unknown" in folders of earlier versions, whose config.yaml lacks it."""
-    return read_environment((run / "config.yaml").read_text()).get("device", "unknown")
+    text, _ = read_config_yaml(run)
+    return read_environment(text, run / "config.yaml").get("device", "unknown")
 
 
 def _last_row(run: Path) -> dict | None:
     """The last complete row of metrics.jsonl."""
     try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
+        lines = (run / "metrics.jsonl").read_bytes().splitlines()
     except OSError:
         return None
     for line in reversed(lines):
         try:
-            return json.loads(line)
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue  # being written
+        if isinstance(row, dict):
+            return row
     return None
 
 
