@@ -69,10 +69,10 @@ def build(config: Config, device: torch.device) -> Parts:
         net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
         check_batch_norm(config, net, order)
         found = latest_of(config, index)
-        total_steps = config.run.steps or max(round(config.run.epochs * order.steps_per_epoch), 1)
+        total_steps = length_of(config, order)
         if found is not None:
             check_something_is_trained(found, config, total_steps)
-        open_sets(config.evaluate.sets, size)  # what is wrong with them is said now, not after the training
+        sets = open_sets(config.evaluate.sets, size)  # what is wrong with them is said now, not after the training
         head = build_head(config, index.num_classes, device)
         net.to(device).train()
     agree_on_start(config, index, found)
@@ -101,6 +101,8 @@ def build(config: Config, device: torch.device) -> Parts:
                 name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
                 save_config(config, run / "config.yaml", name)
             print_summary(config, index, order, head, total_steps, found)
+            for caution in (*schedule_cautions(config, total_steps), *data_cautions(config, index, sets)):
+                print(f"warning: {caution}", flush=True)
     progress = Progress() if found is None else Progress(**found.manifest["settings"]["progress"])
     peak, _ = peak_rate(config.optim, order.global_batch_size)
     head_rate = _first(config.head.optim.lr, config.optim.lr) / config.optim.lr
@@ -177,6 +179,44 @@ def has_batch_norm(net: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in net.modules())
 
 
+def length_of(config: Config, order: Order | Groups) -> int:
+    """Steps of the run."""
+    return config.run.steps or max(round((config.run.epochs or 0) * order.steps_per_epoch), 1)
+
+
+def schedule_cautions(config: Config, total_steps: int) -> list[str]:
+    """What the run is too short for: the warm-up of the learning rate or of the margin, a milestone."""
+    said, optim = [], config.optim
+    if optim.warmup_steps >= total_steps:
+        said.append(
+            f"optim.warmup_steps {optim.warmup_steps} take the whole run of {total_steps:,} steps, in which the "
+            "learning rate only rises: lower them, or train longer"
+        )
+    late = [milestone for milestone in optim.milestones if milestone >= total_steps]
+    if late:
+        said.append(f"optim.milestones {late} come after the run's {total_steps:,} steps: lower them, or train longer")
+    steps = (config.head.margin.warmup or {}).get("steps", 0)
+    if steps >= total_steps:
+        said.append(
+            f"head.margin.warmup.steps {steps:g} take the whole run of {total_steps:,} steps: lower them, or train "
+            "longer"
+        )
+    return said
+
+
+def data_cautions(config: Config, index: Index, sets: dict[str, tuple[Index, Index | None]]) -> list[str]:
+    """Which evaluation sets (see `open_sets`) are the training set, or a copy of it."""
+    said = []
+    for name, (data, distractors) in sets.items():
+        for key, one in (("data", data), ("distractors", distractors)):
+            if one is not None and one.fingerprint == index.fingerprint:
+                said.append(
+                    f"evaluate.sets.{name}.{key} is the training set, {index.path}: its results say nothing about "
+                    "other images; give a set that is not trained on"
+                )
+    return said
+
+
 def build_losses(config: Config) -> tuple[Margin | WarmUp, list[EmbeddingLoss]]:
     """What the head is trained with. Raises ValueError for names and parameters that there are not."""
     margin = build_margin(config.head.margin.name, config.head.margin.parameters)
@@ -217,12 +257,17 @@ def build_head(config: Config, num_classes: int, device: torch.device) -> Partia
 
 
 def training_data(config: Config) -> Index:
-    """The data set to train on, its labels as they are trained. Raises ValueError for a list of pairs."""
+    """The data set to train on, its labels as they are trained. Raises ValueError for a list of pairs and one class."""
     index = load_index(config.data.train)
     if index.pairs is not None:
         raise ValueError(
             f"data.train: {index.path} is a list of pairs, which does not say who is who: name it in evaluate.sets, "
             "and a set of identities here"
+        )
+    if index.num_classes < 2:
+        raise ValueError(
+            f"data.train: {index.path} has one identity, {index.classes()[0]!r}: there is nothing to tell apart; "
+            "wanted two or more. Where its images lie in one folder per identity, prepare the folder that holds those"
         )
     return with_label_noise(index, config.data.label_noise, config.run.seed)
 
@@ -231,8 +276,6 @@ def with_label_noise(index: Index, probability: float, seed: int) -> Index:
     """The data set with each label replaced, with this probability, by one of the other classes, equally likely."""
     if not probability:
         return index
-    if index.num_classes < 2:
-        raise ValueError(f"data.label_noise {probability}: {index.path} has one class, and no other one to take")
     random = np.random.Generator(np.random.Philox(seed_for("label noise", seed)))
     replaced = random.random(index.num_samples) < probability
     other = (index.label + random.integers(1, index.num_classes, index.num_samples)) % index.num_classes
@@ -399,5 +442,3 @@ def print_summary(
         for change in changes(found.manifest["settings"]["config"], config.model_dump(mode="json")):
             void = " (without effect: the checkpoint has it)" if change.startswith(AT_THE_START) else ""
             print(f"changed since the checkpoint: {change}{void}", flush=True)
-    if config.optim.warmup_steps >= total_steps:
-        print(f"warning: optim.warmup_steps {config.optim.warmup_steps} is the whole run: it never gets to optim.lr")

@@ -67,10 +67,12 @@ def _run(sheet: Sheet, config: Config, index: Index, device: torch.device, ranks
     sheet.check("engine", _engine, config, device)
     sheet.check("images", run_folder.images, index)
     order = sheet.check("batches", run_folder.batches, config, index)
+    length = None if order is None else sheet.check("schedule", run_folder.schedule, config, order.value)
     found = sheet.check("checkpoint", run_folder.latest_checkpoint, config, index)
     if found is not None and distributed.world_size() > 1:
         sheet.add("agreement", _agreement(config, index, found.value))
     sheet.check("evaluation sets", run_folder.evaluation_sets, config, index)
+    sheet.check("margin", run_folder.margin, config, index.num_classes)
     latest = None if found is None else found.value
     head = sheet.check("head", run_folder.head_bytes, config, index.num_classes, device, latest)
     engine = sheet.check("backbone", speed.engine_of, config, index, None if order is None else order.value, device)
@@ -79,7 +81,10 @@ def _run(sheet: Sheet, config: Config, index: Index, device: torch.device, ranks
     if sheet.counts["problem"]:
         sheet.add("speed", Found("not measured while there are problems"))
     else:
-        _speed(sheet, config, index, order.value, engine.value, ranks_here, seconds)
+        rate = _speed(sheet, config, index, order.value, engine.value, ranks_here, seconds)
+        if rate is not None:
+            left = length.value - (0 if latest is None else latest.step)
+            sheet.add("time", speed.duration(left * order.value.global_batch_size / rate, left))
 
 
 def _engine(config: Config, device: torch.device) -> Found:
@@ -104,13 +109,18 @@ def _speed(
     engine: BaseEngine,
     ranks_here: int,
     seconds: float,
-) -> None:
-    """Both measurements run on all ranks at once, as in a run, and share what the ranks share."""
+) -> float | None:
+    """Samples/s of the run at best; None where they were not measured.
+
+    Both measurements run on all ranks at once, as in a run, and share what the ranks share.
+    """
     speed.wait_for("measuring the reader", seconds)
     reader = sheet.check("reader", speed.reader_speed, config, index, order, seconds)
     speed.wait_for("measuring the backbone", seconds)
     computed = sheet.check("step", speed.backbone_speed, config, engine, image_size(index), seconds)
-    if reader is not None and computed is not None:
-        everyone = distributed.gather_objects((reader.value, computed.value))
-        spare = speed.spare_cores(config, ranks_here)
-        sheet.add("speed", speed.verdict(*zip(*everyone, strict=True), config, spare, engine.device.type == "cpu"))
+    if reader is None or computed is None:
+        return None
+    reads, computes = zip(*distributed.gather_objects((reader.value, computed.value)), strict=True)
+    spare = speed.spare_cores(config, ranks_here)
+    sheet.add("speed", speed.verdict(reads, computes, config, spare, engine.device.type == "cpu"))
+    return len(reads) * min(*reads, *computes)
