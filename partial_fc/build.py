@@ -2,6 +2,7 @@
 
 import secrets
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from partial_fc import backbone, checkpoint, storage
+from partial_fc import backbone, checkpoint, memory, storage
 from partial_fc.config import Backbone, Config
 from partial_fc.config_file import save_config, saved_checkpoint_dir
 from partial_fc.data.groups import Groups, build_order
@@ -24,6 +25,7 @@ from partial_fc.head.embedding_losses import EmbeddingLoss, build_embedding_loss
 from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.margins import build_margin
 from partial_fc.head.partial_fc import PartialFC
+from partial_fc.head.partition import class_range
 from partial_fc.head.sampling import HardNegatives
 from partial_fc.metrics import KEPT
 from partial_fc.optim import build_optimizer, peak_rate
@@ -73,6 +75,9 @@ def build(config: Config, device: torch.device) -> Parts:
         if found is not None:
             check_something_is_trained(found, config, total_steps)
         sets = open_sets(config.evaluate.sets, size)  # what is wrong with them is said now, not after the training
+        wants = head_wants(config, index.num_classes, device)
+    check_memory(wants)
+    with distributed.together("preparing the run"):
         head = build_head(config, index.num_classes, device)
         net.to(device).train()
     agree_on_start(config, index, found)
@@ -254,6 +259,46 @@ def build_head(config: Config, num_classes: int, device: torch.device) -> Partia
         check_labels=False,  # all labels were checked when the index was loaded
         device=device,
     )
+
+
+def bytes_of_a_class(config: Config, device: torch.device, found: checkpoint.Checkpoint | None = None) -> int:
+    """What a checkpoint keeps of a class: its rows, their optimizer's state, tables.
+
+    Measured on a head with one class a rank, that nothing depends on the number of classes in. Raises ValueError for
+    settings out of range, and where margin or optimizer are others than those of `found`.
+    """
+    small = config.head.model_copy(update={"cache_bytes": 0, "compile": False})
+    with warnings.catch_warnings():  # cautions about margins are for the real number of classes
+        warnings.simplefilter("ignore")
+        head = build_head(config.model_copy(update={"head": small}), distributed.world_size(), device)
+    if found is not None:
+        checkpoint.check_kinds(found, head)
+    return sum(tensor.nbytes for tensor in checkpoint.state_by_class(head).values())
+
+
+def head_wants(config: Config, num_classes: int, device: torch.device) -> list[tuple[memory.Pool, int]]:
+    """What this rank's head takes of which memory, at least. Before anything of it is there."""
+    mine = class_range(num_classes, distributed.rank(), distributed.world_size())
+    hard = config.head.hard_negatives
+    of_tables = 0 if hard is None else 4 * hard.neighbours  # int32, of all classes on the host of every rank
+    of_rows = (bytes_of_a_class(config, device) - of_tables) * len(mine)
+    cache = config.head.cache_bytes
+    if device.type == "cpu":  # what is not written there takes nothing
+        cache = min(cache, 4 * config.data.global_batch_size * len(mine))
+    wants = {device: of_rows + cache}
+    cpu = torch.device("cpu")
+    wants[cpu] = wants.get(cpu, 0) + of_tables * num_classes
+    return [(pool, needed) for place, needed in wants.items() for pool in memory.pools(place)]
+
+
+def check_memory(wants: list[tuple[memory.Pool, int]]) -> None:
+    """Raises RunError, on all ranks, where the ranks together want more memory than there is. A collective."""
+    short = memory.shortage(distributed.gather_objects(wants))
+    if short is not None:
+        raise distributed.RunError(
+            f"{short}: start more ranks on more devices or machines, which share the classes out; lower "
+            "backbone.embedding_dim or head.cache_bytes; take sgd in place of adamw; or allow more memory"
+        )
 
 
 def training_data(config: Config) -> Index:

@@ -23,7 +23,8 @@ from partial_fc.data import reader
 from partial_fc.data.shards import load_index, write_shards
 from partial_fc.doctor import machine, ranks, speed
 from partial_fc.doctor.run import doctor
-from partial_fc.doctor.sheet import Found, size_text, spans
+from partial_fc.doctor.sheet import Found, spans
+from partial_fc.memory import size_text
 from partial_fc.parallel import distributed
 from tests.conftest import REPOSITORY, run_ranks
 from tests.processes import Program, run_program

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from partial_fc.build import agree_on_start
+from partial_fc.build import agree_on_start, check_memory, head_wants
 from partial_fc.checkpoint import Checkpoint
 from partial_fc.config import Config
 from partial_fc.config_file import load_config
@@ -15,6 +15,7 @@ from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index
 from partial_fc.doctor import machine, ranks, run_folder, speed
 from partial_fc.doctor.sheet import Found, Sheet
+from partial_fc.memory import size_text
 from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
 from partial_fc.parallel.engine import check_engine
@@ -75,6 +76,8 @@ def _run(sheet: Sheet, config: Config, index: Index, device: torch.device, ranks
     sheet.check("margin", run_folder.margin, config, index.num_classes)
     latest = None if found is None else found.value
     head = sheet.check("head", run_folder.head_bytes, config, index.num_classes, device, latest)
+    if head is not None:
+        sheet.add("memory", _memory(config, index, device))
     engine = sheet.check("backbone", speed.engine_of, config, index, None if order is None else order.value, device)
     if head is not None and engine is not None:
         sheet.check("disk", run_folder.disk, config, head.value, engine.value, first_rank_only=True)
@@ -99,6 +102,17 @@ def _agreement(config: Config, index: Index, found: Checkpoint | None) -> Found:
     except distributed.RunError as error:  # on all ranks
         return Found(str(error), "problem")
     return Found("all ranks see the same config, data and checkpoint")
+
+
+def _memory(config: Config, index: Index, device: torch.device) -> Found:
+    try:
+        with distributed.together("looking at the memory"):
+            wants = head_wants(config, index.num_classes, device)
+        check_memory(wants)
+    except distributed.RunError as error:  # on all ranks
+        return Found(str(error), "problem")
+    pool, needed = max(wants, key=lambda want: want[1] / max(want[0].free, 1))
+    return Found(f"class centers take {size_text(needed)} a rank of {pool.what}, {size_text(pool.free)} are available")
 
 
 def _speed(

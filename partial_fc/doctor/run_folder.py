@@ -2,15 +2,14 @@
 
 import math
 import os
-import warnings
 
 import numpy as np
 import torch
 
 from partial_fc import checkpoint, storage
 from partial_fc.build import (
-    build_head,
     build_losses,
+    bytes_of_a_class,
     checkpoints_of,
     data_cautions,
     latest_of,
@@ -24,14 +23,14 @@ from partial_fc.data.groups import Groups
 from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size, images_in_order
 from partial_fc.data.shards import Index
-from partial_fc.doctor.sheet import Found, size_text
+from partial_fc.doctor.sheet import Found
 from partial_fc.evaluate.runs import open_sets
 from partial_fc.head.margin import WarmUp, least_scale
+from partial_fc.memory import size_text
 from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
 
 DECODED = 32  # samples, over all shards
-COUNTED = 1024  # classes; a row's bytes do not depend on how many there are
 
 
 def data_set(config: Config) -> Found:
@@ -101,14 +100,8 @@ def margin(config: Config, num_classes: int) -> Found:
 def head_bytes(
     config: Config, num_classes: int, device: torch.device, latest: checkpoint.Checkpoint | None = None
 ) -> Found:
-    """What a checkpoint keeps of the head, told from one with few classes; the latest one must have the same."""
-    small = config.head.model_copy(update={"cache_bytes": 0, "compile": False})
-    with warnings.catch_warnings():  # cautions about margins are for the real number of classes
-        warnings.simplefilter("ignore")
-        head = build_head(config.model_copy(update={"head": small}), COUNTED, device)
-    if latest is not None:
-        checkpoint.check_kinds(latest, head)
-    of_a_class = sum(tensor.nbytes for tensor in checkpoint.state_by_class(head).values()) / max(len(head.classes), 1)
+    """What a checkpoint keeps of the head; the latest one must have the same."""
+    of_a_class = bytes_of_a_class(config, device, latest)
     share = math.ceil(num_classes / distributed.world_size())
     return Found(
         f"{config.head.margin.name}, sample rate {config.head.sample_rate:g}, {of_a_class:,.0f} bytes a class with its "
