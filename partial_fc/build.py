@@ -2,6 +2,7 @@
 
 import secrets
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from partial_fc import backbone, checkpoint, storage
+from partial_fc import backbone, checkpoint, memory, storage
 from partial_fc.config import Backbone, Config
 from partial_fc.config_file import save_config, saved_checkpoint_dir
 from partial_fc.data.groups import Groups, build_order
@@ -24,6 +25,7 @@ from partial_fc.head.embedding_losses import EmbeddingLoss, build_embedding_loss
 from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.margins import build_margin
 from partial_fc.head.partial_fc import PartialFC
+from partial_fc.head.partition import class_range
 from partial_fc.head.sampling import HardNegatives
 from partial_fc.metrics import KEPT
 from partial_fc.optim import build_optimizer, peak_rate
@@ -69,10 +71,13 @@ def build(config: Config, device: torch.device) -> Parts:
         net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
         check_batch_norm(config, net, order)
         found = latest_of(config, index)
-        total_steps = config.run.steps or max(round(config.run.epochs * order.steps_per_epoch), 1)
+        total_steps = length_of(config, order)
         if found is not None:
             check_something_is_trained(found, config, total_steps)
-        open_sets(config.evaluate.sets, size)  # what is wrong with them is said now, not after the training
+        sets = open_sets(config.evaluate.sets, size)  # what is wrong with them is said now, not after the training
+        wants = head_wants(config, index.num_classes, device)
+    check_memory(wants)
+    with distributed.together("preparing the run"):
         head = build_head(config, index.num_classes, device)
         net.to(device).train()
     agree_on_start(config, index, found)
@@ -101,6 +106,8 @@ def build(config: Config, device: torch.device) -> Parts:
                 name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
                 save_config(config, run / "config.yaml", name)
             print_summary(config, index, order, head, total_steps, found)
+            for caution in (*schedule_cautions(config, total_steps), *data_cautions(config, index, sets)):
+                print(f"warning: {caution}", flush=True)
     progress = Progress() if found is None else Progress(**found.manifest["settings"]["progress"])
     peak, _ = peak_rate(config.optim, order.global_batch_size)
     head_rate = _first(config.head.optim.lr, config.optim.lr) / config.optim.lr
@@ -177,6 +184,44 @@ def has_batch_norm(net: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in net.modules())
 
 
+def length_of(config: Config, order: Order | Groups) -> int:
+    """Steps of the run."""
+    return config.run.steps or max(round((config.run.epochs or 0) * order.steps_per_epoch), 1)
+
+
+def schedule_cautions(config: Config, total_steps: int) -> list[str]:
+    """What the run is too short for: the warm-up of the learning rate or of the margin, a milestone."""
+    said, optim = [], config.optim
+    if optim.warmup_steps >= total_steps:
+        said.append(
+            f"optim.warmup_steps {optim.warmup_steps} take the whole run of {total_steps:,} steps, in which the "
+            "learning rate only rises: lower them, or train longer"
+        )
+    late = [milestone for milestone in optim.milestones if milestone >= total_steps]
+    if late:
+        said.append(f"optim.milestones {late} come after the run's {total_steps:,} steps: lower them, or train longer")
+    steps = (config.head.margin.warmup or {}).get("steps", 0)
+    if steps >= total_steps:
+        said.append(
+            f"head.margin.warmup.steps {steps:g} take the whole run of {total_steps:,} steps: lower them, or train "
+            "longer"
+        )
+    return said
+
+
+def data_cautions(config: Config, index: Index, sets: dict[str, tuple[Index, Index | None]]) -> list[str]:
+    """Which evaluation sets (see `open_sets`) are the training set, or a copy of it."""
+    said = []
+    for name, (data, distractors) in sets.items():
+        for key, one in (("data", data), ("distractors", distractors)):
+            if one is not None and one.fingerprint == index.fingerprint:
+                said.append(
+                    f"evaluate.sets.{name}.{key} is the training set, {index.path}: its results say nothing about "
+                    "other images; give a set that is not trained on"
+                )
+    return said
+
+
 def build_losses(config: Config) -> tuple[Margin | WarmUp, list[EmbeddingLoss]]:
     """What the head is trained with. Raises ValueError for names and parameters that there are not."""
     margin = build_margin(config.head.margin.name, config.head.margin.parameters)
@@ -216,13 +261,58 @@ def build_head(config: Config, num_classes: int, device: torch.device) -> Partia
     )
 
 
+def bytes_of_a_class(config: Config, device: torch.device, found: checkpoint.Checkpoint | None = None) -> int:
+    """What a checkpoint keeps of a class: its rows, their optimizer's state, tables.
+
+    Measured on a head with one class a rank, that nothing depends on the number of classes in. Raises ValueError for
+    settings out of range, and where margin or optimizer are others than those of `found`.
+    """
+    small = config.head.model_copy(update={"cache_bytes": 0, "compile": False})
+    with warnings.catch_warnings():  # cautions about margins are for the real number of classes
+        warnings.simplefilter("ignore")
+        head = build_head(config.model_copy(update={"head": small}), distributed.world_size(), device)
+    if found is not None:
+        checkpoint.check_kinds(found, head)
+    return sum(tensor.nbytes for tensor in checkpoint.state_by_class(head).values())
+
+
+def head_wants(config: Config, num_classes: int, device: torch.device) -> list[tuple[memory.Pool, int]]:
+    """What this rank's head takes of which memory, at least. Before anything of it is there."""
+    mine = class_range(num_classes, distributed.rank(), distributed.world_size())
+    hard = config.head.hard_negatives
+    of_tables = 0 if hard is None else 4 * hard.neighbours  # int32, of all classes on the host of every rank
+    of_rows = (bytes_of_a_class(config, device) - of_tables) * len(mine)
+    cache = config.head.cache_bytes
+    if device.type == "cpu":  # what is not written there takes nothing
+        cache = min(cache, 4 * config.data.global_batch_size * len(mine))
+    wants = {device: of_rows + cache}
+    cpu = torch.device("cpu")
+    wants[cpu] = wants.get(cpu, 0) + of_tables * num_classes
+    return [(pool, needed) for place, needed in wants.items() for pool in memory.pools(place)]
+
+
+def check_memory(wants: list[tuple[memory.Pool, int]]) -> None:
+    """Raises RunError, on all ranks, where the ranks together want more memory than there is. A collective."""
+    short = memory.shortage(distributed.gather_objects(wants))
+    if short is not None:
+        raise distributed.RunError(
+            f"{short}: start more ranks on more devices or machines, which share the classes out; lower "
+            "backbone.embedding_dim or head.cache_bytes; take sgd in place of adamw; or allow more memory"
+        )
+
+
 def training_data(config: Config) -> Index:
-    """The data set to train on, its labels as they are trained. Raises ValueError for a list of pairs."""
+    """The data set to train on, its labels as they are trained. Raises ValueError for a list of pairs and one class."""
     index = load_index(config.data.train, check_labels=distributed.first_of_node())
     if index.pairs is not None:
         raise ValueError(
             f"data.train: {index.path} is a list of pairs, which does not say who is who: name it in evaluate.sets, "
             "and a set of identities here"
+        )
+    if index.num_classes < 2:
+        raise ValueError(
+            f"data.train: {index.path} has one identity, {index.classes()[0]!r}: there is nothing to tell apart; "
+            "wanted two or more. Where its images lie in one folder per identity, prepare the folder that holds those"
         )
     return with_label_noise(index, config.data.label_noise, config.run.seed)
 
@@ -231,8 +321,6 @@ def with_label_noise(index: Index, probability: float, seed: int) -> Index:
     """The data set with each label replaced, with this probability, by one of the other classes, equally likely."""
     if not probability:
         return index
-    if index.num_classes < 2:
-        raise ValueError(f"data.label_noise {probability}: {index.path} has one class, and no other one to take")
     random = np.random.Generator(np.random.Philox(seed_for("label noise", seed)))
     replaced = random.random(index.num_samples) < probability
     other = (index.label + random.integers(1, index.num_classes, index.num_samples)) % index.num_classes
@@ -399,5 +487,3 @@ def print_summary(
         for change in changes(found.manifest["settings"]["config"], config.model_dump(mode="json")):
             void = " (without effect: the checkpoint has it)" if change.startswith(AT_THE_START) else ""
             print(f"changed since the checkpoint: {change}{void}", flush=True)
-    if config.optim.warmup_steps >= total_steps:
-        print(f"warning: optim.warmup_steps {config.optim.warmup_steps} is the whole run: it never gets to optim.lr")

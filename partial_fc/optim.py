@@ -40,9 +40,9 @@ def build_optimizer(backbone: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """SGD or AdamW over all trainable parameters; the learning rate is given to every step.
 
     Both decay biases and norms like everything else: so do InsightFace's recipes, with SGD and with AdamW
-    (arcface_torch/train_v2.py).
+    (arcface_torch/train_v2.py). A frozen backbone has none.
     """
-    trainable = [p for p in backbone.parameters() if p.requires_grad]
+    trainable = [{"params": [p for p in backbone.parameters() if p.requires_grad]}]  # torch refuses an empty list
     if optim.name == "adamw":
         return torch.optim.AdamW(trainable, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     return torch.optim.SGD(trainable, lr=0.0, momentum=optim.momentum, weight_decay=optim.weight_decay)

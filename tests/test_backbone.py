@@ -156,6 +156,12 @@ def test_timm_errors_say_what_to_do(monkeypatch):
         build("timm/vit_teeny", 8, (112, 112))
     with pytest.raises(ValueError, match="timm/vit_tiny_patch16_224 does not take images of 8 x 8 pixels"):
         build("timm/vit_tiny_patch16_224", 8, (8, 8))
+    monkeypatch.setattr("timm.models.mvitv2.trunc_normal_tf_", lambda *_, **__: None)  # 3 s
+    with pytest.raises(ValueError, match="timm/mvitv2_tiny does not take images of 112 x 112 pixels .IndexError"):
+        build("timm/mvitv2_tiny", 8, (112, 112))
+    for tag in ("c3_in1k", "none_such"):
+        with pytest.raises(ValueError, match=f"'{tag}' names pretrained weights.*; give timm/resnet10t$"):
+            build(f"timm/resnet10t.{tag}", 8, (112, 112))
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=r"timm/resnet10t needs timm, .* pip install -e '.\[timm\]'"):
         build("timm/resnet10t", 8, (112, 112))

@@ -555,6 +555,29 @@ def test_parameters_without_a_gradient_are_an_error():
             assert "no embedding depends on 2 of the backbone's parameters, idle.weight the first" in message
 
 
+def with_groups(stage: int | None) -> dict[str, torch.Tensor]:
+    """The backbone after two steps, its convolution at a tenth of the rate; a frozen one is refused by DeepSpeed."""
+    backbone = net().train()
+    slow, *fast = backbone.parameters()
+    optimizer = torch.optim.SGD([{"params": [slow], "lr": 0.01}, {"params": fast}], lr=0.1, momentum=0.9)
+    settings = Engine() if stage is None else Engine(name="deepspeed", zero_stage=stage)
+    engine = build_engine(backbone, optimizer, CPU, settings, accumulate=1, clip=None)
+    engine.warm_up(torch.zeros(2, 3, *SIZE))
+    train(engine, last=2)
+    frozen = net().requires_grad_(False)
+    if stage is not None:
+        with pytest.raises(ValueError, match="no parameter of the backbone is trained.*engine.name=ddp"):
+            build_engine(frozen, build_optimizer(frozen, Optim()), CPU, settings, accumulate=1, clip=None)
+    return engine.backbone_state()
+
+
+def test_groups_keep_the_ratio_of_their_rates():
+    wanted = run_ranks(with_groups, 2, None)[0]
+    for stage in (0, 2, 3):
+        found = run_ranks(with_groups, 2, stage)[0]
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+
+
 def surroundings() -> tuple:
     linear = nn.functional.linear
     engine = engine_of(3, OPTIMS["sgd"])

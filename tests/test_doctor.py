@@ -17,11 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from partial_fc import checkpoint
+from partial_fc import backbone, checkpoint
+from partial_fc.backbone.smallnet import smallnet
 from partial_fc.data import reader
+from partial_fc.data.shards import load_index, write_shards
 from partial_fc.doctor import machine, ranks, speed
 from partial_fc.doctor.run import doctor
-from partial_fc.doctor.sheet import Found, size_text, spans
+from partial_fc.doctor.sheet import Found, spans
+from partial_fc.memory import size_text
 from partial_fc.parallel import distributed
 from tests.conftest import REPOSITORY, run_ranks
 from tests.processes import Program, run_program
@@ -91,6 +94,7 @@ def test_a_good_config(glyphs_ci, tmp_path, monkeypatch, world_size):
         "checkpoint: none in",
         "evaluation sets: P1 1,411 samples, P2 251 samples",
         "bounds the run",
+        " at this speed, without the head",
     ):
         assert line in said, line
     assert not (tmp_path / "run").exists(), "it leaves nothing behind"
@@ -168,6 +172,67 @@ def test_settings_that_do_not_fit():
     assert "wanted at most 8535" in problems("data.global_batch_size=10000")
     small = ("backbone.name=iresnet18", "data.global_batch_size=4", "data.streams=4", "data.accumulate=4")
     assert "problem  backbone: iresnet18 has batch norm, which wants two samples" in problems(*small)
+
+
+def lines(*overrides: str) -> str:
+    """What the doctor says of a config, without the measurements of speed."""
+    with mock.patch("partial_fc.doctor.run._speed", lambda *_: None):
+        return ask(*overrides)[1]
+
+
+def test_a_run_that_is_too_short_for_its_plans(glyphs_ci):
+    said = lines(
+        "run.epochs=null",
+        "run.steps=60",
+        "optim.warmup_steps=60",
+        "head.margin.warmup={steps: 60, margin: 0.0}",
+        f"evaluate.sets.P1.data={glyphs_ci}/train",
+    )
+    assert re.search(
+        "warning  schedule: 60 steps, .*optim.warmup_steps 60 take .*head.margin.warmup.steps 60 take", said
+    )
+    assert "warning  evaluation sets: " in said and "evaluate.sets.P1.data is the training set" in said, said
+    said = lines("optim.schedule=step", "optim.milestones=[200, 100000]")
+    assert re.search(r"warning  schedule: .*optim.milestones \[100000\] come after the run's", said), said
+    assert "ok       evaluation sets: P1" in said
+
+
+def test_what_is_said_of_the_margin():
+    said = lines()
+    assert "ok       margin: cosface, scale 24: the target's probability is at most 1 with 764 classes;" in said
+    assert "wants a scale of 8.82 for 0.9" in said
+    said = lines("head.margin={name: arcface, margin: 3.0, scale: 24}")
+    assert "warning  margin: arcface, scale 24: the target's probability is at most 6.49e-14 with 764" in said
+    assert "lower the margin" in said and "ok       margin: softmax: no bound" in lines("head.margin={name: softmax}")
+
+
+def test_a_layer_that_no_embedding_depends_on(monkeypatch):
+    """Training refuses it."""
+
+    def with_idle(*arguments):
+        net = smallnet(*arguments)
+        net.idle = torch.nn.Linear(1, 1)
+        return net
+
+    monkeypatch.setitem(backbone.BACKBONES, "smallnet", with_idle)
+    assert "problem  backbone: no embedding depends on 2 of the backbone's parameters, idle.weight" in problems()
+
+
+def test_one_identity(tmp_path, glyphs_ci):
+    index = load_index(glyphs_ci / "train")
+    image = (index.path / "shard-000000.tar").read_bytes()[index.offset[0] : index.offset[0] + index.size[0]]
+    samples = [(image, "png", 0)] * 60
+    write_shards(tmp_path / "one", samples, ["everybody"], prepared=index.prepared)
+    said = problems(f"data.train={tmp_path}/one")
+    assert "problem  data: data.train: " in said and "has one identity, 'everybody': there is nothing" in said
+    with pytest.raises(distributed.RunError, match="has one identity, 'everybody'"):
+        train_here(tmp_path / "run", tmp_path / "one")
+
+
+def test_a_run_of_weeks():
+    assert speed.duration(90.0, 1000) == Found("1,000 steps take 1.5 minutes at this speed, without the head")
+    assert "36.0 hours" in speed.duration(36 * 3600, 1).text
+    assert speed.duration(15 * 86400, 1).level == "warning" and "15.0 days" in speed.duration(15 * 86400, 1).text
 
 
 def test_an_engine_that_does_not_work_here(monkeypatch):
@@ -281,7 +346,7 @@ def test_a_slow_reader_bounds_the_run(glyphs_ci, monkeypatch):
     # the first 32 are looked at before anything is measured: 10 s
     monkeypatch.setattr(reader, "decode", lambda data: (time.sleep(0.3 * (next(decoded) >= 32)), fast(data))[1])
     fine, said = ask("data.workers=0", "data.global_batch_size=4")
-    line = said.splitlines()[-2]
+    line = said.splitlines()[-3]
     assert fine and line.startswith("warning  speed: ") and ": the reader bounds the run" in line, said
     assert 1 <= float(re.search(r"the reader gives (\d+) samples/s", line).group(1)) <= 3
 

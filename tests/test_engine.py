@@ -9,6 +9,8 @@ from torch import nn
 from partial_fc import backbone
 from partial_fc.backbone.net import EmbeddingNet
 from partial_fc.config import Engine, Optim
+from partial_fc.head.margins import CosFace
+from partial_fc.head.partial_fc import PartialFC
 from partial_fc.optim import build_optimizer
 from partial_fc.parallel import distributed, precision
 from partial_fc.parallel.engine import DDPEngine
@@ -384,6 +386,76 @@ def test_the_average_is_the_formula_and_leaves_training_alone():
     before = {name: value.clone() for name, value in averaged.average.items()}
     averaged.skip()
     assert all(torch.equal(value, before[name]) for name, value in averaged.average.items())
+
+
+# ---- parameter groups, and a backbone without trained parameters
+
+
+@pytest.mark.parametrize(
+    "rates, own, given",
+    [
+        ((None, 0.01), 0.1, (0.05, 0.005)),  # relative to the optimizer's own rate, which is the first's
+        ((None, 0.5), 0.1, (0.05, 0.25)),
+        ((0.02, 0.01), 0.1, (0.05, 0.025)),  # no group has it: relative to the largest
+        ((None, 0.0), 0.1, (0.05, 0.0)),
+        ((None, None), 0.0, (0.05, 0.05)),
+    ],
+)
+def test_groups_keep_the_ratio_of_their_rates(rates, own, given):
+    """Parameters move as under torch alone with these rates, also with a second engine on the same optimizer."""
+    net, alone = (backbone.build_seeded("smallnet", 8, SMALL, seed=0) for _ in range(2))
+
+    def groups(net: nn.Module, rates: tuple) -> list[dict]:
+        parts = (net.features, net.linear)
+        return [
+            {"params": [*part.parameters()]} | ({} if rate is None else {"lr": rate})
+            for part, rate in zip(parts, rates, strict=True)
+        ]
+
+    optimizer = torch.optim.SGD(groups(net, rates), lr=own, momentum=0.9)
+    wanted = torch.optim.SGD(groups(alone, given), momentum=0.9)
+    for step in range(2):
+        engine = DDPEngine(net, optimizer, CPU)
+        engine.backward(objective(engine(images(4, step, SMALL))))
+        engine.step(0.05)
+        wanted.zero_grad()
+        objective(alone(images(4, step, SMALL))).backward()
+        wanted.step()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), alone.parameters(), strict=True))
+
+
+def frozen(precision: str) -> tuple:
+    """Three steps of a head over a backbone whose parameters are all frozen, and differ between the ranks at first."""
+    net = backbone.build_seeded("smallnet", 8, SMALL, seed=distributed.rank())
+    engine = DDPEngine(
+        net.requires_grad_(False), build_optimizer(net, Optim()), CPU, Engine(precision=precision), clip=1.0
+    )
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    engine.warm_up(torch.zeros(2, 3, *SMALL))
+    head, losses = PartialFC(5, 8, CosFace(scale=8.0, margin=0.1)), []
+    mine = distributed.part(4, distributed.rank(), distributed.world_size())
+    for _ in range(3):
+        embeddings = engine(images(4, size=SMALL)[mine.start : mine.stop])
+        loss = head(embeddings, torch.arange(4)[mine.start : mine.stop])
+        engine.backward(loss)
+        assert engine.finite()
+        head.step(0.1, engine.clip(head.gradient_norm(engine.grad_scale)))
+        engine.step(0.1)
+        losses.append(loss.item())
+    engine.load(copy.deepcopy(engine.state()))
+    assert engine.state()["optimizer"] == {}
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    return losses, sum(value.double().sum().item() for value in net.state_dict().values())
+
+
+@pytest.mark.parametrize("world_size, precision", [(1, "fp32"), (1, "fp16"), (2, "fp32")])
+def test_a_frozen_backbone_trains_the_head(world_size, precision):
+    found = run_ranks(frozen, world_size, precision)
+    (losses, weights), *others = found
+    assert losses[0] > losses[1] > losses[2] and all(other == found[0] for other in others)
+    assert weights == pytest.approx(
+        sum(v.double().sum().item() for v in engine_of(size=SMALL).backbone.state_dict().values())
+    )
 
 
 # ---- checkpoints

@@ -16,7 +16,7 @@ MODULES = sorted(path.relative_to(REPOSITORY) for path in PACKAGE.rglob("*.py"))
 
 # A module imports from lower floors, or from its own package.
 FLOORS = [
-    {"seeds", "documents", "strict_yaml", "opencv"},
+    {"seeds", "documents", "strict_yaml", "opencv", "memory"},
     {"environment", "storage", "schema", "tensor_files"},
     {"config"},
     {"config_file"},

@@ -29,7 +29,7 @@ from partial_fc import (
     SubCenterArcFace,
 )
 from partial_fc.head import draws
-from partial_fc.head.margin import Sample
+from partial_fc.head.margin import Sample, least_scale
 from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
 from tests.dense import (
@@ -435,30 +435,46 @@ def test_elastic_margins_are_drawn_anew():
         assert abs((one * other).mean()) < 0.03
 
 
-# ---- CosFace's bounds
+# ---- margins that cannot be met, or do nothing
+
+
+def cannot(probability: str, advice: str) -> list[str]:
+    return [f"cannot be met: .* probability is at most {probability}, .*; lower the margin{advice}$"]
 
 
 @pytest.mark.parametrize(
     "margin, num_classes, dim, messages",
     [
-        # (C - 1) / C ln(9 (C - 1)): 9.1 for a thousand classes, 16.01 for a million
-        (CosFace(scale=9.0), 1000, 512, ["CosFace: scale is 9; give at least 9.09: .* below 0.9 with 1000 classes"]),
-        (CosFace(scale=9.1), 1000, 512, []),
-        (NormSoftmax(scale=16.0), 10**6, 512, ["NormSoftmax: scale is 16; give at least 16.01"]),
-        (ArcFace(scale=16.1), 10**6, 512, []),
-        (CosFace(scale=None), 10**6, 512, []),  # no scale, no bound
-        (L2Softmax(scale=1.0), 10**6, 512, []),  # centers of any length
-        # 1 - cos(2 pi / C) in the plane; C / (C - 1) otherwise, reached by C <= D + 1
-        (CosFace(margin=0.35), 8, 2, ["CosFace: margin is 0.35; give at most 0.2929: 8 centers in 2 dimensions"]),
-        (CosFace(margin=0.29), 8, 2, []),
-        (CosFace(margin=1.3), 5, 4, ["CosFace: margin is 1.3; give at most 1.25"]),
-        (ElasticCosFace(margin=1.25), 5, 4, []),
-        (CosFace(scale=1.0, margin=1.9), 10, 9, ["scale is 1; give at least 3.96", "margin is 1.9; .* at most 1.111"]),
-        (CosFace(margin=1.9), 2, 2, []),
+        # 1 / (1 + 999 exp(30 (-1/999 - 0))), and so on
+        (CosFace(margin=1.0, scale=30), 1000, 64, cannot("0.00103", ", or give a scale of 2.31e.03 or more")),
+        (ArcFace(margin=3.0, scale=24), 764, 64, cannot("6.49e-14", "")),
+        (SubCenterArcFace(margin=3.0, scale=24), 764, 64, cannot("6.49e-14", "")),
+        (ElasticArcFace(margin=3.0, scale=24), 764, 64, cannot("6.49e-14", "")),
+        (CombinedMargin(m1=1, m2=1.5, m3=0.9), 1000, 64, cannot("9.53e-27", "")),
+        (AdaFace(margin=0.99), 1000, 64, cannot("6.*e-31", "")),  # cos 0 - 2 m
+        (MagFace(high_margin=2.5), 1000, 64, cannot("5.*e-26", "")),
+        (NormSoftmax(scale=2.0), 1000, 64, ["is at most 0.00736, .* of cosine 1; give a scale of 2.31 or more$"]),
+        (CosFace(scale=8.0, margin=0.1), 4000, 64, []),  # the best of configs/study
+        (NormSoftmax(scale=2.31), 1000, 64, []),
+        (AdaFace(), 10**6, 512, []),
+        (MagFace(), 10**6, 512, []),
+        (CombinedMargin(), 10**6, 512, []),
+        # no bound
+        (CosFace(scale=None), 10**6, 512, []),
+        (L2Softmax(scale=1.0), 10**6, 512, []),
+        (SphereFace(), 10**6, 512, []),
+        (CurricularFace(margin=3.0), 1000, 512, []),
         (CosFace(), 1, 2, []),
+        # CosFace, eq. 8: 1 - cos(2 pi / C) in the plane; C / (C - 1) otherwise, reached by C <= D + 1
+        (CosFace(margin=0.35, scale=10), 8, 2, ["CosFace: margin is 0.35; give at most 0.2929: 8 centers in 2 dim"]),
+        (CosFace(margin=0.29), 8, 2, []),
+        (CosFace(margin=1.3, scale=4), 5, 4, ["CosFace: margin is 1.3; give at most 1.25"]),
+        (ElasticCosFace(margin=1.25), 5, 4, []),
+        (CosFace(margin=1.4), 5, 4, [*cannot("1.69e-05", ""), "margin is 1.4; .* at most 1.25"]),
+        (CosFace(margin=1.9), 2, 2, []),
     ],
 )
-def test_parameters_beyond_cosfaces_bounds_are_warned_of(margin, num_classes, dim, messages):
+def test_a_margin_that_cannot_be_met_is_warned_of(margin, num_classes, dim, messages):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         PartialFC(1, dim)
@@ -466,21 +482,61 @@ def test_parameters_beyond_cosfaces_bounds_are_warned_of(margin, num_classes, di
         if num_classes <= 1000:
             PartialFC(num_classes, dim, margin)
             assert [str(warning.message) for warning in caught] == said
-    assert len(said) == len(messages)
+    assert len(said) == len(messages), said
     for text, message in zip(said, messages, strict=True):
         assert re.search(message, text), text
 
 
-def test_the_bounds_are_the_best_that_centers_can_do():
-    """Five centers in four dimensions, as far from each other as can be: at the least scale P is 0.9 exactly."""
-    simplex = torch.eye(5, dtype=torch.float64) - 0.2
-    w = torch.nn.functional.normalize(simplex)
+def best(margin: Margin, lengths: tuple[float, ...] = (1.0,), classes: int = 5) -> float:
+    """The least softmax probability over |x| of a sample at its center, the centers as far apart as can be."""
+    w = torch.nn.functional.normalize(torch.eye(classes, dtype=torch.float64) - 1 / classes)
     cosine = w @ w.T
-    assert torch.allclose(1 - cosine[0, 1:], torch.tensor(5 / 4, dtype=torch.float64))  # the margin's bound
-    probability = torch.softmax(0.8 * math.log(4 * 9) * cosine, dim=1).diagonal()
-    assert torch.allclose(probability, torch.tensor(0.9, dtype=torch.float64))
-    assert CosFace(scale=0.8 * math.log(36) + 1e-9).cautions(5, 4) == []
-    assert len(CosFace(scale=0.8 * math.log(36) - 1e-9).cautions(5, 4)) == 1
+    length = torch.tensor(lengths, dtype=torch.float64)
+    statistics = {"length_mean": torch.tensor(20.0), "length_deviation": torch.tensor(10.0)}
+    one, zero = torch.ones_like(length), torch.zeros_like(length)
+    psi = margin.target_of(Sample(one, length, one.bool(), 0, statistics, lambda: zero))
+    logits = margin.scale * cosine[0].repeat(len(length), 1)
+    logits[:, 0] = margin.scale * psi
+    return torch.softmax(logits, dim=1)[:, 0].min().item()
+
+
+@pytest.mark.parametrize(
+    "margin", [CosFace(scale=4.0), ArcFace(scale=4.0), CombinedMargin(scale=4.0), ElasticArcFace(scale=4.0)]
+)
+def test_the_largest_probability_is_what_the_best_centers_give(margin):
+    assert margin.largest_probability(5) == pytest.approx(best(margin), rel=1e-9)
+
+
+def test_the_largest_margin_is_that_of_the_worst_length():
+    lengths = tuple(range(1, 200))
+    for margin in (MagFace(scale=4.0), AdaFace(scale=4.0), AdaFace(scale=4.0, margin=0.99)):
+        assert margin.largest_probability(5) == pytest.approx(best(margin, lengths), rel=1e-5)
+    assert AdaFace(scale=4.0).largest_probability(5) < 0.9 * AdaFace(scale=4.0, margin=0.2).largest_probability(5)
+
+
+def test_the_papers_scale_gives_nine_tenths():
+    margin = NormSoftmax(scale=least_scale(5))
+    assert margin.largest_probability(5) == pytest.approx(0.9) == pytest.approx(best(margin))
+
+
+def lengths_seen(*batches: float) -> list[str]:
+    """What is said of batches of such |x|, numbers being read after each."""
+    head = PartialFC(4, 3, MagFace(low=10, high=20))
+    x = torch.nn.functional.normalize(torch.arange(1.0, 7).view(2, 3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for length in batches:
+            head((x * torch.tensor([[length], [length + 1]])).requires_grad_(), torch.tensor([0, 1])).backward()
+            head.step(0.1)
+            head.changing()
+    return [str(warning.message) for warning in caught]
+
+
+def test_magface_says_once_that_its_margin_is_a_constant():
+    (said,) = lengths_seen(7.5, 7.5, 30.0)
+    assert "|x| is 7.5 to 8.5 in a batch, 100% outside low 10 to high 20" in said
+    assert lengths_seen(12.0, 9.5) == []  # half of it is inside
+    assert len(lengths_seen(12.0, 21.0, 21.0)) == 1  # later, where numbers are read
 
 
 def warned() -> int:

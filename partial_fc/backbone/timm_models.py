@@ -13,7 +13,8 @@ def timm_model(name: str, embedding_dim: int, image_size: tuple[int, int]) -> Em
     Models of a fixed image size, as ViTs are, are built for `image_size`. Initial values are timm's, drawn from torch's
     default generator, the linear layer's PyTorch's default.
 
-    Raises ValueError where timm is not installed, does not know the name, or its model does not take such images.
+    Raises ValueError where timm is not installed, does not know the name, or its model does not take such images, and
+    for a tag of pretrained weights behind the name: they are not loaded.
     """
     try:
         import timm
@@ -26,12 +27,18 @@ def timm_model(name: str, embedding_dim: int, image_size: tuple[int, int]) -> Em
         raise ValueError(
             f"backbone.name is {PREFIX}{name}; timm {timm.__version__} has no model {name!r}: see timm.list_models()"
         )
+    model_name, dot, tag = name.partition(".")
+    if dot:  # timm takes it, and without pretrained=True ignores it
+        raise ValueError(
+            f"backbone.name is {PREFIX}{name}: {tag!r} names pretrained weights, and backbones begin untrained; give "
+            f"{PREFIX}{model_name}"
+        )
     settings = timm.get_pretrained_cfg(name)
     sized = {"img_size": image_size} if settings is not None and settings.fixed_input_size else {}
     try:
         model = timm.create_model(name, pretrained=False, num_classes=0, **sized)
         channels = _features(model.eval(), image_size)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # each family has its own: an IndexError of mvitv2_tiny at 112 x 112
         raise ValueError(
             f"backbone.name {PREFIX}{name} does not take images of {image_size[0]} x {image_size[1]} pixels "
             f"({type(error).__name__}: {error}): take another model, or prepare the data at another size"

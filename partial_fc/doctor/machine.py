@@ -9,8 +9,9 @@ import torch
 from packaging.requirements import Requirement
 
 from partial_fc.config import Config
-from partial_fc.doctor.sheet import Found, size_text
+from partial_fc.doctor.sheet import Found
 from partial_fc.environment import environment
+from partial_fc.memory import size_text
 
 DEVICES = Path("/dev")
 SHARED_MEMORY = Path("/dev/shm")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from partial_fc.build import agree_on_start
+from partial_fc.build import agree_on_start, check_memory, head_wants
 from partial_fc.checkpoint import Checkpoint
 from partial_fc.config import Config
 from partial_fc.config_file import load_config
@@ -15,6 +15,7 @@ from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index
 from partial_fc.doctor import machine, ranks, run_folder, speed
 from partial_fc.doctor.sheet import Found, Sheet
+from partial_fc.memory import size_text
 from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
 from partial_fc.parallel.engine import check_engine
@@ -67,19 +68,26 @@ def _run(sheet: Sheet, config: Config, index: Index, device: torch.device, ranks
     sheet.check("engine", _engine, config, device)
     sheet.check("images", run_folder.images, index)
     order = sheet.check("batches", run_folder.batches, config, index)
+    length = None if order is None else sheet.check("schedule", run_folder.schedule, config, order.value)
     found = sheet.check("checkpoint", run_folder.latest_checkpoint, config, index)
     if found is not None and distributed.world_size() > 1:
         sheet.add("agreement", _agreement(config, index, found.value))
     sheet.check("evaluation sets", run_folder.evaluation_sets, config, index)
+    sheet.check("margin", run_folder.margin, config, index.num_classes)
     latest = None if found is None else found.value
     head = sheet.check("head", run_folder.head_bytes, config, index.num_classes, device, latest)
+    if head is not None:
+        sheet.add("memory", _memory(config, index, device))
     engine = sheet.check("backbone", speed.engine_of, config, index, None if order is None else order.value, device)
     if head is not None and engine is not None:
         sheet.check("disk", run_folder.disk, config, head.value, engine.value, first_rank_only=True)
     if sheet.counts["problem"]:
         sheet.add("speed", Found("not measured while there are problems"))
     else:
-        _speed(sheet, config, index, order.value, engine.value, ranks_here, seconds)
+        rate = _speed(sheet, config, index, order.value, engine.value, ranks_here, seconds)
+        if rate is not None:
+            left = length.value - (0 if latest is None else latest.step)
+            sheet.add("time", speed.duration(left * order.value.global_batch_size / rate, left))
 
 
 def _engine(config: Config, device: torch.device) -> Found:
@@ -96,6 +104,17 @@ def _agreement(config: Config, index: Index, found: Checkpoint | None) -> Found:
     return Found("all ranks see the same config, data and checkpoint")
 
 
+def _memory(config: Config, index: Index, device: torch.device) -> Found:
+    try:
+        with distributed.together("looking at the memory"):
+            wants = head_wants(config, index.num_classes, device)
+        check_memory(wants)
+    except distributed.RunError as error:  # on all ranks
+        return Found(str(error), "problem")
+    pool, needed = max(wants, key=lambda want: want[1] / max(want[0].free, 1))
+    return Found(f"class centers take {size_text(needed)} a rank of {pool.what}, {size_text(pool.free)} are available")
+
+
 def _speed(
     sheet: Sheet,
     config: Config,
@@ -104,13 +123,18 @@ def _speed(
     engine: BaseEngine,
     ranks_here: int,
     seconds: float,
-) -> None:
-    """Both measurements run on all ranks at once, as in a run, and share what the ranks share."""
+) -> float | None:
+    """Samples/s of the run at best; None where they were not measured.
+
+    Both measurements run on all ranks at once, as in a run, and share what the ranks share.
+    """
     speed.wait_for("measuring the reader", seconds)
     reader = sheet.check("reader", speed.reader_speed, config, index, order, seconds)
     speed.wait_for("measuring the backbone", seconds)
     computed = sheet.check("step", speed.backbone_speed, config, engine, image_size(index), seconds)
-    if reader is not None and computed is not None:
-        everyone = distributed.gather_objects((reader.value, computed.value))
-        spare = speed.spare_cores(config, ranks_here)
-        sheet.add("speed", speed.verdict(*zip(*everyone, strict=True), config, spare, engine.device.type == "cpu"))
+    if reader is None or computed is None:
+        return None
+    reads, computes = zip(*distributed.gather_objects((reader.value, computed.value)), strict=True)
+    spare = speed.spare_cores(config, ranks_here)
+    sheet.add("speed", speed.verdict(reads, computes, config, spare, engine.device.type == "cpu"))
+    return len(reads) * min(*reads, *computes)

@@ -2,23 +2,35 @@
 
 import math
 import os
-import warnings
 
 import numpy as np
 import torch
 
 from partial_fc import checkpoint, storage
-from partial_fc.build import build_head, checkpoints_of, latest_of, order_of, training_data
+from partial_fc.build import (
+    build_losses,
+    bytes_of_a_class,
+    checkpoints_of,
+    data_cautions,
+    latest_of,
+    length_of,
+    order_of,
+    schedule_cautions,
+    training_data,
+)
 from partial_fc.config import Config
+from partial_fc.data.groups import Groups
+from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size, images_in_order
 from partial_fc.data.shards import Index
-from partial_fc.doctor.sheet import Found, size_text
+from partial_fc.doctor.sheet import Found
 from partial_fc.evaluate.runs import open_sets
+from partial_fc.head.margin import WarmUp, least_scale
+from partial_fc.memory import size_text
 from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
 
 DECODED = 32  # samples, over all shards
-COUNTED = 1024  # classes; a row's bytes do not depend on how many there are
 
 
 def data_set(config: Config) -> Found:
@@ -44,6 +56,15 @@ def batches(config: Config, index: Index) -> Found:
     return Found(f"{order.steps_per_epoch:,} steps of {order.global_batch_size} samples an epoch", value=order)
 
 
+def schedule(config: Config, order: Order | Groups) -> Found:
+    """The run is long enough for what its config plans."""
+    steps, warm = length_of(config, order), config.optim.warmup_steps
+    epochs = steps / order.steps_per_epoch
+    text = f"{steps:,} steps, {epochs:.2f} epochs; {config.optim.schedule} after a warm-up of {warm:,}"
+    cautions = schedule_cautions(config, steps)
+    return Found("; ".join([text, *cautions]), "warning" if cautions else "ok", steps)
+
+
 def latest_checkpoint(config: Config, index: Index) -> Found:
     """It has the data's classes, the config's backbone and the data order."""
     found = latest_of(config, index)
@@ -54,20 +75,33 @@ def latest_checkpoint(config: Config, index: Index) -> Found:
 
 def evaluation_sets(config: Config, index: Index) -> Found:
     sets = open_sets(config.evaluate.sets, image_size(index))
-    return Found(", ".join(f"{name} {one.num_samples:,} samples" for name, (one, _) in sets.items()) or "none")
+    text = ", ".join(f"{name} {one.num_samples:,} samples" for name, (one, _) in sets.items()) or "none"
+    cautions = data_cautions(config, index, sets)
+    return Found("; ".join([text, *cautions]), "warning" if cautions else "ok")
+
+
+def margin(config: Config, num_classes: int) -> Found:
+    """Whether it can be met with so many classes, and the scale that the papers want."""
+    chosen, _ = build_losses(config)
+    chosen = chosen.margin if isinstance(chosen, WarmUp) else chosen
+    most = chosen.largest_probability(num_classes)
+    if most is None:
+        text = f"{config.head.margin.name}: no bound is known for its probabilities"
+    else:
+        text = (
+            f"{config.head.margin.name}, scale {chosen.scale:g}: the target's probability is at most {most:.3g} with "
+            f"{num_classes:,} classes; CosFace's paper, eq. 6, wants a scale of {least_scale(num_classes):.3g} for 0.9 "
+            "without a margin, and smaller ones were better in configs/study"
+        )
+    cautions = chosen.cautions(num_classes, config.backbone.embedding_dim)
+    return Found("; ".join([text, *cautions]), "warning" if cautions else "ok")
 
 
 def head_bytes(
     config: Config, num_classes: int, device: torch.device, latest: checkpoint.Checkpoint | None = None
 ) -> Found:
-    """What a checkpoint keeps of the head, told from one with few classes; the latest one must have the same."""
-    small = config.head.model_copy(update={"cache_bytes": 0, "compile": False})
-    with warnings.catch_warnings():  # cautions about margins are for the real number of classes
-        warnings.simplefilter("ignore")
-        head = build_head(config.model_copy(update={"head": small}), COUNTED, device)
-    if latest is not None:
-        checkpoint.check_kinds(latest, head)
-    of_a_class = sum(tensor.nbytes for tensor in checkpoint.state_by_class(head).values()) / max(len(head.classes), 1)
+    """What a checkpoint keeps of the head; the latest one must have the same."""
+    of_a_class = bytes_of_a_class(config, device, latest)
     share = math.ceil(num_classes / distributed.world_size())
     return Found(
         f"{config.head.margin.name}, sample rate {config.head.sample_rate:g}, {of_a_class:,.0f} bytes a class with its "

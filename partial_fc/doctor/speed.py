@@ -20,6 +20,7 @@ from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
 
 PROBED = 2  # images of the first step, which sets things up
+LONG = 7 * 86400  # seconds
 STRAGGLER = 0.7  # of the ranks' median speed
 
 
@@ -39,6 +40,7 @@ def engine_of(config: Config, index: Index, order: Order | Groups | None, device
     # compiling takes longer than all the rest here
     settings = config.engine.model_copy(update={"compile": False, "sync_batchnorm": False})
     engine = BaseEngine(net, build_optimizer(net, config.optim), device, settings)
+    engine.warm_up(torch.zeros(PROBED, 3, *size, device=device))  # it refuses what a run would
     step(engine, config, torch.zeros(PROBED, 3, *size, dtype=torch.uint8, device=device))
     count = sum(parameter.numel() for parameter in net.parameters())
     return Found(
@@ -137,6 +139,20 @@ def verdict(reader: list[float], of_backbone: list[float], config: Config, spare
             "no core of this machine is free: store smaller images (partial-fc prepare --size), leave out data.affine"
         )
     return Found(f"{text}: the reader bounds the run; {advice}", "warning")
+
+
+def duration(seconds: float, steps: int) -> Found:
+    """How long the run takes at least: the head, evaluation and waiting are not in it."""
+    if seconds < 3600:
+        text = f"{seconds / 60:.1f} minutes"
+    elif seconds < 48 * 3600:
+        text = f"{seconds / 3600:.1f} hours"
+    else:
+        text = f"{seconds / 86400:.1f} days"
+    text = f"{steps:,} steps take {text} at this speed, without the head"
+    if seconds > LONG:
+        return Found(f"{text}: more ranks, a smaller backbone.name or fewer run.epochs take less", "warning")
+    return Found(text)
 
 
 def spare_cores(config: Config, ranks_here: int) -> int:

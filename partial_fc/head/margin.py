@@ -19,6 +19,8 @@ from typing import ClassVar, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
+FEASIBLE = 0.01  # a target's largest probability below which its loss cannot be met
+
 
 class Sample(NamedTuple):
     """What a margin may look at: (B,) vectors in float64 over the global batch, equal on all ranks."""
@@ -49,6 +51,7 @@ class Margin:
     normalize_centers: ClassVar[bool] = True  # n = 1; False: n = |w|
     has_bias: ClassVar[bool] = False
     reweights: ClassVar[bool] = False  # f of negatives is `negatives`; one collective more a forward
+    looks_at_length: ClassVar[bool] = False  # has a `caution_of_lengths`
     largest_negative: ClassVar[float] = 1.0  # that f can be
     sub_centers: ClassVar[int] = 1  # centers of a class; the nearest of them counts
 
@@ -111,14 +114,42 @@ class Margin:
         """A term of the loss (B,) that depends on |x| (B,) alone; None: there is none."""
         return None
 
+    def least_target(self) -> float:
+        """f of the target at cosine 1, with the largest margin that the loss gives; of a drawn margin with its mean."""
+        return self.target(torch.ones(1, dtype=torch.float64)).item()
+
+    def largest_probability(self, num_classes: int) -> float | None:
+        """Of the target, for a sample at its class center and centers as far from each other as can be.
+
+            1 / (1 + (C - 1) exp(s (-1 / (C - 1) - psi(1))))
+
+        with psi(1) = `least_target` and s the scale that training starts with. None where there is no such bound: the
+        logits are not s cos(theta), or negatives are reweighted, or there is one class.
+        """
+        if self.scale is None or not self.normalize_centers or self.has_bias or self.reweights or num_classes < 2:
+            return None
+        others = num_classes - 1
+        return 1 / (1 + math.exp(min(math.log(others) + self.scale * (-1 / others - self.least_target()), 700.0)))
+
     def cautions(self, num_classes: int, embedding_dim: int) -> list[str]:
         """What speaks against these parameters in a head of this size."""
-        if self.scale is None or not self.normalize_centers or self.has_bias or num_classes < 2:
+        most = self.largest_probability(num_classes)
+        if most is None or most >= FEASIBLE or self.scale is None:
             return []
-        others = num_classes - 1
-        least = others / num_classes * math.log(others * 0.9 / 0.1)  # CosFace (arXiv 1801.09414), eq. 6, P = 0.9
-        said = f"{type(self).__name__}: scale is {self.scale:g}; give at least {least:.2f}: with less the target's "
-        return [said + f"probability stays below 0.9 with {num_classes} classes"] if self.scale < least else []
+        others, target = num_classes - 1, self.least_target()
+        room = target + 1 / others
+        advice = ["lower the margin"] if target < 1 else []
+        if room > 0:
+            advice.append(f"give a scale of {math.log(others * FEASIBLE / (1 - FEASIBLE)) / room:.3g} or more")
+        return [
+            f"{type(self).__name__} cannot be met: with {num_classes} classes and scale {self.scale:g} the target's "
+            f"probability is at most {most:.3g}, where the largest margin makes {target:.3g} of cosine 1; "
+            f"{', or '.join(advice)}"
+        ]
+
+    def caution_of_lengths(self, length: Tensor) -> str | None:
+        """What speaks against these parameters for a batch's |x| (n,); asked where `looks_at_length`."""
+        return None
 
     def first_statistics(self) -> dict[str, float]:
         """Running statistics before the first step, by name. They are equal on all ranks and in the checkpoint."""
@@ -208,3 +239,9 @@ def check(margin: object, name: str, good: bool, wanted: str) -> None:
     """Raises ValueError for a parameter of a margin or a loss that is not `good`."""
     if not good:
         raise ValueError(f"{type(margin).__name__}: {name} is {getattr(margin, name)}; give {wanted}")
+
+
+def least_scale(num_classes: int) -> float:
+    """From which the target's probability can be 0.9, without a margin: CosFace (arXiv 1801.09414), eq. 6. C >= 2."""
+    others = num_classes - 1
+    return others / num_classes * math.log(others * 0.9 / 0.1)

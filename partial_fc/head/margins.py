@@ -173,6 +173,8 @@ class MagFace(Margin):
     high_margin: float = 0.8
     regularization: float = 35.0
 
+    looks_at_length: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, "low", 0 < self.low < self.high, "a positive number below high")
@@ -183,6 +185,19 @@ class MagFace(Margin):
         slope = (self.high_margin - self.low_margin) / (self.high - self.low)
         length = sample.length.clamp(self.low, self.high)
         return continued(sample.cosine, self.low_margin + slope * (length - self.low))
+
+    def least_target(self) -> float:
+        return math.cos(self.high_margin)
+
+    def caution_of_lengths(self, length: Tensor) -> str | None:
+        share = ((length < self.low) | (length > self.high)).double().mean().item() if len(length) else 0.0
+        if share <= 0.5:
+            return None
+        return (
+            f"MagFace: |x| is {length.min().item():.3g} to {length.max().item():.3g} in a batch, {share:.0%} outside "
+            f"low {self.low:g} to high {self.high:g}, where margin and regularizer are constants: give low and high "
+            "around the lengths that the backbone has"
+        )
 
     def regularizer(self, length: Tensor) -> Tensor:
         length = length.clamp(self.low, self.high)
@@ -206,6 +221,9 @@ class AdaFace(Margin):
         check(self, "margin", 0 <= self.margin < 1, "one in [0, 1), the paper's is 0.4")
         check(self, "h", self.h > 0, "a positive number, the paper's is 0.333")
         check(self, "momentum", 0 < self.momentum <= 1, "one in (0, 1], the paper's is 0.01")
+
+    def least_target(self) -> float:
+        return 1 - 2 * self.margin  # at z = 1
 
     def first_statistics(self) -> dict[str, float]:
         return {"length_mean": 20.0, "length_deviation": 100.0}  # the authors' code
@@ -258,6 +276,9 @@ class ElasticArcFace(Margin):
         super().__post_init__()
         check(self, "margin", 0 <= self.margin < math.pi, "one in [0, pi), in rad; the paper's is 0.5")
         check(self, "deviation", self.deviation >= 0, "0 or more, the paper's is 0.05")
+
+    def least_target(self) -> float:
+        return math.cos(self.margin)
 
     def target_of(self, sample: Sample) -> Tensor:
         drawn = self.margin + self.deviation * sample.normal()

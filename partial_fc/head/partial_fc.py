@@ -172,6 +172,8 @@ class PartialFC:
         self._used: InUse | None = None
         self._step_labels: Tensor | None = None  # what begin_step was given: several forwards may follow
         self._forwards: list[Forward] = []
+        self._looks = margin.looks_at_length  # whether the margin still has to see lengths that it cautions against
+        self._looked = False
         self._read = False  # the centers, by someone whom an update beside the backward would not wait for
 
     @property
@@ -251,6 +253,7 @@ class PartialFC:
             assert gradient is not None and kept is not None
             self._used, self._read = used, False  # what was read until here comes before this forward's backward
             self._forwards.append(kept)
+            self._look_at_lengths()
         return attach(embeddings, loss, gradient[: len(labels)], kept)
 
     def step(self, lr: float, grad_scale: float | Tensor = 1.0) -> None:
@@ -297,6 +300,7 @@ class PartialFC:
 
         The margin's running statistics, a learned scale, what warms up, the embedding losses.
         """
+        self._look_at_lengths(first=False)
         warm = self._schedule.start if isinstance(self._schedule, WarmUp) else {}
         self._side_stream.join()
         numbers = {name: v.item() for name, v in self.statistics.items() if not name.startswith("scale_")}
@@ -346,6 +350,20 @@ class PartialFC:
             found = f"{labels.dtype} {tuple(labels.shape)}"
             return f"labels are {found}; wanted int64 ({len(embeddings)},), one per embedding"
         return None
+
+    def _look_at_lengths(self, first: bool = True) -> None:
+        """Warns once, on rank 0, of |x| that the margin is not made for. Waits for the last batch's lengths.
+
+        Called for the first training batch, and wherever numbers are read.
+        """
+        if not self._looks or self.observed is None or (first and self._looked):
+            return
+        self._looked = True
+        caution = self.margin.caution_of_lengths(self.observed.embedding_length[self.observed.real])
+        if caution is not None:
+            self._looks = False
+            if distributed.rank() == 0:
+                warnings.warn(caution, stacklevel=3)
 
     def _rows_in_use(self, labels: Tensor, training: bool) -> InUse:
         """This rank's positives among `labels` (B,) and the sampler's negatives."""

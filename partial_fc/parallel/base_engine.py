@@ -31,12 +31,28 @@ def check_device(settings: Engine, device: torch.device) -> None:
         )
 
 
+def rate_ratios(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The learning rate of each parameter group as a multiple of that of engine.step(lr): see BaseEngine.
+
+    It is read from `initial_lr`, as torch's schedulers call the rate that a group was made with, so that another engine
+    on the same optimizer finds the same ratios. Rates of 0 in all groups, as `build_optimizer` has them, are equal.
+    """
+    rates = [float(group.setdefault("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    own = float(optimizer.defaults["lr"])
+    base = own if own in rates and own > 0 else max(rates)
+    return [rate / base if base > 0 else 1.0 for rate in rates]
+
+
 class BaseEngine:
     """A backbone on every rank; in one process, as it stands here, the plain module.
 
     A step is `accumulate` times engine(images) and engine.backward(loss), then engine.step(lr) or engine.skip().
     Between them stand, where they are wanted, engine.finite() and engine.clip(), which tell the head what to do alike.
     settings: see config.Engine. clip: the largest norm of the gradient; None: any.
+
+    The optimizer's parameter groups keep the ratio of their rates. The rate of `step` is for the groups that have
+    the optimizer's own rate; where every group was given another one, for the group with the largest. With a frozen
+    backbone only the head is trained; its optimizer may hold no parameter, as SGD([{"params": []}]).
 
     Raises ValueError for settings that this device does not have and for an optimizer other than torch's SGD or AdamW,
     RunError for activations that the backbone cannot checkpoint.
@@ -74,6 +90,8 @@ class BaseEngine:
                 ) from error
         self.backbone, self.optimizer, self.device = backbone, optimizer, device
         self.model: nn.Module = backbone
+        self.frozen = not any(parameter.requires_grad for parameter in backbone.parameters())
+        self._ratios = rate_ratios(optimizer)
         self.loss_scale = LossScale(settings.loss_scale) if settings.precision == "fp16" else None
         self.grad_scale = 1.0  # what the gradients of this step were multiplied by
         self.gradient_norm: Tensor | None = None  # () of the last step, if it was one, before it was clipped
@@ -94,7 +112,8 @@ class BaseEngine:
         """
         self._backwards = self.accumulate - 1  # the one that ranks join their gradients in
         # gradients of 0: larger ones may overflow in fp16, and DeepSpeed's offload would remember that
-        self.backward(0.0 * self(images).sum())
+        loss = 0.0 * self(images).sum()
+        self.backward(loss + torch.zeros((), device=loss.device, requires_grad=True) if self.frozen else loss)
         unused = self._unused()
         if unused:
             raise distributed.RunError(
@@ -138,7 +157,7 @@ class BaseEngine:
         overflow = (~get_total_norm(gradients, torch.inf).isfinite()).float().to(self.device)
         finite = distributed.all_reduce_max(overflow).item() == 0
         if self.loss_scale is not None:
-            torch._foreach_mul_(gradients, 1 / self.grad_scale)
+            _multiply(gradients, 1 / self.grad_scale)
             self.loss_scale.update(finite)
         return finite
 
@@ -156,7 +175,7 @@ class BaseEngine:
         if self.max_norm is None:
             return self.grad_scale
         factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+        _multiply(gradients, factor)
         return self.grad_scale if of_the_head is None else self.grad_scale / factor
 
     def step(self, lr: float) -> None:
@@ -289,13 +308,16 @@ class BaseEngine:
 
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
         """() the norm of the whole gradient, of which `gradients` are this rank's part."""
-        return get_total_norm(gradients)
+        return get_total_norm(gradients).to(self.device)  # that of none is on the host
 
     def _update(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._set_rates(lr)
         self.optimizer.step()
         self._drop()
+
+    def _set_rates(self, lr: float) -> None:
+        for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
+            group["lr"] = lr * ratio
 
     def _drop(self) -> None:
         """Drops the gradients."""
@@ -317,3 +339,9 @@ class BaseEngine:
 
     def _forget(self) -> None:
         self._buffers, self._moved, self._backwards = None, [], 0
+
+
+def _multiply(gradients: list[Tensor], factor: float | Tensor) -> None:
+    """In place; none where the backbone is frozen, which torch's own would not take."""
+    if gradients:
+        torch._foreach_mul_(gradients, factor.to(gradients[0].device) if isinstance(factor, Tensor) else factor)

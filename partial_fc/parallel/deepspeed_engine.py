@@ -103,11 +103,16 @@ class DeepSpeedEngine(BaseEngine):
     The gradients of every step are looked through before it: DeepSpeed would skip what is not finite by itself, and
     the head must then skip too. Running statistics are a rank's own, rank 0's are kept.
 
-    Raises ValueError as `check_deepspeed` does, RunError for an engine.deepspeed that DeepSpeed does not take.
+    Raises ValueError as `check_deepspeed` does and for a frozen backbone, RunError for an engine.deepspeed that
+    DeepSpeed does not take.
     """
 
     def _begin(self) -> None:
         settings, device = self.settings, self.device
+        if self.frozen:
+            raise ValueError(
+                "no parameter of the backbone is trained: DeepSpeed has nothing to do; give engine.name=ddp"
+            )
         self.deepspeed = import_deepspeed(device)
         self.stage, self._asks = settings.zero_stage, True
         if settings.channels_last:  # parameters are parts of flat tensors; images and feature maps stay as they are
@@ -233,8 +238,7 @@ class DeepSpeedEngine(BaseEngine):
         return norm if self.stage == 0 else distributed.all_reduce_sum(norm.square()).sqrt()
 
     def _update(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._set_rates(lr)
         self.model.step()
         if not self.model.was_step_applied():
             raise distributed.RunError(

@@ -182,6 +182,14 @@ def gather_rows(mine: Tensor, per_rank: int, count: int) -> Tensor:
     return all_gather(padded).flatten(0, 1)[:count]
 
 
+def broadcast(tensor: Tensor) -> Tensor:
+    """In: (*shape). Out: (*shape), rank 0's."""
+    out = tensor.clone(memory_format=torch.contiguous_format)
+    if dist.is_initialized():
+        dist.broadcast(out, src=0)
+    return out
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """In: (*shape). Out: the sum over ranks, equal bit for bit on all of them. `tensor` itself is overwritten."""
     if dist.is_initialized():
