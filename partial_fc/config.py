@@ -167,7 +167,7 @@ class Head(Section):
 
 class Optim(Section):
     name: Literal["sgd", "adamw"] = "sgd"
-    """Of the backbone: torch's own. Both decay all parameters, biases and norms too, as the papers' code does."""
+    """Of the backbone: torch's own. Both decay all parameters, biases and norms too, as InsightFace's code does."""
     lr: float = Field(0.1, gt=0)
     """Learning rate at its peak."""
     lr_batch: int | None = Field(None, ge=1)

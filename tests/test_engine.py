@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from partial_fc import backbone
+from partial_fc import NormSoftmax, PartialFC, backbone
 from partial_fc.backbone.net import EmbeddingNet
 from partial_fc.config import Engine, Optim
 from partial_fc.optim import build_optimizer
@@ -244,6 +244,63 @@ def test_micro_batches_equal_one_batch_and_join_once(world_size):
     assert joins_of_parts == joins and (joins > 0) == (world_size > 1)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_arcface_torchs_gradient_acc(name):
+    """docs/arcface_torch.md: it adds up the gradients of A micro-batches, the mean is taken here. Head and backbone."""
+    pieces, lr, decay, eps, largest, steps = 4, 0.3, 0.02, 1e-3, 2.0, 5
+    random = torch.Generator().manual_seed(1)
+    inputs = torch.randn(steps, pieces, 6, 10, generator=random, dtype=torch.float64)
+    labels = torch.randint(9, (steps, pieces, 6), generator=random)
+
+    def ours(**mapped: float) -> tuple[Tensor, Tensor, list[bool]]:
+        values = dict(lr=lr, weight_decay=decay, eps=eps, clip=largest) | mapped
+        optim = Optim(name=name, weight_decay=values["weight_decay"], eps=values["eps"])
+        net, head = start_of_both(name, values["weight_decay"], values["eps"])
+        engine = DDPEngine(net, build_optimizer(net, optim), CPU, accumulate=pieces, clip=values["clip"])
+        clipped = []
+        for step in range(steps):
+            head.begin_step(step, labels[step].flatten())
+            for piece in range(pieces):
+                engine.backward(head(engine(inputs[step, piece]), labels[step, piece]) / pieces)
+            engine.clip()
+            clipped.append(engine.gradient_norm.item() > values["clip"])
+            head.step(values["lr"])
+            engine.step(values["lr"])
+        return net.weight.detach(), head.full_weight(), clipped
+
+    net, head = start_of_both(name, decay, eps)
+    centers = nn.Parameter(head.full_weight())
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
+    own = {"sgd": {"momentum": 0.9}, "adamw": {"eps": eps}}[name]
+    optimizer = kind([*net.parameters(), centers], lr=lr, weight_decay=decay, **own)
+    for step in range(steps):  # as arcface_torch/train_v2.py does: nothing divides by the number of micro-batches
+        for piece in range(pieces):
+            cosine = nn.functional.normalize(net(inputs[step, piece])) @ nn.functional.normalize(centers).T
+            nn.functional.cross_entropy(8 * cosine, labels[step, piece]).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), largest)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    mapping = {"clip": largest / pieces}
+    mapping |= {"lr": lr * pieces, "weight_decay": decay / pieces} if name == "sgd" else {"eps": eps / pieces}
+    weight, rows, clipped = ours(**mapping)
+    assert any(clipped)
+    torch.testing.assert_close(weight, net.weight.detach(), rtol=1e-5, atol=1e-7)  # clip_grad_norm_ adds 1e-6 to a norm
+    torch.testing.assert_close(rows, centers.detach(), rtol=1e-5, atol=1e-7)
+    for left_out in mapping:  # each of them is needed
+        weight, rows, _ = ours(**{key: value for key, value in mapping.items() if key != left_out})
+        assert max((weight - net.weight).abs().max(), (rows - centers).abs().max()) > 1e-3, left_out
+
+
+def start_of_both(name: str, decay: float, eps: float) -> tuple[nn.Linear, PartialFC]:
+    torch.manual_seed(0)
+    net = nn.Linear(10, 5, bias=False, dtype=torch.float64)
+    head = PartialFC(
+        9, 5, NormSoftmax(scale=8.0), optimizer=name, weight_decay=decay, eps=eps, init_std=0.3, dtype=torch.float64
+    )
+    return net, head
 
 
 def test_a_step_wants_all_its_micro_batches():
