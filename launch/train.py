@@ -5,7 +5,7 @@ import argparse
 import os
 import sys
 
-from partial_fc import __version__
+import partial_fc
 from partial_fc.config_file import describe, load_config, without_dashes
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.parallel import distributed
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("config", help="a YAML of what differs from the defaults")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--print-config", action="store_true", help="print the merged config, documented, and stop")
-    parser.add_argument("--version", action="version", version=f"partial_fc {__version__}")
+    parser.add_argument("--version", action="version", version=f"partial_fc {partial_fc.__version__}")
     arguments = parser.parse_intermixed_args(without_dashes(sys.argv[1:]))  # overrides may stand behind --print-config
     try:
         config = load_config(arguments.config, arguments.overrides)

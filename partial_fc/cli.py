@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from partial_fc import __version__, commands
+import partial_fc
+from partial_fc import commands
 from partial_fc.benchmark import backbone_steps
 from partial_fc.benchmark.head_steps import LABELS
 from partial_fc.config_file import without_dashes
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="partial-fc",
         description="Data, checks, evaluation, reports, figures, exports, benchmarks, studies of partial_fc.",
     )
-    parser.add_argument("--version", action="version", version=f"partial_fc {__version__}")
+    parser.add_argument("--version", action="version", version=f"partial_fc {partial_fc.__version__}")
     subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     prepare = subcommands.add_parser("prepare", help="turn images or fonts into shards")

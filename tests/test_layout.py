@@ -16,7 +16,8 @@ MODULES = sorted(path.relative_to(REPOSITORY) for path in PACKAGE.rglob("*.py"))
 
 # A module imports from lower floors, or from its own package.
 FLOORS = [
-    {"seeds", "environment", "storage"},
+    {"seeds", "environment"},
+    {"storage"},
     {"config"},
     {"config_file"},
     {"parallel", "backbone", "optim", "phases"},

@@ -21,7 +21,7 @@ from partial_fc import storage
 from partial_fc.backbone import build_seeded
 from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone
 from partial_fc.config import Backbone, Config
-from partial_fc.environment import read_environment
+from partial_fc.environment import pip_install, read_environment
 from partial_fc.prepare.images import fit, read_image
 
 FORMAT, VERSION = "partial_fc-backbone", 1
@@ -206,8 +206,7 @@ def _folder(source: str | os.PathLike, revision: str | None) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise ValueError(
-            f"{text} is no folder here; to load it from the Hugging Face hub: pip install -e '.[export]' in the "
-            "checkout"
+            f"{text} is no folder here; to load it from the Hugging Face hub: {pip_install('huggingface_hub')}"
         ) from None
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=["config.json", "model.safetensors"]))
