@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 
     embed = subcommands.add_parser("embed", help="embeddings of images into a file, on all ranks of torchrun")
     embed.add_argument("model", help=f"exported folder, owner/name on the hub, {RUN}")
-    embed.add_argument("source", type=Path, help="folder of images in any layout, or a prepared data set")
+    embed.add_argument("source", type=Path, help="an image, a folder of images in any layout, or a prepared data set")
     embed.add_argument(
         "out", type=Path, help="new .safetensors or .npy; what the rows are goes into a .jsonl beside it"
     )
