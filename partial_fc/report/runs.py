@@ -43,7 +43,7 @@ def load_run(path: Path) -> Run:
         name=path.resolve().name,
         path=path,
         config_text=config_text,
-        config=_dotted(yaml.safe_load(config_text) or {}),
+        config=dotted(yaml.safe_load(config_text) or {}),
         metrics=_read_metrics(path / "metrics.jsonl"),
         evaluation=evaluation,
     )
@@ -65,11 +65,12 @@ def _read_metrics(file: Path) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat.update(_dotted(value, f"{prefix}{key}."))
+            flat.update(dotted(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat
