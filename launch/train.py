@@ -5,7 +5,8 @@ import argparse
 import os
 import sys
 
-from partial_fc.config_file import describe, load_config
+import partial_fc
+from partial_fc.config_file import describe, load_config, without_dashes
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.parallel import distributed
 from partial_fc.train import train
@@ -16,7 +17,8 @@ def main() -> None:
     parser.add_argument("config", help="a YAML of what differs from the defaults")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--print-config", action="store_true", help="print the merged config, documented, and stop")
-    arguments = parser.parse_intermixed_args()  # overrides may stand behind --print-config
+    parser.add_argument("--version", action="version", version=f"partial_fc {partial_fc.__version__}")
+    arguments = parser.parse_intermixed_args(without_dashes(sys.argv[1:]))  # overrides may stand behind --print-config
     try:
         config = load_config(arguments.config, arguments.overrides)
     except ValueError as error:

@@ -82,6 +82,7 @@ def build(config: Config, device: torch.device) -> Parts:
         net.to(device).train()
     agree_on_start(config, index, found)
     check_shared(checkpoints_of(config))
+    batch_sizes = micro_batch_sizes(config)
     engine = build_engine(
         net,
         build_optimizer(net, config.optim),
@@ -89,9 +90,10 @@ def build(config: Config, device: torch.device) -> Parts:
         config.engine,
         accumulate=config.data.accumulate,
         clip=config.optim.clip,
+        batch_sizes=batch_sizes,
     )
     # compiled code is made for a batch size
-    images = micro_batch_size(config) if config.engine.compile else 2
+    images = max(batch_sizes) if config.engine.compile else 2
     engine.warm_up(torch.zeros(images, 3, *size, device=device))
     if found is not None:
         checkpoint.load(found, head=head, engine=engine, near=run)
@@ -335,6 +337,12 @@ def micro_batch_size(config: Config) -> int:
     """The largest number of samples that any rank has in a micro-batch."""
     largest_part = -(-config.data.global_batch_size // distributed.world_size())
     return -(-largest_part // config.data.accumulate)
+
+
+def micro_batch_sizes(config: Config) -> set[int]:
+    """The numbers of samples that this rank's micro-batches have where all can be decoded."""
+    own = len(distributed.part(config.data.global_batch_size, distributed.rank(), distributed.world_size()))
+    return {len(distributed.part(own, piece, config.data.accumulate)) for piece in range(config.data.accumulate)}
 
 
 def agree_on_start(config: Config, index: Index, found: checkpoint.Checkpoint | None) -> None:

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import partial_fc
 from partial_fc import commands
 from partial_fc.benchmark import backbone_steps
 from partial_fc.benchmark.head_steps import LABELS
+from partial_fc.config_file import without_dashes
 from partial_fc.export.formats import FORMATS
 from partial_fc.figures import EPOCHS, NAMES
 from partial_fc.prepare.folder import prepare_folder
@@ -23,7 +25,7 @@ RUN = "run folder, folder of one checkpoint, or the URL of either"
 
 def main() -> None:
     try:
-        arguments = _parser().parse_args()
+        arguments = _parser().parse_args(without_dashes(sys.argv[1:]))
         arguments.run(arguments)
     except (ValueError, OSError) as error:
         sys.exit(1 if isinstance(error, BrokenPipeError) and _reader_is_gone() else f"error: {error}")
@@ -47,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="partial-fc",
         description="Data, checks, evaluation, reports, figures, exports, benchmarks, studies of partial_fc.",
     )
+    parser.add_argument("--version", action="version", version=f"partial_fc {partial_fc.__version__}")
     subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     prepare = subcommands.add_parser("prepare", help="turn images or fonts into shards")
@@ -149,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
 
     embed = subcommands.add_parser("embed", help="embeddings of images into a file, on all ranks of torchrun")
     embed.add_argument("model", help=f"exported folder, owner/name on the hub, {RUN}")
-    embed.add_argument("source", type=Path, help="folder of images in any layout, or a prepared data set")
+    embed.add_argument("source", type=Path, help="an image, a folder of images in any layout, or a prepared data set")
     embed.add_argument(
         "out", type=Path, help="new .safetensors or .npy; what the rows are goes into a .jsonl beside it"
     )

@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from partial_fc import storage
 from partial_fc.benchmark import backbone, backbone_steps, head, sampler
 from partial_fc.benchmark.compare import Measuring
 from partial_fc.config import EvaluationSet
@@ -67,6 +68,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
         sets[name] = EvaluationSet(data=data, distractors=distractors or None)
     with distributed.job() as device:
         evaluate_run(arguments.path, device, sets=sets or None, untrained=arguments.untrained)
+        with distributed.together("writing the report again"):
+            if distributed.rank() == 0 and not storage.remote(arguments.path):
+                from partial_fc.report.page import renew_report
+
+                if said := renew_report(arguments.path):
+                    print(said)
 
 
 def doctor(arguments: argparse.Namespace) -> None:

@@ -169,7 +169,7 @@ class Head(Section):
 
 class Optim(Section):
     name: Literal["sgd", "adamw"] = "sgd"
-    """Of the backbone: torch's own. Both decay all parameters, biases and norms too, as the papers' code does."""
+    """Of the backbone: torch's own. Both decay all parameters, biases and norms too, as InsightFace's code does."""
     lr: float = Field(0.1, gt=0)
     """Learning rate at its peak."""
     lr_batch: int | None = Field(None, ge=1)
@@ -350,16 +350,23 @@ def _explain(problem: dict) -> str:
 
 
 def _nearest(location: tuple) -> str | None:
-    """The known key nearest to an unknown one, in its own section first, then anywhere."""
+    """The known key nearest to an unknown one, in its own section first.
+
+    Then in another: there only one of nearly the same name (optim.betas is no help to who wrote track.tags), which no
+    two sections have.
+    """
     unknown = str(location[-1])
-    known = [".".join(map(str, key)) for key in _keys(Config)]
     section = ".".join(map(str, location[:-1]))
     match = difflib.get_close_matches(unknown, _siblings(location), n=1)
     if match:
         return f"{section}.{match[0]}" if section else match[0]
-    everywhere = {key.rpartition(".")[2]: key for key in known}
-    match = difflib.get_close_matches(unknown, everywhere, n=1)
-    return everywhere[match[0]] if match else None
+    elsewhere: dict[str, list[str]] = {}
+    for key in _keys(Config):
+        if len(key) == 2:
+            elsewhere.setdefault(key[1], []).append(".".join(key))
+    match = difflib.get_close_matches(unknown, elsewhere, n=1, cutoff=0.85)
+    found = elsewhere[match[0]] if match else []
+    return found[0] if len(found) == 1 else None
 
 
 def _siblings(location: tuple) -> list[str]:

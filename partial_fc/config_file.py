@@ -1,5 +1,7 @@
 """Configs as YAML: read with overrides, shown with their documentation, saved with what a run is made of."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from partial_fc.environment import environment
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The YAML at `path` over the defaults, then every `section.key=value`; a saved run's config.yaml works too.
 
+    `--section.key=value` is the same.
+
     Raises ValueError with one message that lists everything wrong: unknown keys with the nearest known one, bad values
     with what was wanted; for YAML that `strict_yaml` does not read, its line.
     """
@@ -26,7 +30,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     values = _sections(text, path)
     values.pop("environment", None)  # what save_config noted beside the settings
-    for override in overrides:
+    for override in without_dashes(overrides):
         _override(values, override, path)
     run = values.setdefault("run", {})
     if isinstance(run, dict) and not run.get("dir"):
@@ -54,6 +58,11 @@ def _sections(text: str, path: Path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: wanted sections (run:, data:, ...), got {type(values).__name__}")
     return values
+
+
+def without_dashes(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line with each `--section.key=value` as `section.key=value`. Others stay as they are."""
+    return [re.sub(r"^--(?=\w+(\.\w+)+=)", "", argument) for argument in arguments]
 
 
 def _override(values: dict, override: str, path: Path) -> None:

@@ -1,10 +1,12 @@
-"""What a run was made with: git commit, versions."""
+"""What a run was made with: git commit, versions. And how to install what is missing."""
 
 import platform
 import subprocess
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from partial_fc import strict_yaml
 from partial_fc.documents import got
@@ -18,6 +20,16 @@ def environment() -> dict[str, str]:
         with suppress(PackageNotFoundError):  # timm is optional
             found[name] = version(name)
     return {"git_commit": _git_commit(), "python": platform.python_version(), **found}
+
+
+def pip_install(*packages: str) -> str:
+    """The command that installs optional packages in the versions that pyproject.toml wants, with a checkout or not."""
+    wanted = {name: name for name in packages}
+    with suppress(PackageNotFoundError):  # imported from a folder on PYTHONPATH
+        for requirement in map(Requirement, requires("partial_fc") or []):
+            if requirement.name in wanted and requirement.specifier:
+                wanted[requirement.name] = f"'{requirement.name}{requirement.specifier}'"
+    return f"pip install {' '.join(wanted.values())}"
 
 
 def _git_commit() -> str:

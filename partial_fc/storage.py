@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from fsspec.core import url_to_fs
 from typing_extensions import TypeIs  # torch brings it
 
+from partial_fc.environment import pip_install
+
 Place = Path | str
 T = TypeVar("T")
 
@@ -119,7 +121,7 @@ def _try(verb: str, url: str, action: Callable[[Any, str], T]) -> T:
     try:
         files, path = url_to_fs(url)
     except (ImportError, ValueError) as error:  # ValueError: of an unknown protocol
-        advice = "; in the checkout: pip install -e '.[s3]'" if url.startswith("s3") else ""
+        advice = f"; {pip_install('s3fs')}" if url.startswith("s3") else ""
         raise ValueError(f"cannot {verb} {url}: {error}{advice}") from None
     began = time.monotonic()
     for tries, pause in enumerate((*RETRY_SECONDS, None), 1):

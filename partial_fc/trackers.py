@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from partial_fc.config import Config
+from partial_fc.environment import pip_install
 
 
 def wandb_mode(config: Config) -> str:
@@ -74,7 +75,6 @@ def check_tensorboard(config: Config) -> type | None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError(
-            "track.tensorboard needs tensorboard: pip install -e '.[tensorboard]' in the checkout, or give "
-            "track.tensorboard=false"
+            f"track.tensorboard needs tensorboard: {pip_install('tensorboard')}, or give track.tensorboard=false"
         ) from None
     return SummaryWriter

@@ -57,9 +57,12 @@ def test_prepare_evaluate_report(run, folder, tmp_path):
     index = load_index(tmp_path / "shards")
     assert index.num_classes == 25 and index.prepared["image_size"] == [32, 32]
 
+    (run / "report.html").write_text("of the evaluation before")
     said = partial_fc("evaluate", run, "--data", f"mine={tmp_path}/shards", "--untrained")
     assert "TAR@1e-3" in said and "mine            untrained" in said
+    assert f"report: {run}/report.html" in said and "<h3>mine</h3>" in (run / "report.html").read_text()
     evaluation = json.loads((run / "evaluation.json").read_text())
+    assert evaluation["config"]["run"]["steps"] == 5
     assert evaluation["step"] == 5 and set(evaluation["models"]) == {"trained", "untrained"}
     assert evaluation["models"]["trained"]["mine"]["num_identities"] == 25
 

@@ -10,7 +10,7 @@ import yaml
 import partial_fc
 from partial_fc import Margin, backbone
 from partial_fc.config import Config
-from partial_fc.config_file import describe, load_config, save_config
+from partial_fc.config_file import describe, load_config, save_config, without_dashes
 from partial_fc.environment import environment
 from partial_fc.figures.margins import parse_margins
 from partial_fc.head.embedding_losses import CenterLoss, TripletLoss, build_embedding_loss
@@ -38,7 +38,13 @@ def test_defaults_deltas_and_overrides(yaml_file):
     assert config.head.margin.name == "cosface" and config.head.margin.parameters == {"scale": 30}
     assert config.data.affine.degrees == 5 and config.data.affine.scale == 0
     assert config.run.dir == "runs/tiny"
-    assert load_config(yaml_file, ["run.dir=elsewhere"]).run.dir == "elsewhere"
+    assert load_config(yaml_file, ["--run.dir=else-where"]).run.dir == "else-where"
+    assert without_dashes(["--print-config", "--out=a.b", "--a.b", "a.b=--c.d=1"]) == [
+        "--print-config",
+        "--out=a.b",
+        "--a.b",
+        "a.b=--c.d=1",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +53,9 @@ def test_defaults_deltas_and_overrides(yaml_file):
         ("optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
         ("optim.sample_rate=1", "optim.sample_rate: unknown key; did you mean head.sample_rate?"),
         ("dat.workers=1", "dat: unknown key; did you mean data?"),
+        ("track.tags=a", "track.tags: unknown key; there are log_every, wandb"),  # not: did you mean optim.betas?
+        ("head.scale=30", "head.scale: unknown key; there are margin, embedding_losses"),  # not: data.affine.scale?
+        ("run.name=a", "run.name: unknown key; there are dir, seed"),  # not one of three sections' name
         ("head.sample_rate=2", "head.sample_rate: got 2; Input should be less than or equal to 1"),
         ("head.sample_rate=0", "head.sample_rate: got 0; Input should be greater than 0"),
         ("optim.lr=fast", "optim.lr: got 'fast'; Input should be a valid number"),

@@ -4,13 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from partial_fc import backbone
+from partial_fc import CosFace, NormSoftmax, PartialFC, backbone
 from partial_fc.backbone.net import EmbeddingNet
 from partial_fc.config import Engine, Optim
-from partial_fc.head.margins import CosFace
-from partial_fc.head.partial_fc import PartialFC
 from partial_fc.optim import build_optimizer
 from partial_fc.parallel import distributed, precision
 from partial_fc.parallel.engine import DDPEngine
@@ -248,6 +246,63 @@ def test_micro_batches_equal_one_batch_and_join_once(world_size):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_arcface_torchs_gradient_acc(name):
+    """docs/arcface_torch.md: it adds up the gradients of A micro-batches, the mean is taken here. Head and backbone."""
+    pieces, lr, decay, eps, largest, steps = 4, 0.3, 0.02, 1e-3, 2.0, 5
+    random = torch.Generator().manual_seed(1)
+    inputs = torch.randn(steps, pieces, 6, 10, generator=random, dtype=torch.float64)
+    labels = torch.randint(9, (steps, pieces, 6), generator=random)
+
+    def ours(**mapped: float) -> tuple[Tensor, Tensor, list[bool]]:
+        values = dict(lr=lr, weight_decay=decay, eps=eps, clip=largest) | mapped
+        optim = Optim(name=name, weight_decay=values["weight_decay"], eps=values["eps"])
+        net, head = start_of_both(name, values["weight_decay"], values["eps"])
+        engine = DDPEngine(net, build_optimizer(net, optim), CPU, accumulate=pieces, clip=values["clip"])
+        clipped = []
+        for step in range(steps):
+            head.begin_step(step, labels[step].flatten())
+            for piece in range(pieces):
+                engine.backward(head(engine(inputs[step, piece]), labels[step, piece]) / pieces)
+            engine.clip()
+            clipped.append(engine.gradient_norm.item() > values["clip"])
+            head.step(values["lr"])
+            engine.step(values["lr"])
+        return net.weight.detach(), head.full_weight(), clipped
+
+    net, head = start_of_both(name, decay, eps)
+    centers = nn.Parameter(head.full_weight())
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
+    own = {"sgd": {"momentum": 0.9}, "adamw": {"eps": eps}}[name]
+    optimizer = kind([*net.parameters(), centers], lr=lr, weight_decay=decay, **own)
+    for step in range(steps):  # as arcface_torch/train_v2.py does: nothing divides by the number of micro-batches
+        for piece in range(pieces):
+            cosine = nn.functional.normalize(net(inputs[step, piece])) @ nn.functional.normalize(centers).T
+            nn.functional.cross_entropy(8 * cosine, labels[step, piece]).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), largest)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    mapping = {"clip": largest / pieces}
+    mapping |= {"lr": lr * pieces, "weight_decay": decay / pieces} if name == "sgd" else {"eps": eps / pieces}
+    weight, rows, clipped = ours(**mapping)
+    assert any(clipped)
+    torch.testing.assert_close(weight, net.weight.detach(), rtol=1e-5, atol=1e-7)  # clip_grad_norm_ adds 1e-6 to a norm
+    torch.testing.assert_close(rows, centers.detach(), rtol=1e-5, atol=1e-7)
+    for left_out in mapping:  # each of them is needed
+        weight, rows, _ = ours(**{key: value for key, value in mapping.items() if key != left_out})
+        assert max((weight - net.weight).abs().max(), (rows - centers).abs().max()) > 1e-3, left_out
+
+
+def start_of_both(name: str, decay: float, eps: float) -> tuple[nn.Linear, PartialFC]:
+    torch.manual_seed(0)
+    net = nn.Linear(10, 5, bias=False, dtype=torch.float64)
+    head = PartialFC(
+        9, 5, NormSoftmax(scale=8.0), optimizer=name, weight_decay=decay, eps=eps, init_std=0.3, dtype=torch.float64
+    )
+    return net, head
+
+
 def test_a_step_wants_all_its_micro_batches():
     engine = engine_of(accumulate=3)
     engine.backward(objective(engine(images(4))))
@@ -275,11 +330,12 @@ def test_clipping_is_torchs(largest):
 # ---- what changes speed or memory, and no result
 
 
-def tiny_engine(clip: float | None = None, **settings) -> DDPEngine:
+def tiny_engine(clip: float | None = None, batch_sizes: tuple[int, ...] = (), **settings) -> DDPEngine:
     torch.manual_seed(0)
     features = nn.Sequential(nn.Conv2d(3, 4, 3, 16, padding=1), nn.BatchNorm2d(4), nn.PReLU(4))
     net = EmbeddingNet(features, 4, 8, SIZE)
-    engine = DDPEngine(net, build_optimizer(net, Optim()), CPU, Engine(**settings), clip=clip)
+    optimizer = build_optimizer(net, Optim())
+    engine = DDPEngine(net, optimizer, CPU, Engine(**settings), clip=clip, batch_sizes=batch_sizes)
     engine.warm_up(torch.zeros(6, 3, *SIZE))
     return engine
 
@@ -294,12 +350,24 @@ def test_an_optimizer_that_checkpoints_do_not_know_is_an_error():
 def test_a_compiled_backbone_is_one_graph_and_gives_the_same():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled, plain = tiny_engine(compile=True), tiny_engine()
+    compiled, plain = tiny_engine(compile=True, batch_sizes=(6,)), tiny_engine()
     assert train(compiled) == pytest.approx(train(plain), rel=1e-4)
     stats = torch._dynamo.utils.counters
     assert stats["stats"]["unique_graphs"] == 1 and not stats["graph_break"], stats
     assert difference(compiled, plain) < 1e-3
     assert list(compiled.state()["backbone"]) == list(plain.state()["backbone"])
+
+    # damaged samples, two and all: no graph more. Batch norm sees the two that are left three times each
+    for left, filled in ((2, images(2).repeat(3, 1, 1, 1)), (0, images(0))):
+        embeddings, wanted = compiled(images(left)), plain(filled)[:left]
+        torch.testing.assert_close(embeddings, wanted, rtol=1e-3, atol=1e-4)
+        for engine, out in ((compiled, embeddings), (plain, wanted)):
+            engine.backward(objective(out) if left else out.sum())
+        pairs = zip(compiled.backbone.parameters(), plain.backbone.parameters(), strict=True)
+        assert all(torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-4) for one, other in pairs)
+        assert not left or max(p.grad.abs().max() for p in plain.backbone.parameters()) > 1e-2
+        compiled.step(0.1), plain.step(0.1)
+    assert stats["stats"]["unique_graphs"] == 1, stats
 
 
 @pytest.mark.slow

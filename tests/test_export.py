@@ -181,7 +181,7 @@ def test_images_to_check_with(run, images, tmp_path):
 def test_a_missing_package_is_named_before_anything_is_done(run, tmp_path, monkeypatch):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else there(name))
-    with pytest.raises(ValueError, match=r"onnx needs onnxruntime: pip install -e '.\[export\]'"):
+    with pytest.raises(ValueError, match=r"onnx needs onnxruntime: pip install 'onnxruntime>=1"):
         export_run(run, tmp_path / "out", ["onnx"])
     with pytest.raises(ValueError, match="format 'tflite', wanted some of safetensors, onnx, torch-export"):
         export_run(run, tmp_path / "out", ["tflite"])
@@ -477,6 +477,9 @@ def test_a_folder_is_embedded_as_the_data_set_prepared_from_it(exported, photos,
         with torch.no_grad():
             alone = model(load_image(photos / name, model.image_size).unsqueeze(0))[0].numpy()
         np.testing.assert_allclose(alone, row, rtol=0, atol=1e-6)
+        embed_here(exported, photos / name, tmp_path / name[:2] / "one.npy")
+        np.testing.assert_allclose(np.load(tmp_path / name[:2] / "one.npy"), row[None], rtol=0, atol=1e-6)
+        assert rows_of(tmp_path / name[:2] / "one.npy") == [{"name": "ä b.png"}]
 
 
 def test_what_cannot_be_read_is_left_out_counted_and_named(exported, photos, tmp_path, capsys):
@@ -532,10 +535,11 @@ def test_errors_are_the_same_on_every_rank_and_leave_nothing(exported, photos, t
     cases = [
         (exported, photos, "out.bin", "wanted a name in .safetensors or .npy, batches of 1 or more"),
         (exported, photos, "there.npy", "there.jsonl exists: delete it"),
-        (exported, tmp_path / "nowhere", "out.npy", "nowhere is no folder, wanted one of images"),
+        (exported, tmp_path / "nowhere", "out.npy", "nowhere does not exist, wanted an image, a folder of images"),
         (exported, tmp_path / "none", "out.npy", "has no image in it or below; 0 files of other kinds"),
         (exported, tmp_path / "large", "out.npy", "images of (48, 48) pixels, the model wants (32, 32)"),
         (exported, tmp_path / "bad", "out.npy", "none of the 1 images of"),
+        (exported, tmp_path / "bad" / "a.png", "out.npy", "none of the 1 images of"),
         (tmp_path / "none", photos, "out.npy", "holds no complete checkpoint"),
     ]
     for model, source, out, message in cases:

@@ -17,7 +17,8 @@ MODULES = sorted(path.relative_to(REPOSITORY) for path in PACKAGE.rglob("*.py"))
 # A module imports from lower floors, or from its own package.
 FLOORS = [
     {"seeds", "documents", "strict_yaml", "opencv", "memory"},
-    {"environment", "storage", "schema", "tensor_files"},
+    {"environment", "schema", "tensor_files"},
+    {"storage"},
     {"config"},
     {"config_file"},
     {"parallel", "backbone", "optim", "phases"},

@@ -15,7 +15,7 @@ from partial_fc.data.shards import load_index
 from partial_fc.evaluate.protocol import evaluate_sets
 from partial_fc.phases import NAMES
 from partial_fc.report import plots
-from partial_fc.report.page import write_report
+from partial_fc.report.page import renew_report, write_report
 from tests.test_embed import OPTIONS, backbone, write_images
 
 
@@ -104,6 +104,9 @@ def test_a_complete_run(run, page):
     for title in ("Loss", "Learning rate", "Samples per second", "Share of the step", "P1 and P3, trained"):
         assert title in page.text
     assert "mathdefault" not in page.text and "10⁻²" in page.text  # axes of powers of ten
+    for label, plots_of_it in (("false accept rate", 1), ("true accept rate", 1), ("share of the pairs", 2)):
+        assert len(re.findall(rf"<text[^>]*>{label}</text>", page.source)) == plots_of_it, label
+    assert "trained on after" not in page.text and "changed since" not in page.text
     assert "Target cosine" not in page.text  # the metrics have none
     assert "<script>" not in page.source  # what a config says is text
     assert "alert(1)" in page.text
@@ -174,6 +177,40 @@ def test_runs_evaluated_on_different_data_are_not_passed_off_as_comparable(run, 
     page = report([run, tmp_path / "other"], tmp_path / "report.html")
     assert page.text.count("evaluated on different data") == 1
     assert "71 samples of 24 identities" in page.text
+    first, second = page.source.split("<h3>P1</h3>")[1].split("<h3>P3</h3>")
+    assert "value best" not in first and "value best" in second.split("</table>")[0]
+
+
+def test_a_run_that_was_trained_on_says_which_step_its_results_are_of(tmp_path):
+    write_run(tmp_path / "continued", {"trained": {}}, lr=0.1)
+    (tmp_path / "continued" / "metrics.jsonl").write_text('{"step": 899}')  # no curves: each takes a tenth of a second
+    file = tmp_path / "continued" / "evaluation.json"
+    evaluation = json.loads(file.read_text()) | {"config": {"optim": {"lr": 0.2}, "run": {"seed": 7}}}
+    file.write_text(json.dumps(evaluation))
+    page = report([tmp_path / "continued"], tmp_path / "report.html")
+    changed = "Settings changed since then: learning rate 0.2 → 0.1."
+    assert f"continued shows the results of step 899. {changed}" in page.text
+    file.write_text(json.dumps(evaluation | {"step": 500}))
+    page = report([tmp_path / "continued"], tmp_path / "report.html")
+    assert f"trained on after its evaluation: the results are those of step 500, it is at 899. {changed}" in page.text
+    file.write_text(json.dumps({name: value for name, value in evaluation.items() if name != "config"} | {"step": 500}))
+    page = report([tmp_path / "continued"], tmp_path / "report.html")
+    assert "the results are those of step 500, it is at 899." in page.text and "changed since" not in page.text
+
+
+def test_a_page_is_renewed_after_an_evaluation(tmp_path):
+    write_run(tmp_path / "run", None, lr=0.1)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    page = tmp_path / "run" / "report.html"
+    assert renew_report(tmp_path / "run") == "" and not page.exists()
+    page.write_text("the page before")
+    assert renew_report(tmp_path / "run") == f"report: {page}" and "<title>run " in page.read_text()
+    write_report([tmp_path / "run", tmp_path / "run"], page)
+    before = page.read_text()
+    assert renew_report(tmp_path / "run").endswith(
+        "report.html compares several runs and shows the evaluation before: write it again"
+    )
+    assert page.read_text() == before
 
 
 def test_an_unfinished_run_says_what_it_lacks(tmp_path):

@@ -613,7 +613,7 @@ def test_a_wrong_run_ends_with_one_message(glyphs_ci, tmp_path):
 
 
 def test_print_config_shows_every_setting_with_its_documentation():
-    shown = run_program("launch/train.py", CONFIG, "optim.lr=0.25", "--print-config")
+    shown = run_program("launch/train.py", CONFIG, "--optim.lr=0.25", "--print-config")
     assert shown.returncode == 0, shown.stderr
     assert "  lr: 0.25 " in shown.stdout and "Learning rate at its peak" in shown.stdout
 

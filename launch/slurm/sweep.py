@@ -17,7 +17,7 @@ import sys
 import time
 
 from partial_fc.build import build_losses
-from partial_fc.config_file import load_config
+from partial_fc.config_file import load_config, without_dashes
 
 GRACE = 180  # seconds from Slurm's signal to the end of a job: what a checkpoint may take
 
@@ -101,7 +101,7 @@ def main() -> None:
         "--sbatch", action="append", default=[], metavar="OPTION[=VALUE]", help="partition=NAME; may be repeated"
     )
     parser.add_argument("--dry", action="store_true", help="print the commands of the points, submit nothing")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args(without_dashes(sys.argv[1:]))
     if not os.path.isfile("launch/train.py"):
         sys.exit(f"error: {os.getcwd()} has no launch/train.py: submit from the repository's folder")
     try:

@@ -37,9 +37,9 @@ def build(name: str, embedding_dim: int, image_size: tuple[int, int]) -> Embeddi
     that the model does not take) or an embedding_dim below 1.
     """
     if name not in BACKBONES and not name.startswith(PREFIX):
-        nearest = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.0)[0]
-        known = ", ".join(BACKBONES)
-        raise ValueError(f"backbone.name is {name!r}, wanted one of {known}, {PREFIX}MODEL; did you mean {nearest!r}?")
+        nearest = difflib.get_close_matches(name, BACKBONES, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"backbone.name is {name!r}, wanted one of {', '.join(BACKBONES)}, {PREFIX}MODEL{hint}")
     if embedding_dim < 1:
         raise ValueError(f"backbone.embedding_dim is {embedding_dim}, wanted at least 1 (512 for faces)")
     if name.startswith(PREFIX):

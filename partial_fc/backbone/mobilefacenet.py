@@ -42,8 +42,8 @@ def mobilefacenet(embedding_dim: int, image_size: tuple[int, int]) -> EmbeddingN
     """Bottlenecks with PReLU, then a depthwise convolution as large as the last map in the place of average pooling.
 
     The paper has 112 x 112 images and 128 dimensions; InsightFace's "mbf" is twice as wide. Batch norm sees a rank's
-    own images. Initialization, which the paper does not give, is InsightFace's: convolutions normal with variance
-    2 / fan_out.
+    own images. The paper gives no initialization. Convolutions are normal with variance 2 / fan_out, as InsightFace's;
+    the last linear layer is PyTorch's, where InsightFace's is normal with variance 2 / fan_out and has no bias.
     """
     layers = [*conv(3, STEM, 3, stride=2), nn.PReLU(STEM), *conv(STEM, STEM, 3, groups=STEM), nn.PReLU(STEM)]
     before = STEM

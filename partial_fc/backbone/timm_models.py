@@ -3,6 +3,7 @@
 import torch
 
 from partial_fc.backbone.net import EmbeddingNet
+from partial_fc.environment import pip_install
 
 PREFIX = "timm/"
 
@@ -20,8 +21,7 @@ def timm_model(name: str, embedding_dim: int, image_size: tuple[int, int]) -> Em
         import timm
     except ImportError as error:
         raise ValueError(
-            f"backbone.name {PREFIX}{name} needs timm, which cannot be imported ({error}): "
-            "pip install -e '.[timm]' in the checkout"
+            f"backbone.name {PREFIX}{name} needs timm, which cannot be imported ({error}): {pip_install('timm')}"
         ) from None
     if not timm.is_model(name):
         raise ValueError(

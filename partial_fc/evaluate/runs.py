@@ -66,7 +66,13 @@ def evaluate_run(
         )
         for chosen, result in results[name].items():
             result["note"] = sets[chosen].note
-    evaluation = {"format": FORMAT, "version": VERSION, "step": found.step, "models": results}
+    evaluation = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": found.step,
+        "config": found.manifest["settings"]["config"],  # of the checkpoint: the run may go on with another
+        "models": results,
+    }
     with distributed.together(f"writing {path}/evaluation.json"):
         if distributed.rank() == 0:
             text = json.dumps(evaluation, indent=1)

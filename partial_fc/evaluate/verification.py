@@ -17,8 +17,9 @@ def tar_at_far(score: np.ndarray, same: np.ndarray, far: float | Sequence[float]
     score (n,) float; same (n,) bool. Returns (tar, threshold, far_reached): three floats, or three (k,)
     arrays if `far` is a sequence of k. The threshold is the smallest one whose FAR does not exceed `far`; so
     pairs tied with the first impostor too many are all rejected, and where no false accept is allowed the
-    threshold lies just above the highest impostor score. InsightFace takes the point nearest to the target
-    instead, which may exceed it.
+    threshold lies just above the highest impostor score. InsightFace's code for IJB takes the point nearest to
+    the target instead, its code for lists of pairs a threshold interpolated on nine folds for the tenth: both may
+    exceed the target.
 
     Raises ValueError unless there is a genuine and an impostor pair, all scores are finite and 0 <= far < 1.
     """

@@ -1,4 +1,4 @@
-"""partial-fc embed: embeddings of a folder of images or of a data set into a file, by all ranks of torchrun."""
+"""partial-fc embed: embeddings of images or of a data set into a file, by all ranks of torchrun."""
 
 import json
 import os
@@ -35,11 +35,11 @@ def embed_images(
 ) -> int:
     """Writes the normalized embeddings of all images of `source` to `out` (.safetensors or .npy). A collective.
 
-    model: an exported folder, a hub repository, a run or a checkpoint, folders or URLs. source: a folder of images
-    in any layout, cut and resized as `prepare folder` does, or a prepared data set. `out`, float32 (n, D), is the
-    tensor "embeddings"; beside it a .jsonl says what each row is: name, and of a data set label and class. The files
-    are the same at any number of ranks, which share a file system, and appear when they are complete. No rank keeps
-    more than a batch. workers: reader processes a rank, of a data set.
+    model: an exported folder, a hub repository, a run or a checkpoint, folders or URLs. source: an image, or a
+    folder of images in any layout, cut and resized as `prepare folder` does, or a prepared data set. `out`, float32
+    (n, D), is the tensor "embeddings"; beside it a .jsonl says what each row is: name, and of a data set label and
+    class. The files are the same at any number of ranks, which share a file system, and appear when they are complete.
+    No rank keeps more than a batch. workers: reader processes a rank, of a data set.
 
     Files of a folder that cannot be read are left out, counted and named, in a .left_out.jsonl; a sample of a data set
     that is no image is an error. Returns n. Raises RunError on all ranks, also where an embedding is NaN or 0.

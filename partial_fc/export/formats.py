@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from partial_fc.environment import pip_install
 from partial_fc.export.model import Embedder
 
 FORMATS = ("safetensors", "onnx", "torch-export")
@@ -24,7 +25,7 @@ def require_packages(formats: list[str]) -> None:
         raise ValueError(f"got the format {unknown[0]!r}, wanted some of {', '.join(FORMATS)}")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if "onnx" in formats and missing:
-        raise ValueError(f"the format onnx needs {', '.join(missing)}: pip install -e '.[export]' in the checkout")
+        raise ValueError(f"the format onnx needs {', '.join(missing)}: {pip_install(*missing)}")
 
 
 @torch.no_grad()

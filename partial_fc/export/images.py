@@ -38,11 +38,17 @@ class Images(Protocol):
 
 
 class Folder:
-    """Every image file below a folder, in the order of `images_below`, cut and resized as `prepare folder` does."""
+    """Every image file below a folder, in the order of `images_below`, cut and resized as `prepare folder` does.
+
+    Or one file, however it is named.
+    """
 
     def __init__(self, path: Path, size: tuple[int, int]):
         self.path, self.size = path, size
-        self.files, self.others = images_below(os.fspath(path))
+        if path.is_dir():
+            self.files, self.others = images_below(os.fspath(path))
+        else:
+            self.path, self.files, self.others = path.parent, [os.fspath(path)], 0
 
     def __len__(self) -> int:
         return len(self.files)
@@ -103,7 +109,7 @@ class DataSet:
 
 
 def open_images(path: Path, size: tuple[int, int]) -> Images:
-    """A data set's samples if `path` has an index.json, else every image file below the folder.
+    """A data set's samples if `path` has an index.json, else every image file below the folder, or the one file.
 
     Raises ValueError for a data set of another size than (H, W) `size`, and where there is no image.
     """
@@ -115,8 +121,10 @@ def open_images(path: Path, size: tuple[int, int]) -> Images:
                 "at that size"
             )
         return DataSet(index)
-    if not path.is_dir():
-        raise NotADirectoryError(f"{path} is no folder, wanted one of images, or a data set of `partial-fc prepare`")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist, wanted an image, a folder of images, or a data set of `partial-fc prepare`"
+        )
     folder = Folder(path, size)
     if not folder.files:
         raise ValueError(f"{path} has no image in it or below; {len(folder.others)} files of other kinds")

@@ -22,7 +22,7 @@ from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone
 from partial_fc.config import Config
 from partial_fc.config_file import read_config_yaml
 from partial_fc.documents import text_of
-from partial_fc.environment import read_environment
+from partial_fc.environment import pip_install, read_environment
 from partial_fc.export.model_config import FORMAT, VERSION, read_config
 from partial_fc.prepare.images import fit, read_image
 from partial_fc.tensor_files import load_tensors
@@ -176,8 +176,7 @@ def _folder(source: str | os.PathLike, revision: str | None) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise ValueError(
-            f"{text} is no folder here; to load it from the Hugging Face hub: pip install -e '.[export]' in the "
-            "checkout"
+            f"{text} is no folder here; to load it from the Hugging Face hub: {pip_install('huggingface_hub')}"
         ) from None
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=["config.json", "model.safetensors"]))

@@ -1,5 +1,6 @@
 """What the engines share: the order of a step, precision, clipping, averages, the state of whole tensors."""
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -48,7 +49,8 @@ class BaseEngine:
 
     A step is `accumulate` times engine(images) and engine.backward(loss), then engine.step(lr) or engine.skip().
     Between them stand, where they are wanted, engine.finite() and engine.clip(), which tell the head what to do alike.
-    settings: see config.Engine. clip: the largest norm of the gradient; None: any.
+    settings: see config.Engine. clip: the largest norm of the gradient; None: any. batch_sizes: numbers of images that
+    this rank's micro-batches have where none is damaged, for an engine that compiles.
 
     The optimizer's parameter groups keep the ratio of their rates. The rate of `step` is for the groups that have
     the optimizer's own rate; where every group was given another one, for the group with the largest. With a frozen
@@ -67,7 +69,9 @@ class BaseEngine:
         *,
         accumulate: int = 1,
         clip: float | None = None,
+        batch_sizes: Collection[int] = (),
     ):
+        self.batch_sizes = frozenset(batch_sizes)
         self.settings = settings = settings or Engine()
         self.accumulate, self.max_norm = accumulate, clip
         check_device(settings, device)

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_fc.parallel import distributed
@@ -27,6 +28,21 @@ class DDPEngine(BaseEngine):
             ids = [self.device.index] if self.device.type == "cuda" else None
             # views save a copy of all gradients; zero_grad must then keep them
             self.model = DistributedDataParallel(self.backbone, device_ids=ids, gradient_as_bucket_view=True)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(b, 3, H, W) to embeddings (b, D).
+
+        A batch that damaged samples have made smaller than planned is filled up with copies of its own images, whose
+        embeddings are dropped: a graph for its size would take half a minute, in which all ranks wait. Batch norm
+        counts the copies. A batch with no image left runs uncompiled.
+        """
+        count, larger = len(images), [size for size in self.batch_sizes if size >= len(images)]
+        if not self.settings.compile or not larger or min(larger) == count:
+            return super().__call__(images)
+        if count == 0:
+            with torch.compiler.set_stance("force_eager"):
+                return super().__call__(images)
+        return super().__call__(images[torch.arange(min(larger), device=images.device) % count])[:count]
 
     def _joining(self) -> AbstractContextManager:
         return nullcontext() if self._last or self.model is self.backbone else self.model.no_sync()

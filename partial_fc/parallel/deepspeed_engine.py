@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from partial_fc.config import Engine
+from partial_fc.environment import pip_install
 from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
 from partial_fc.parallel.precision import AUTOCAST
@@ -57,8 +58,7 @@ def import_deepspeed(device: torch.device) -> ModuleType:
         import deepspeed.ops
     except ImportError as error:
         raise ValueError(
-            f"engine.name deepspeed needs DeepSpeed, which cannot be imported ({error}): "
-            "pip install -e '.[deepspeed]' in the checkout"
+            f"engine.name deepspeed needs DeepSpeed, which cannot be imported ({error}): {pip_install('deepspeed')}"
         ) from None
     if not distributed.joined():
         raise ValueError(

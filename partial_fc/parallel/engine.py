@@ -1,5 +1,7 @@
 """The data-parallel backbone behind three methods: engine(images), engine.backward(loss), engine.step(lr)."""
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -26,6 +28,8 @@ def build_engine(
     *,
     accumulate: int,
     clip: float | None,
+    batch_sizes: Collection[int] = (),
 ) -> BaseEngine:
     """The engine that the settings name. A collective."""
-    return ENGINES[settings.name](backbone, optimizer, device, settings, accumulate=accumulate, clip=clip)
+    kind = ENGINES[settings.name]
+    return kind(backbone, optimizer, device, settings, accumulate=accumulate, clip=clip, batch_sizes=batch_sizes)

@@ -1,5 +1,6 @@
 """The report: one HTML file without a single outside reference, about one run or several compared."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from itertools import count
@@ -14,7 +15,7 @@ from partial_fc.phases import NAMES as PHASES
 from partial_fc.report import plots
 from partial_fc.report.examples import example_groups
 from partial_fc.report.plots import Series
-from partial_fc.report.runs import Run, load_run
+from partial_fc.report.runs import Run, dotted, load_run
 
 FACTS = {  # dotted config name → how the page calls it
     "backbone.name": "backbone",
@@ -70,6 +71,20 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     out.write_text(page, encoding="utf-8")
 
 
+def renew_report(run: Path) -> str:
+    """Writes a run folder's page again after an evaluation. Returns the line that says so; "" where there is no page.
+
+    One that compares several runs stays as it is, and the line says that.
+    """
+    page = run / "report.html"
+    if not page.exists():
+        return ""
+    if re.search(r"<title>\d+ runs compared ", page.read_text(encoding="utf-8")):
+        return f"report: {page} compares several runs and shows the evaluation before: write it again"
+    write_report([run], page)
+    return f"report: {page}"
+
+
 def _run(run: Run, color: int) -> dict:
     facts = [(name, run.config[key]) for key, name in FACTS.items() if run.config.get(key) is not None]
     if run.metrics:
@@ -83,7 +98,25 @@ def _run(run: Run, color: int) -> dict:
         notes.append("has not been evaluated yet (no evaluation.json)")
     if not run.config_text:
         notes.append("has no config.yaml")
+    notes += _since_the_evaluation(run)
     return {"name": run.name, "color": color, "facts": facts, "notes": notes, "config": run.config_text}
+
+
+def _since_the_evaluation(run: Run) -> list[str]:
+    """A note where the settings above are not those of the evaluated checkpoint, or the run has gone on from there."""
+    if run.evaluation is None:
+        return []
+    at, last = run.evaluation["step"], run.metrics[-1]["step"] if run.metrics else 0
+    then = dotted(run.evaluation.get("config") or {})  # early evaluations have none
+    changed = [
+        f"{name} {then[key]} → {run.config[key]}"
+        for key, name in FACTS.items()
+        if then.get(key) is not None and run.config.get(key) is not None and then[key] != run.config[key]
+    ]
+    since = f". Settings changed since then: {', '.join(changed)}" if changed else ""
+    if last > at:
+        return [f"was trained on after its evaluation: the results are those of step {at:,}, it is at {last:,}{since}"]
+    return [f"shows the results of step {at:,}{since}"] if since else []
 
 
 def _evaluated(runs: Sequence[Run]) -> list[tuple[int, Run]]:
@@ -110,12 +143,13 @@ def _tables(runs: Sequence[Run]) -> list[dict]:
                 notes += [note for note in missing(result) if note not in notes]
                 about += [_about(result)] if _about(result) not in about else []
                 data.add(result.get("fingerprint"))  # early evaluations have none
-        if len(about) > 1 or len(data - {None}) > 1:
+        comparable = len(about) == 1 and len(data - {None}) <= 1
+        if not comparable:
             notes.insert(
                 0, f"The runs were evaluated on different data, so compare none of these rows: {'; '.join(about)}."
             )
         columns = zip(*(row["values"] for row in rows), strict=True)
-        best = [max((value for value in column if value is not None), default=None) for column in columns]
+        best = [max((v for v in column if v is not None and comparable), default=None) for column in columns]
         tables.append({"name": name, "about": about[0], "rows": rows, "best": best, "notes": notes})
     return tables
 

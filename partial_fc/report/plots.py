@@ -136,6 +136,7 @@ def roc(name: str, series: Sequence[Series]) -> str:
         axes.set_ylim(-0.02, 1.04)
         axes.set_yticks(np.linspace(0, 1, 6))
         axes.set_xlabel("false accept rate")
+        axes.set_ylabel("true accept rate")
         for x, y, (_, _, one, at_start) in _spread(labels, gap=0.1):
             text = axes.annotate(
                 _clipped(one.label, 24),
@@ -173,6 +174,7 @@ def histogram(
         axes.yaxis.set_major_formatter(power_of_ten)
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("cosine score")
+        axes.set_ylabel("share of the pairs")
         for label, at in thresholds:
             axes.axvline(at, color=_MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
             beyond = at > (low + high) / 2

@@ -56,7 +56,7 @@ def load_run(path: Path) -> Run:
         name=path.resolve().name,
         path=path,
         config_text=config_text,
-        config=_dotted(config),
+        config=dotted(config),
         metrics=_read_metrics(path / "metrics.jsonl"),
         evaluation=evaluation,
     )
@@ -93,11 +93,12 @@ def _check_row(row: Any, where: str) -> None:
             raise ValueError(f"{where}: {name}: got {got(value)}, wanted a number or null")
 
 
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat.update(_dotted(value, f"{prefix}{key}."))
+            flat.update(dotted(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat
