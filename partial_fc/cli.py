@@ -82,6 +82,19 @@ def _parser() -> argparse.ArgumentParser:
             run=commands.prepare_images, kind=kind, options=["size"] + ["min_samples", "seed"] * of_identities
         )
 
+    tars = kinds.add_parser("index", help="WebDataset shards that someone else wrote, where they lie")
+    tars.add_argument("source", help="'shards/{000..099}.tar', a folder, a wildcard, or wids' list in .json")
+    tars.add_argument("out", type=Path, help="new folder for the index and links to the shards")
+    tars.add_argument(
+        "--label", metavar="FIELD", help="cls, txt, folder, or a field of .json as person.id; unset: what is there"
+    )
+    tars.add_argument(
+        "--last-dot", action="store_true", help="a key ends at the last dot: s2.0.png is 0.png of s2 else"
+    )
+    tars.add_argument("--close-gaps", action="store_true", help="number integer labels anew, without empty classes")
+    tars.add_argument("--workers", type=int, metavar="N", help="shards read at a time; unset: as many as cores")
+    tars.set_defaults(run=commands.prepare_index)
+
     glyphs = kinds.add_parser("glyphs", help="characters as identities, fonts as photos")
     glyphs.add_argument("source", help="small, medium or large (fetched), letters (no download), or a folder of fonts")
     glyphs.add_argument("out", type=Path, help="new folder for train, test_seen, test_unseen and distractors")

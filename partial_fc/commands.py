@@ -17,7 +17,7 @@ from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.export.embed import embed_images
 from partial_fc.export.run import export_run
 from partial_fc.parallel import distributed
-from partial_fc.prepare import glyphs
+from partial_fc.prepare import glyphs, tars
 from partial_fc.study import table
 from partial_fc.study.run import default_ledger, run_study
 
@@ -25,6 +25,11 @@ from partial_fc.study.run import default_ledger, run_study
 def prepare_images(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in arguments.options}
     arguments.kind(arguments.source, arguments.out, **options)
+
+
+def prepare_index(arguments: argparse.Namespace) -> None:
+    options = {name: getattr(arguments, name) for name in ("label", "last_dot", "close_gaps", "workers")}
+    tars.prepare_index(arguments.source, arguments.out, **options)
 
 
 def prepare_glyphs(arguments: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ FLOORS = [
 ]
 DOORS = {
     "torch.distributed": {"parallel/distributed.py"},
-    "webdataset": {"data/shards.py"},
+    "webdataset": {"data/shards.py", "prepare/tars.py"},
     "wandb": {"trackers.py"},
     "torch.utils.tensorboard": {"trackers.py"},
     "fsspec": {"storage.py"},

@@ -168,7 +168,7 @@ def write_shards(
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
-    (partial / "index").mkdir(parents=True)
+    partial.mkdir(parents=True)
     try:
         bar = tqdm(samples, desc=f"writing {out.name}", unit=" images", total=total, mininterval=1)
         shard_names, columns, of_samples = _write_tars(partial, bar, len(classes), shard_bytes)
@@ -179,39 +179,51 @@ def write_shards(
         columns.update(arrays or {})
         if pairs is not None:
             of_samples["pairs"] = pairs.astype(np.int64)
-        for name, values in (columns | of_samples).items():
-            np.save(partial / "index" / f"{name}.npy", values, allow_pickle=False)
-        if left_out:
-            lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in left_out)
-            (partial / LEFT_OUT).write_text("".join(lines), encoding="utf-8")
-
-        (partial / "classes.txt").write_bytes("".join(name + "\n" for name in classes).encode("utf-8"))
-        counts = np.bincount(columns["shard"], minlength=len(shard_names))
-        description = {
-            "format": FORMAT,
-            "version": VERSION,
-            "num_samples": num_samples,
-            "num_classes": len(classes),
-            "shards": [
-                {
-                    "name": name,
-                    "bytes": (partial / name).stat().st_size,
-                    "sha256": _sha256(partial / name),
-                    "samples": int(count),
-                }
-                for name, count in zip(shard_names, counts, strict=True)
-            ],
-            "classes_sha256": _sha256(partial / "classes.txt"),
-            "arrays": {name: _sha256(partial / "index" / f"{name}.npy") for name in columns},
-            **{f"{name}_sha256": _sha256(partial / "index" / f"{name}.npy") for name in of_samples},
-            "prepared": prepared,
-        }
-        (partial / "index.json").write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
+        shards = [
+            {"name": name, "bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
+            for name in shard_names
+        ]
+        write_index(partial, shards, columns, of_samples, classes, prepared, left_out)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return load_index(out)
+
+
+def write_index(
+    folder: Path,
+    shards: list[dict[str, Any]],
+    columns: dict[str, np.ndarray],
+    of_samples: dict[str, np.ndarray],
+    classes: list[str],
+    prepared: dict[str, Any],
+    left_out: Sequence[dict[str, Any]],
+) -> None:
+    """Write what describes `shards` (name, bytes, sha256 each) into `folder`, index.json last.
+
+    columns: shard, offset, size, label and further arrays; of_samples: crc32, name, name_offset, and pairs.
+    """
+    (folder / "index").mkdir(exist_ok=True)
+    for name, values in (columns | of_samples).items():
+        np.save(folder / "index" / f"{name}.npy", values, allow_pickle=False)
+    if left_out:
+        lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in left_out)
+        (folder / LEFT_OUT).write_text("".join(lines), encoding="utf-8")
+    (folder / "classes.txt").write_bytes("".join(name + "\n" for name in classes).encode("utf-8"))
+    counts = np.bincount(columns["shard"], minlength=len(shards)).tolist()
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "num_samples": len(columns["label"]),
+        "num_classes": len(classes),
+        "shards": [shard | {"samples": count} for shard, count in zip(shards, counts, strict=True)],
+        "classes_sha256": _sha256(folder / "classes.txt"),
+        "arrays": {name: _sha256(folder / "index" / f"{name}.npy") for name in columns},
+        **{f"{name}_sha256": _sha256(folder / "index" / f"{name}.npy") for name in of_samples},
+        "prepared": prepared,
+    }
+    (folder / "index.json").write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def load_index(path: Path | str, *, check_labels: bool = True) -> Index:

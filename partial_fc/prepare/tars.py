@@ -1,0 +1,447 @@
+"""A data set from WebDataset shards that someone else wrote, where they lie: an index is written, no shard is.
+
+Members are grouped as webdataset groups them: successive members of one key make a sample; a key ends at the first dot
+of the base name. The image is the member that ends in one of EXTENSIONS, in any case. The label is in .cls, in a field
+of .json, or in .txt; where no sample has one, it is the folder of the key. Integers are class indices as they are, and
+classes without a sample stay empty; other labels are class names, sorted by code point.
+
+Every shard is read once, several at a time. What a killed run has read is not read again. What is left out is counted
+and named in left_out.jsonl:
+    no_label, no_image     the sample has none
+    bad_label              empty, of several lines, or no field of that name
+    several_images         the sample has more than one
+    duplicate_key          the sample has a member twice; webdataset ends with an error there
+    undecodable            OpenCV cannot decode it
+    other_size             not of the size that most images have
+    no_key                 the member's name has no dot, so that it belongs to no sample
+    link, sparse           a link, which webdataset skips, or a sparse file, which is not stored as it is
+"""
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from braceexpand import braceexpand
+from tqdm import tqdm
+from webdataset.tariterators import base_plus_ext
+
+from partial_fc.data.reader import decode
+from partial_fc.data.shards import LEFT_OUT, Index, load_index, require_new, write_index
+from partial_fc.documents import MIB, got, parse_json, read_bytes
+from partial_fc.prepare.images import LeftOut, printable
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+REASONS = (
+    "no_label",
+    "no_image",
+    "bad_label",
+    "several_images",
+    "duplicate_key",
+    "undecodable",
+    "other_size",
+    "no_key",
+    "link",
+    "sparse",
+)
+MOST_LABEL_BYTES = MIB  # of a .cls, .json or .txt
+MOST_IMAGE_BYTES = 256 * MIB
+EMPTY_SHARE = 0.5  # of the classes: more without a sample are no class indices
+_LIST_BYTES = 64 * MIB
+_AT_ONCE = 1 << 20  # bytes read for the checksum of what is behind the last member
+
+
+class Options(NamedTuple):
+    """What of a sample its label and its key are."""
+
+    label: str | None  # cls, txt, folder, or a field of .json as person.id; None: the first that a sample has
+    last_dot: bool  # a key ends at the last dot of the base name
+
+
+@dataclass
+class Scan:
+    """What one shard has: of each sample where its image lies, its size in bytes, CRC32, (H, W), label and name."""
+
+    bytes: int = 0
+    sha256: str = ""
+    offset: list[int] = field(default_factory=list)
+    size: list[int] = field(default_factory=list)
+    crc32: list[int] = field(default_factory=list)
+    height: list[int] = field(default_factory=list)
+    width: list[int] = field(default_factory=list)
+    label: list[str | None] = field(default_factory=list)  # None: the folder of the key is one, if any is
+    name: list[str] = field(default_factory=list)
+    left_out: list[dict[str, str]] = field(default_factory=list)
+
+
+def prepare_index(
+    source: str,
+    out: Path,
+    *,
+    label: str | None = None,
+    last_dot: bool = False,
+    close_gaps: bool = False,
+    workers: int | None = None,
+) -> Index:
+    """Index the shards that `source` names in the new folder `out`, which gets links to them.
+
+    source: a shard, a folder of .tar files, a pattern with braces or wildcards, several of these joined by "::", or the
+    .json list of shards of `wids`. label: cls, txt, folder, or a field of .json, as person.id; None takes the first of
+    .cls, the field "label" of .json, and .txt. last_dot: a key ends at the last dot of the base name, so that
+    s2.0.png has the key s2.0. close_gaps: integer labels are numbered anew, without empty classes. workers: shards
+    read at a time; None: as many as cores.
+
+    Raises FileNotFoundError for a shard that is not there, FileExistsError if `out` exists, and ValueError for a file
+    that is no tar, if no sample is left, for labels of which most classes would be empty, and for images of which most
+    are not of one size.
+    """
+    out = Path(out)
+    require_new(out)
+    files = shard_files(source)
+    partial = out.with_name(out.name + ".partial")
+    scans = _scan_all(files, partial, Options(label, last_dot), workers)
+    size, labelled = _sizes_and_labels(scans, source)
+    of_folder = label == "folder" or label is None and not labelled
+    left_out = LeftOut(REASONS)
+    shards: list[dict[str, Any]] = []
+    shard, offset, length, own_label = array("i"), array("q"), array("i"), array("q")
+    crc32, names, name_offset = array("I"), bytearray(), array("q", [0])
+    label_of: dict[str, int] = {}  # in the order in which they come
+    for number, (file, link, place) in enumerate(zip(files, _link(files, partial), scans, strict=True)):
+        scan = _read(place)
+        shards.append({"name": link, "bytes": scan.bytes, "sha256": scan.sha256})
+        for row in scan.left_out:
+            left_out.add(row["name"], row["reason"], shard=file.name)
+        for row, name in enumerate(scan.name):
+            own = os.path.dirname(name) if of_folder else scan.label[row]
+            if not own or (scan.height[row], scan.width[row]) != size:
+                left_out.add(name, "other_size" if own else "no_label", shard=file.name)
+                continue
+            shard.append(number)
+            offset.append(scan.offset[row])
+            length.append(scan.size[row])
+            own_label.append(label_of.setdefault(own, len(label_of)))
+            crc32.append(scan.crc32[row])
+            names += name.encode("utf-8")
+            name_offset.append(len(names))
+    if not label_of:
+        raise ValueError(f"{source} has no sample to use; left out: {left_out.said() or 'nothing'}")
+    numbers, classes = number_labels(list(label_of), close_gaps, source)
+    empty = len(classes) - len(np.unique(numbers))
+    write_index(
+        partial,
+        shards,
+        {
+            "shard": np.frombuffer(shard, np.int32),
+            "offset": np.frombuffer(offset, np.int64),
+            "size": np.frombuffer(length, np.int32),
+            "label": numbers[np.frombuffer(own_label, np.int64)],
+        },
+        {
+            "crc32": np.frombuffer(crc32, np.uint32),
+            "name": np.frombuffer(names, np.uint8),
+            "name_offset": np.frombuffer(name_offset, np.int64),
+        },
+        classes,
+        {
+            "kind": "index",
+            "source": printable(source),
+            "image_size": list(size),
+            "label": label,
+            "last_dot": last_dot,
+            "dropped": dict(left_out.counts),
+            "empty_classes": empty,
+        },
+        left_out.rows,
+    )
+    shutil.rmtree(partial / "scans")
+    partial.rename(out)
+    see = f"; all are named in {out / LEFT_OUT}" if left_out.rows else ""
+    print(
+        f"{out}: {len(shard):,} images of {len(classes) - empty:,} identities in {len(files):,} shards; left out: "
+        f"{left_out.said() or 'nothing'}{see}"
+    )
+    if empty:
+        print(f"warning: {empty:,} of {len(classes):,} classes have no image; --close-gaps numbers them anew")
+    return load_index(out)
+
+
+def shard_files(source: str) -> list[Path]:
+    """The files that `source` names, as `prepare_index` says, each once, in that order."""
+    files: list[Path] = []
+    for pattern in source.split("::"):
+        for name in braceexpand(pattern):
+            path = Path(name)
+            if path.is_dir():
+                found = sorted(path.glob("*.tar"))
+            elif path.suffix == ".json":
+                found = _of_a_list(path)
+            elif any(sign in name for sign in "*?["):
+                found = [Path(one) for one in sorted(glob.glob(name, recursive=True))]
+            else:
+                found = [path]
+            if not found:
+                raise FileNotFoundError(f"{name} names no shard: give .tar files, or a folder of them")
+            files += found
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{missing[0]} is no file, as {len(missing)} of {len(files)} shards that {source} names"
+        )
+    return list(dict.fromkeys(files))
+
+
+def _of_a_list(path: Path) -> list[Path]:
+    """The shards of a list of wids: {"shardlist": [{"url": …}, …]}, relative to the list."""
+    values = parse_json(read_bytes(path, _LIST_BYTES), path)
+    rows = values.get("shardlist") if isinstance(values, dict) else None
+    urls = [row.get("url") if isinstance(row, dict) else None for row in rows] if isinstance(rows, list) else []
+    if not urls or not all(isinstance(url, str) for url in urls):
+        raise ValueError(f'{path}: got {got(rows)}, wanted a list of shards of wids: {{"shardlist": [{{"url": …}}]}}')
+    return [path.parent / url for url in urls]
+
+
+def number_labels(labels: list[str], close_gaps: bool, source: str) -> tuple[np.ndarray, list[str]]:
+    """The class (n,) int64 of each of n different labels, and the names of all classes.
+
+    Raises ValueError where the labels are integers and most classes would have no sample.
+    """
+    if not all(label.isascii() and label.isdigit() for label in labels):
+        number = {label: i for i, label in enumerate(sorted(labels))}
+        return np.array([number[label] for label in labels], np.int64), [printable(label) for label in number]
+    values = [int(label) for label in labels]  # 007 is 7
+    used = sorted(set(values))
+    if close_gaps:
+        place = {value: i for i, value in enumerate(used)}
+        return np.array([place[value] for value in values], np.int64), [str(value) for value in used]
+    count = used[-1] + 1
+    if count - len(used) > EMPTY_SHARE * count:
+        raise ValueError(
+            f"{source}: {count - len(used):,} of {count:,} classes would have no image: the labels are integers up to "
+            f"{used[-1]:,}, {len(used):,} different ones. If they are not class indices, number them anew: --close-gaps"
+        )
+    return np.array(values, np.int64), [str(value) for value in range(count)]
+
+
+def _sizes_and_labels(scans: list[Path], source: str) -> tuple[tuple[int, int], bool]:
+    """(H, W) of most images, and whether any sample has a label of its own."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    labelled = False
+    for place in scans:
+        scan = _read(place)
+        sizes.update(zip(scan.height, scan.width, strict=True))
+        labelled = labelled or any(label is not None for label in scan.label)
+    (size, count), *others = sizes.most_common() or [((0, 0), 0)]
+    if count * 2 < sizes.total():
+        examples = ", ".join(f"{height} x {width}: {n}" for (height, width), n in [(size, count), *others[:2]])
+        raise ValueError(
+            f"{source} has images of {len(sizes)} sizes (height x width: how many; {examples}, …), wanted one that "
+            "most have: shards are indexed as they are; unpack them and give `prepare folder` a --size"
+        )
+    return size, labelled
+
+
+def _link(files: list[Path], folder: Path) -> list[str]:
+    """Links to the shards in `folder`, by their own names where these differ. Returns the names."""
+    own = [file.name for file in files]
+    names = own if len(set(own)) == len(own) else [f"shard-{i:06d}.tar" for i in range(len(own))]
+    for file, name in zip(files, names, strict=True):
+        link = folder / name
+        link.unlink(missing_ok=True)  # of a killed run
+        link.symlink_to(file.resolve())
+    return names
+
+
+def _scan_all(files: list[Path], partial: Path, options: Options, workers: int | None) -> list[Path]:
+    """Where the scans of all shards are. What a killed run has done, of the same files and options, is taken."""
+    kept = partial / "scans"
+    kept.mkdir(parents=True, exist_ok=True)
+    places = {file: kept / f"{_digest(file, options)}.json" for file in files}
+    left = [file for file in files if not places[file].exists()]
+    workers = min(workers or os.cpu_count() or 1, max(len(left), 1))
+    with (
+        tqdm(total=len(files), initial=len(files) - len(left), desc="indexing", unit=" shards", mininterval=1) as bar,
+        ExitStack() as stack,
+    ):
+        jobs = [(file, places[file], options) for file in left]
+        if workers == 1:
+            done: Iterable[None] = (_scan_into(*job) for job in jobs)
+        else:
+            pool = stack.enter_context(ProcessPoolExecutor(workers))
+            done = (future.result() for future in as_completed([pool.submit(_scan_into, *job) for job in jobs]))
+        for _ in done:
+            bar.update()
+    return [places[file] for file in files]
+
+
+def _read(place: Path) -> Scan:
+    return Scan(**json.loads(place.read_text(encoding="utf-8")))
+
+
+def _digest(file: Path, options: Options) -> str:
+    """Equal where a scan would be: the same path, length and time of change, the same options."""
+    stat = file.stat()
+    text = json.dumps([os.fspath(file.resolve()), stat.st_size, stat.st_mtime_ns, *options])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _scan_into(file: Path, place: Path, options: Options) -> None:
+    temporary = place.with_suffix(".partial")
+    temporary.write_text(json.dumps(vars(scan_shard(file, options))), encoding="utf-8")
+    temporary.rename(place)
+
+
+class _Hashed:
+    """A stream that is read from its beginning to its end, and hashed meanwhile."""
+
+    def __init__(self, stream: Any):
+        self.stream, self.sha256, self.bytes = stream, hashlib.sha256(), 0
+
+    def read(self, count: int) -> bytes:
+        data = self.stream.read(count)
+        self.sha256.update(data)
+        self.bytes += len(data)
+        return data
+
+
+class _Member(NamedTuple):
+    name: str
+    extension: str
+    offset: int
+    data: bytes
+
+
+def scan_shard(file: Path, options: Options) -> Scan:
+    """Reads a shard once, from its beginning to its end. Raises ValueError for what is no whole tar."""
+    scan = Scan()
+    with file.open("rb") as stream:
+        hashed = _Hashed(stream)
+        try:
+            with tarfile.open(fileobj=hashed, mode="r|", encoding="utf-8", errors="surrogateescape") as tar:
+                for key, members in _samples(tar, options, scan):
+                    _add(scan, key, members, options)
+                end = tar.offset  # tarfile takes a damaged header, and the end of the file, for the archive's end
+            if os.pread(stream.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"damaged or cut off at byte {end:,}")
+        except (tarfile.TarError, EOFError, UnicodeError) as error:
+            raise ValueError(
+                f"{file} is no whole tar: {error} after {len(scan.name)} samples: copy it again, or leave it out"
+            ) from None
+        while hashed.read(_AT_ONCE):
+            pass
+        scan.bytes, scan.sha256 = hashed.bytes, hashed.sha256.hexdigest()
+    return scan
+
+
+def _samples(tar: tarfile.TarFile, options: Options, scan: Scan) -> Iterator[tuple[str, list[_Member]]]:
+    """Successive members of one key, as webdataset groups them."""
+    key: str | None = None
+    members: list[_Member] = []
+    for member in tar:
+        tar.members = []  # tarfile keeps them all
+        if member.isdir():
+            continue
+        name = printable(member.name)
+        if not member.isreg() or member.issparse():
+            scan.left_out.append({"name": name, "reason": "sparse" if member.issparse() else "link"})
+            continue
+        own, extension = split_key(name, options.last_dot)
+        if own is None or name.startswith("__") and name.split("/")[0].endswith("__"):
+            if own is None:
+                scan.left_out.append({"name": name, "reason": "no_key"})
+            continue
+        if own != key and members:
+            yield key or "", members
+            members = []
+        key = own
+        limit = MOST_IMAGE_BYTES if extension in EXTENSIONS else MOST_LABEL_BYTES
+        wanted = extension in (*EXTENSIONS, "cls", "json", "txt") and member.size <= limit
+        stream = tar.extractfile(member) if wanted else None
+        members.append(_Member(name, extension, member.offset_data, b"" if stream is None else stream.read()))
+    if members:
+        yield key or "", members
+
+
+def split_key(name: str, last_dot: bool) -> tuple[str | None, str]:
+    """Key and extension, in lower case, of a member's name; no key where there is none, as for webdataset."""
+    if not last_dot:
+        key, extension = base_plus_ext(name)
+        return key, (extension or "").lower()
+    stem, extension = os.path.splitext(name)
+    return (stem, extension[1:].lower()) if extension else (None, "")
+
+
+def _add(scan: Scan, key: str, members: list[_Member], options: Options) -> None:
+    """Adds a sample, or why it is left out."""
+    by_extension = {member.extension: member for member in members}
+    images = [member for member in members if member.extension in EXTENSIONS]
+    reason, label = "", None
+    if len(by_extension) < len(members):
+        reason = "duplicate_key"
+    elif len(images) != 1:
+        reason = "several_images" if images else "no_image"
+    else:
+        label, reason = _label(by_extension, options.label)
+    pixels = None if reason else decode(images[0].data)
+    if not reason and pixels is None:
+        reason = "undecodable"
+    if reason or pixels is None:
+        scan.left_out.append({"name": key, "reason": reason})
+        return
+    image = images[0]
+    scan.offset.append(image.offset)
+    scan.size.append(len(image.data))
+    scan.crc32.append(zlib.crc32(image.data))
+    scan.height.append(pixels.shape[0])
+    scan.width.append(pixels.shape[1])
+    scan.label.append(label)
+    scan.name.append(image.name)
+
+
+def _label(members: dict[str, _Member], wanted: str | None) -> tuple[str | None, str]:
+    """The label, None where it may be the folder, and why there is none."""
+    if wanted == "folder":
+        return None, ""
+    of_json = wanted not in (None, "cls", "txt")
+    kinds = (
+        [("json", wanted)]
+        if of_json
+        else [(wanted, None)]
+        if wanted
+        else [("cls", None), ("json", "label"), ("txt", None)]
+    )
+    for extension, path in kinds:
+        if extension not in members:
+            continue
+        data = members[extension].data
+        text = _field(data, path.split(".")) if path else data.decode("utf-8", "replace").strip()
+        if text is None and wanted is None:
+            continue
+        bad = not text or "\n" in text or "\r" in text or "�" in text
+        return (None, "bad_label") if bad else (text, "")
+    return None, "" if wanted is None else "no_label"
+
+
+def _field(data: bytes, path: list[str]) -> str | None:
+    """A text or whole number in a JSON object."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return ""
+    for part in path:
+        value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return None if value is None else ""
+    return str(value).strip()
