@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import cv2
@@ -68,6 +69,19 @@ def test_prepare_evaluate_report(run, folder, tmp_path):
 
     assert f"report: {tmp_path}/page.html" in partial_fc("report", run, "--out", tmp_path / "page.html")
     assert "mine" in (tmp_path / "page.html").read_text()
+
+
+def test_version_and_overrides_with_dashes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["partial-fc", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert capsys.readouterr().out == f"partial_fc {project['version']}\n"
+    given = []
+    monkeypatch.setattr(cli.commands, "doctor", lambda arguments: given.extend(arguments.overrides))
+    monkeypatch.setattr(sys, "argv", ["partial-fc", "doctor", "a.yaml", "--optim.lr=0.1", "run.steps=3"])
+    cli.main()
+    assert given == ["optim.lr=0.1", "run.steps=3"]
 
 
 @pytest.mark.slow

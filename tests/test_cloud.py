@@ -22,7 +22,10 @@ from tests.conftest import REPOSITORY
 from tests.test_doctor import free_port
 
 CLOUD = REPOSITORY / "launch" / "cloud"
-SERVICE, JOB = yaml.safe_load_all((CLOUD / "kubernetes.yaml").read_text())
+MANIFEST = (CLOUD / "kubernetes.yaml").read_text()
+SERVICE, JOB = yaml.safe_load_all(MANIFEST)
+# what the sed of its head makes of it
+WITH_ALL = list(yaml.safe_load_all(re.sub("^(.*?)#(?:kueue|rdma) ", r"\1", MANIFEST, flags=re.MULTILINE)))[1]
 POD = JOB["spec"]["template"]["spec"]
 CONTAINER = POD["containers"][0]
 TASK = yaml.safe_load((CLOUD / "skypilot.yaml").read_text())
@@ -37,7 +40,7 @@ def test_kubernetes_takes_the_manifest(version):
     """The schemas of the oldest release that has all of it, and of the newest; nothing unknown in it."""
     kubernetes = pytest.importorskip("kubernetes_validate", reason="not run: kubernetes-validate is not installed")
     version = version or kubernetes.latest_version()
-    for document in (SERVICE, JOB):
+    for document in (SERVICE, JOB, WITH_ALL):
         kubernetes.validate(document, version, strict=True)
     wrong = copy.deepcopy(JOB)
     wrong["spec"]["podFailurePolicy"]["rules"][0]["onExitCode"] = {}
@@ -62,6 +65,22 @@ def test_the_manifest_agrees_with_itself():
     user = re.search(r"^USER (\d+):\d+$", (REPOSITORY / "docker" / "Dockerfile").read_text(), re.MULTILINE).group(1)
     assert POD["securityContext"]["runAsUser"] == int(user)
     assert (REPOSITORY / CONTAINER["args"][0]).exists() and (REPOSITORY / CONTAINER["command"][1]).exists()
+
+
+def test_the_lines_for_kueue_and_rdma():
+    """Off as it stands, where a cluster may have neither; all of them on by the sed of the manifest's head."""
+    job = copy.deepcopy(WITH_ALL)
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    assert "labels" not in JOB["metadata"] and "suspend" not in JOB["spec"]
+    assert job["metadata"].pop("labels") == {"kueue.x-k8s.io/queue-name": "user-queue"}
+    assert job["spec"].pop("suspend") is True
+    assert CONTAINER["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container["securityContext"]["capabilities"].pop("add") == ["IPC_LOCK"]
+    assert container["resources"]["limits"].pop("rdma/hca_shared_devices_a") == 1
+    added = [entry for entry in container["env"] if entry not in CONTAINER["env"]]
+    assert [entry["name"] for entry in added] == ["NCCL_IB_HCA", "NCCL_DEBUG"]
+    container["env"] = CONTAINER["env"]
+    assert job == JOB  # and nothing else
 
 
 def test_exit_codes_mean_the_same_everywhere():

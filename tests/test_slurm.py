@@ -40,10 +40,12 @@ def cluster(tmp_path_factory):
     cluster.close()
 
 
-def submit(cluster: Cluster, run: Path, *overrides: str, options: tuple[str, ...] = ("--nodes=2",)) -> str:
+def submit(
+    cluster: Cluster, run: Path, *overrides: str, options: tuple[str, ...] = ("--nodes=2",), **environment: str
+) -> str:
     log = f"--output={run}-%j.out"
     command = ["sbatch", "--parsable", log, *options, str(SBATCH), CONFIG, *OPTIONS, f"run.dir={run}", *overrides]
-    return cluster.run(*command, cwd=REPOSITORY, **ACTIVATED).strip()
+    return cluster.run(*command, cwd=REPOSITORY, **ACTIVATED, **environment).strip()
 
 
 def log_of(run: Path, job: str) -> str:
@@ -70,9 +72,13 @@ def finishes_as_if_nothing_had_been(cluster: Cluster, job: str, run: Path, whole
 @pytest.mark.soak("slurm")
 @needs_slurm
 def test_two_nodes_signal_requeue_finish(cluster, whole, tmp_path):
-    """The job of a run that was asked to stop goes back into the queue and ends as if nothing had been."""
+    """The job of a run that was asked to stop goes back into the queue and ends as if nothing had been.
+
+    With options for srun, as a container needs them: here of variables that have torchrun write a log for each rank.
+    """
     run = tmp_path / "run"
-    job = submit(cluster, run)
+    logs = f"--export=ALL,PET_LOG_DIR={tmp_path}/logs,PET_TEE=3"
+    job = submit(cluster, run, SRUN_OPTIONS=logs)
     cluster.wait_for(lambda: steps_of(run) >= 5, 120, "five steps")
     cluster.run("scancel", "--batch", "--signal=USR1", job, cwd=tmp_path)
     cluster.wait_for(lambda: restarts(cluster, job) == 1, 120, "the requeue")
@@ -83,6 +89,9 @@ def test_two_nodes_signal_requeue_finish(cluster, whole, tmp_path):
     assert "2 ranks on cpu" in log and f"preempted: stopped after step {saved};" in log
     assert f"from {run}/checkpoints/step_{saved:08d}" in log and not (run / "preempted").exists()
     assert restarts(cluster, job) == 1
+    # of each rank and attempt, standard error among them
+    assert sum("step 100/100" in file.read_text() for file in (tmp_path / "logs").rglob("stdout.log")) == 1
+    assert len(list((tmp_path / "logs").rglob("stderr.log"))) == 4
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ from torch import nn
 
 from partial_fc import backbone, checkpoint
 from partial_fc.backbone.net import EmbeddingNet
-from partial_fc.build import build
+from partial_fc.build import build, micro_batch_sizes
+from partial_fc.config_file import load_config
 from partial_fc.data.reader import Batch, normalize
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.parallel import distributed
@@ -19,6 +20,7 @@ from partial_fc.report.page import write_report
 from partial_fc.train import micro_batches, share
 from tests.conftest import run_ranks
 from tests.test_train import (
+    CONFIG,
     assert_follows,
     checksums,
     config_for,
@@ -54,6 +56,12 @@ def pieces_of(counts: list[int], pieces: int) -> list[tuple[int, float]]:
     count = counts[distributed.rank()]
     batch = Batch(torch.zeros(count, 3, 4, 4, dtype=torch.uint8), torch.arange(count), 0, count, [])
     return [(len(labels), float(weight)) for _, labels, weight in micro_batches(batch, pieces, torch.device("cpu"))]
+
+
+def test_sizes_that_a_compiled_backbone_meets():
+    """Those of a batch that is not damaged: smaller ones are filled up to them."""
+    for pieces, sizes in ((1, {48}), (5, {9, 10}), (6, {8})):
+        assert micro_batch_sizes(load_config(CONFIG, [f"data.accumulate={pieces}"])) == sizes
 
 
 @pytest.mark.gpu
