@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     checks = subcommands.add_parser("doctor", help="what would go wrong in a run, on all ranks of torchrun")
     checks.add_argument("config", nargs="?", type=Path, help="unset: the machines and their network alone")
     checks.add_argument("overrides", nargs="*", metavar="section.key=value")
+    _add_trust(checks)
     checks.set_defaults(run=commands.doctor)
 
     report = subcommands.add_parser("report", help="one HTML page about a run, or about several compared")
@@ -213,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         help="neighbours:rate, 3:0.02,3:0.01,16:0.01",
     )
     sampler.add_argument("--batches", type=int, default=10, help="of the run's training data")
+    _add_trust(sampler)
     sampler.set_defaults(run=commands.benchmark_sampler)
 
     study = subcommands.add_parser(
@@ -243,6 +245,12 @@ def _size(text: str) -> tuple[int, int]:
         return int(height), int(width or height)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; give 112, or height x width as 112x96") from None
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-code", action="store_true", help="import losses that the config names as module.Class: that runs them"
+    )
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,8 @@ from pydantic import BaseModel
 
 from partial_fc.config import Config, check_config
 from partial_fc.environment import environment
+from partial_fc.files import shortened
+from partial_fc.manifest import is_run_id
 
 
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -78,10 +80,14 @@ def _plain(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
 
 
-def save_config(config: Config, path: Path, device: str | None = None) -> None:
-    """Writes the merged config with the git commit and the package versions it runs under, and the device's name."""
+def save_config(config: Config, path: Path, device: str | None = None, run: str | None = None) -> None:
+    """Writes the merged config with the git commit and the package versions it runs under.
+
+    device: its name. run: the run's id, which its checkpoints have too.
+    """
     values = config.model_dump(mode="json")
-    values["environment"] = environment() | ({} if device is None else {"device": device})
+    notes = {"device": device, "run": run}
+    values["environment"] = environment() | {name: note for name, note in notes.items() if note is not None}
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(yaml.safe_dump(values, sort_keys=False))
     temporary.rename(path)
@@ -89,8 +95,29 @@ def save_config(config: Config, path: Path, device: str | None = None) -> None:
 
 def saved_checkpoint_dir(run: Path) -> str | None:
     """The checkpoint.dir of a run folder's config.yaml; None where that is unset or not there."""
+    section = _saved(run).get("checkpoint")
+    where = section.get("dir") if isinstance(section, dict) else section
+    if not (where is None or isinstance(where, str)):
+        raise ValueError(f"{run}/config.yaml: checkpoint.dir: got {shortened(where)}, wanted a folder or a URL")
+    return where or None
+
+
+def saved_run_id(run: Path) -> str | None:
+    """The run's id in its folder's config.yaml; None where that is not there, or of an early version."""
+    notes = _saved(run).get("environment")
+    found = notes.get("run") if isinstance(notes, dict) else None
+    return found if is_run_id(found) else None
+
+
+def _saved(run: Path) -> dict:
+    """config.yaml of a run folder, or nothing. Raises ValueError for what is no YAML of sections."""
+    file = run / "config.yaml"
     try:
-        values = yaml.safe_load((run / "config.yaml").read_text()) or {}
+        values = yaml.safe_load(file.read_text()) or {}
     except (FileNotFoundError, NotADirectoryError):
-        return None
-    return (values.get("checkpoint") or {}).get("dir")
+        return {}
+    except (IsADirectoryError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{file} is no YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: wanted sections (run:, data:, ...), got {type(values).__name__}")
+    return values

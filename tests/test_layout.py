@@ -16,12 +16,12 @@ MODULES = sorted(path.relative_to(REPOSITORY) for path in PACKAGE.rglob("*.py"))
 
 # A module imports from lower floors, or from its own package.
 FLOORS = [
-    {"seeds", "environment", "storage"},
-    {"config"},
+    {"seeds", "environment", "storage", "files", "folder_lock"},
+    {"config", "manifest"},
     {"config_file"},
     {"parallel", "backbone", "optim", "phases"},
-    {"data", "head", "checkpoint_files"},
-    {"checkpoint", "prepare", "progress", "profiler", "trackers"},
+    {"data", "head", "checkpoint_files", "progress"},
+    {"checkpoint", "prepare", "profiler", "trackers"},
     {"metrics", "evaluate"},
     {"build", "benchmark", "export"},
     {"train", "doctor"},
@@ -38,7 +38,7 @@ DOORS = {
     "torch.utils.tensorboard": {"trackers.py"},
     "fsspec": {"storage.py"},
     "yaml": {"config_file.py", "environment.py", "report/runs.py", "study/plan.py"},
-    "safetensors": {"checkpoint.py", "export/model.py"},
+    "safetensors": {"checkpoint.py", "checkpoint_files.py", "export/model.py"},
     "onnxruntime": {"export/formats.py"},
     "huggingface_hub": {"export/model.py"},
     "PIL": {"prepare/faces.py"},

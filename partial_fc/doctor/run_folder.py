@@ -38,9 +38,9 @@ def images(index: Index) -> Found:
     return Found(f"{len(samples)} samples decoded, {' x '.join(map(str, image_size(index)))} pixels")
 
 
-def batches(config: Config, index: Index) -> Found:
+def batches(config: Config, index: Index, trust_code: bool) -> Found:
     """The global batch fits data, streams and ranks."""
-    order = order_of(config, index)
+    order = order_of(config, index, trust_code=trust_code)
     return Found(f"{order.steps_per_epoch:,} steps of {order.global_batch_size} samples an epoch", value=order)
 
 
@@ -58,13 +58,17 @@ def evaluation_sets(config: Config, index: Index) -> Found:
 
 
 def head_bytes(
-    config: Config, num_classes: int, device: torch.device, latest: checkpoint.Checkpoint | None = None
+    config: Config,
+    num_classes: int,
+    device: torch.device,
+    trust_code: bool,
+    latest: checkpoint.Checkpoint | None = None,
 ) -> Found:
     """What a checkpoint keeps of the head, told from one with few classes; the latest one must have the same."""
     small = config.head.model_copy(update={"cache_bytes": 0, "compile": False})
     with warnings.catch_warnings():  # cautions about margins are for the real number of classes
         warnings.simplefilter("ignore")
-        head = build_head(config.model_copy(update={"head": small}), COUNTED, device)
+        head = build_head(config.model_copy(update={"head": small}), COUNTED, device, trust_code=trust_code)
     if latest is not None:
         checkpoint.check_kinds(latest, head)
     of_a_class = sum(tensor.nbytes for tensor in checkpoint.state_by_class(head).values()) / max(len(head.classes), 1)

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from partial_fc import storage
 from partial_fc.backbone import build_seeded
-from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone
-from partial_fc.config import Backbone, Config
+from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone, read_tensors
+from partial_fc.config import Backbone
 from partial_fc.environment import read_environment
 from partial_fc.prepare.images import fit, read_image
 
@@ -77,15 +77,23 @@ def load_backbone(source: str | os.PathLike, revision: str | None = None) -> Emb
     weights = folder / "model.safetensors"
     if not weights.is_file() or _sha256(weights) != config["model_sha256"]:
         raise ValueError(f"{weights} is missing or damaged: its SHA-256 is not config.json's; copy the folder again")
-    return _assemble(config, load_file(weights))
+    return _assemble(config, read_tensors(weights))
 
 
-def open_model(source: str | os.PathLike) -> Embedder:
-    """`load_backbone`, and the same of a run (its newest checkpoint) or of one checkpoint, each a folder or a URL."""
-    path = storage.place(source)
-    if storage.remote(path) or (path.is_dir() and not (path / "config.json").exists()):
-        return from_checkpoint(find_checkpoint(path))
+def open_model(source: str | os.PathLike, found: Checkpoint | None = None) -> Embedder:
+    """`load_backbone`, and the same of a run (its newest checkpoint) or of one checkpoint, each a folder or a URL.
+
+    found: its checkpoint, where one was chosen already.
+    """
+    if found is not None or is_run(source):
+        return from_checkpoint(found or find_checkpoint(storage.place(source)))
     return load_backbone(source)
+
+
+def is_run(source: str | os.PathLike) -> bool:
+    """Whether `open_model` takes it for a run or a checkpoint."""
+    path = storage.place(source)
+    return storage.remote(path) or (path.is_dir() and not (path / "config.json").exists())
 
 
 def from_checkpoint(found: Checkpoint, averaged: bool = False) -> Embedder:
@@ -96,14 +104,14 @@ def from_checkpoint(found: Checkpoint, averaged: bool = False) -> Embedder:
     state = read_backbone(found, averaged)
     if state is None:
         raise ValueError(f"{found.path} has no moving average: its run had no engine.ema; leave --averaged out")
-    config = Config.model_validate(found.manifest["settings"]["config"])
-    classes = next(entry for entry in found.files() if entry["name"] == "classes.txt")
+    config = found.config()
+    classes = found.entry("classes.txt")
     trained_with = read_environment(_config_text(found))
     description = {
         "format": FORMAT,
         "version": VERSION,
         "backbone": config.backbone.model_dump(mode="json"),
-        "image_size": list(found.manifest["settings"]["image_size"]),
+        "image_size": list(found.image_size()),
         "input": "uint8 (batch, 3, height, width), values 0 to 255; the model subtracts mean and divides by std itself",
         "channel_order": "RGB",
         "mean": list(config.data.mean),
@@ -111,7 +119,7 @@ def from_checkpoint(found: Checkpoint, averaged: bool = False) -> Embedder:
         "flip": config.evaluate.flip,
         "output": "float32 (batch, embedding_dim), normalized: dot products are cosines",
         "num_classes": found.manifest["num_classes"],
-        "classes_sha256": classes["sha256"],
+        "classes_sha256": classes and classes["sha256"],
         "step": found.step,
         "weights": "averaged" if averaged else "trained",
         "trained_at_commit": trained_with.get("git_commit", "unknown"),

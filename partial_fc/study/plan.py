@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from partial_fc.build import build_losses
+from partial_fc.build import build_losses, own_code
 from partial_fc.config import Config, EvaluationSet, Section, check_config
 from partial_fc.data.shards import load_index
 from partial_fc.head.named import source_of
@@ -139,8 +139,10 @@ class Plan:
             return self.recorded[folder]
 
 
-def load_plan(path: Path, recorded: dict[str, list] | None = None) -> Plan:
+def load_plan(path: Path, recorded: dict[str, list] | None = None, *, trust_code: bool = False) -> Plan:
     """Reads and checks a plan, every config in it included.
+
+    trust_code: whether losses that are given as module.Class are imported and checked, too, as training does.
 
     recorded: the data of earlier trials (see Trial), which stands for data sets that are not here.
 
@@ -162,7 +164,9 @@ def load_plan(path: Path, recorded: dict[str, list] | None = None) -> Plan:
     sizes = {name: len(list(itertools.product(*grid.values()))) for name, grid in grids.items()}
     if len(set(sizes.values())) > 1 or 0 in sizes.values():
         raise ValueError(f"{path}: the grids have {sizes} points; wanted one number for all, the same budget for all")
-    tuned_in = None if given.tuned_in is None else load_plan(path.parent / given.tuned_in, recorded)
+    tuned_in = (
+        None if given.tuned_in is None else load_plan(path.parent / given.tuned_in, recorded, trust_code=trust_code)
+    )
     if tuned_in is not None and given.tuning is not None:
         raise ValueError(f"{path} has both tuning and tuned_in: take one of them away")
     if given.tuning is not None:
@@ -189,7 +193,7 @@ def load_plan(path: Path, recorded: dict[str, list] | None = None) -> Plan:
             raise ValueError(f"{path}: row {name}: there is no grid {grid!r}; there are {', '.join(grids) or 'none'}")
         row = Row(name, overrides, grids[grid or next(iter(grids))] if grids else {}, against, tuned_as)
         try:
-            _check_row(base, row)
+            _check_row(base, row, trust_code)
         except ValueError as error:
             raise ValueError(f"{path}: row {name}: {error}") from None
         rows.append(row)
@@ -254,7 +258,7 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _check_row(base: dict, row: Row) -> None:
+def _check_row(base: dict, row: Row, trust_code: bool) -> None:
     """Raises ValueError where one of the row's configs is not valid, at any point of its grid."""
     for point in itertools.product(*row.grid.values()):
         values = copy.deepcopy(base)
@@ -265,7 +269,8 @@ def _check_row(base: dict, row: Row) -> None:
             raise ValueError(
                 "checkpoint.dir is set: a study's runs would go on from each other's checkpoints; unset it"
             )
-        build_losses(config)
+        if trust_code or not own_code(config):
+            build_losses(config)
 
 
 @cache
