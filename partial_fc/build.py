@@ -172,15 +172,21 @@ def go_back(folder: Place, what: str, message: str) -> None:
     """
     with distributed.together("going back to an earlier checkpoint"):
         if distributed.rank() == 0:
-            before = []
-            for one in checkpoint_files.complete(storage.parent(folder)):
-                with suppress(ValueError):
-                    if one != folder and checkpoint_files.read_own_manifest(one):
-                        before.append(one)
-            if not before or not storage.exists(storage.join(folder, checkpoint_files.MANIFEST)):
+            before = sound_before(folder)
+            if before is None or not storage.exists(storage.join(folder, checkpoint_files.MANIFEST)):
                 raise ValueError(message)
             aside = checkpoint_files.set_aside(folder)
-            print(f"warning: {what}. It is kept as {aside}, and the run goes on from {before[-1]}", flush=True)
+            text = f"warning: {what}. It is kept as {aside}, and the run goes on from {before}"
+            print(one_line(text), flush=True)
+
+
+def sound_before(folder: Place) -> Place | None:
+    """The newest checkpoint beside a damaged one whose manifest is sound."""
+    for one in reversed(checkpoint_files.complete(storage.parent(folder))):
+        with suppress(ValueError):
+            if one != folder and checkpoint_files.read_own_manifest(one):
+                return one
+    return None
 
 
 def owner_of(config: Config) -> Owner:
@@ -478,7 +484,7 @@ def print_summary(
     world_size = distributed.world_size()
     compiled = ", compiled" if head.compiled else ""
     pieces = f" in {config.data.accumulate} micro-batches" if config.data.accumulate > 1 else ""
-    start = "from the start" if found is None else f"from {found.path}"
+    start = "from the start" if found is None else f"from {one_line(found.path)}"
     print(
         f"{config.run.dir}: {index.num_samples:,} samples of {index.num_classes:,} identities; {world_size} ranks on "
         f"{head.device.type}, {len(head.classes):,} class centers on the first{compiled}; {config.backbone.name} in "
@@ -491,6 +497,6 @@ def print_summary(
     if found is not None:
         for change in changes(found.setting("config"), config.model_dump(mode="json")):
             void = " (without effect: the checkpoint has it)" if change.startswith(AT_THE_START) else ""
-            print(f"changed since the checkpoint: {change}{void}", flush=True)
+            print(f"changed since the checkpoint: {one_line(change)}{void}", flush=True)
     if config.optim.warmup_steps >= total_steps:
         print(f"warning: optim.warmup_steps {config.optim.warmup_steps} is the whole run: it never gets to optim.lr")

@@ -12,6 +12,7 @@ from partial_fc.benchmark import backbone_steps
 from partial_fc.benchmark.head_steps import LABELS
 from partial_fc.export.formats import FORMATS
 from partial_fc.figures import EPOCHS, NAMES
+from partial_fc.files import printable
 from partial_fc.prepare.folder import prepare_folder
 from partial_fc.prepare.listing import prepare_list
 from partial_fc.prepare.pairs import prepare_bin, prepare_pairs
@@ -26,7 +27,7 @@ def main() -> None:
         arguments = _parser().parse_args()
         arguments.run(arguments)
     except (ValueError, OSError) as error:
-        sys.exit(1 if isinstance(error, BrokenPipeError) and _reader_is_gone() else f"error: {error}")
+        sys.exit(1 if isinstance(error, BrokenPipeError) and _reader_is_gone() else printable(f"error: {error}"))
     finally:
         if _reader_is_gone():  # the interpreter flushes stdout at its end, and would complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,7 +4,7 @@ import math
 import sys
 from dataclasses import asdict, dataclass, field
 
-from partial_fc.files import shortened
+from partial_fc.files import one_line, shortened
 from partial_fc.parallel.distributed import RunError
 
 SKIPS_IN_A_ROW = 10  # steps without a finite loss after which a run stops
@@ -50,7 +50,9 @@ class Progress:
         applied: whether backbone and head were updated.
         """
         for key in bad_here:
-            print(f"step {step}: sample {key} could not be decoded; its batch is one shorter", file=sys.stderr)
+            print(
+                f"step {step}: sample {one_line(key)} could not be decoded; its batch is one shorter", file=sys.stderr
+            )
         self.samples += samples
         self.undecodable += undecodable
         if math.isfinite(loss):

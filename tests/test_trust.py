@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from functools import partial
 from pathlib import Path
 
@@ -158,7 +157,7 @@ def mutated(text: bytes, random: random.Random) -> bytes:
     if random.random() < 0.5:
         data = bytearray(text)
         for _ in range(random.randint(1, 4)):
-            start, length = random.randrange(len(data)), random.choice([1, 1, 1, 2, 8, len(data)])
+            start, length = random.randrange(len(data) + 1), random.choice([1, 1, 1, 2, 8, len(data)])
             data[start : start + length] = random.choice([b"", b"[", b"}", b"\x00", b"\xff", b'"', b"-", b"9" * 5000])
         return bytes(data)
     values = json.loads(text)
@@ -624,9 +623,7 @@ def test_no_command_but_training_imports_what_a_config_names(evil, tmp_path, cap
         ("report", evil, "--out", out / "report.html"),
         ("figures", out / "figures", "--only", "cosines", "--runs", evil),
     ):
-        began = time.process_time()
         assert command(*arguments) is None, arguments
-        print("TIME", arguments[0], time.process_time() - began, file=sys.__stderr__)
         assert not (evil / "ran").exists(), arguments
     refused = "head.margin.name: 'evil.Mine' is code outside of partial_fc"
     assert refused in command("benchmark", "sampler", evil, "--batches", 1)

@@ -12,6 +12,7 @@ from partial_fc.config import Config
 from partial_fc.data.groups import build_order
 from partial_fc.data.reader import image_size, loader, normalize
 from partial_fc.data.shards import Index, load_index
+from partial_fc.files import one_line
 from partial_fc.head.margins import build_margin
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.sampling import HardNegatives, Sampler, nearest_classes, random_negatives
@@ -96,7 +97,7 @@ def benchmark_sampler(
         }
         for i, name in enumerate(names)
     ]
-    print(f"{found.path}: {index.num_classes:,} classes, {batches} batches of {order.global_batch_size}")
+    print(f"{one_line(found.path)}: {index.num_classes:,} classes, {batches} batches of {order.global_batch_size}")
     print("mass: share of the full softmax's negative mass in use; hardest: how often the hardest negative is in use")
     width = max(map(len, names))
     print(f"{'':{width}}     rows  of all   mass  hardest")

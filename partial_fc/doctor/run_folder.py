@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from partial_fc import checkpoint, storage
-from partial_fc.build import build_head, checkpoints_of, latest_of, order_of, training_data
+from partial_fc.build import build_head, checkpoints_of, latest_of, order_of, sound_before, training_data
 from partial_fc.config import Config
 from partial_fc.data.reader import image_size, images_in_order
 from partial_fc.data.shards import Index
 from partial_fc.doctor.sheet import Found, size_text
 from partial_fc.evaluate.runs import open_sets
+from partial_fc.manifest import Damaged
 from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
 
@@ -46,7 +47,13 @@ def batches(config: Config, index: Index, trust_code: bool) -> Found:
 
 def latest_checkpoint(config: Config, index: Index) -> Found:
     """It has the data's classes, the config's backbone and the data order."""
-    found = latest_of(config, index)
+    try:
+        found = latest_of(config, index)
+    except Damaged as error:
+        before = None if error.folder is None else sound_before(error.folder)
+        if before is None:
+            raise
+        return Found(f"{error.what}: a run would rename it and go back to {before}", "warning")
     if found is None:
         return Found(f"none in {checkpoints_of(config)}: a run would begin at step 0")
     return Found(f"{found.path} fits: a run would go on from step {found.step:,}", value=found)

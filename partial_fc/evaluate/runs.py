@@ -15,6 +15,7 @@ from partial_fc.config import Config, Evaluate, EvaluationSet
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
 from partial_fc.evaluate.protocol import evaluate_sets, format_table
+from partial_fc.files import one_line, printable
 from partial_fc.parallel import distributed
 
 FORMAT, VERSION = "partial_fc-evaluation", 2
@@ -49,7 +50,8 @@ def evaluate_run(
         indexes = open_sets(sets, size)
     kept = storage.remote(path) or os.access(path, os.W_OK | os.X_OK)
     if not kept and distributed.rank() == 0:
-        print(f"warning: {path} cannot be written to: the table is printed, and no evaluation.json written", flush=True)
+        text = f"warning: {path} cannot be written to: the table is printed, and no evaluation.json written"
+        print(printable(text), flush=True)
     models: dict[str, Any] = {"trained": _trained(found, config, size)}
     if (averaged := _trained(found, config, size, averaged=True)) is not None:
         models["averaged"] = averaged
@@ -58,7 +60,7 @@ def evaluate_run(
     results = {}
     for name, net in models.items():
         if distributed.rank() == 0:
-            print(f"evaluating the {name} backbone on {', '.join(sets)}", flush=True)
+            print(printable(f"evaluating the {name} backbone on {', '.join(sets)}"), flush=True)
         results[name] = evaluate_sets(
             net.to(device).eval(),
             indexes,
@@ -74,7 +76,7 @@ def evaluate_run(
             result["note"] = sets[chosen].note
     evaluation = {"format": FORMAT, "version": VERSION, "step": found.step, "models": results}
     if distributed.rank() == 0:
-        print(format_table(results), flush=True)
+        print(printable(format_table(results)), flush=True)
     with distributed.together(f"writing {path}/evaluation.json"):
         if distributed.rank() == 0 and kept:
             text = json.dumps(evaluation, indent=1)
@@ -125,7 +127,7 @@ def open_sets(sets: dict[str, EvaluationSet], size: tuple[int, int]) -> dict[str
         if shared and distributed.rank() == 0:
             print(
                 f"warning: evaluation set {name}: {len(shared)} distractors are called like its identities, for "
-                f"example {min(shared)}: if they are the same, rank-1 counts them as wrong"
+                f"example {one_line(min(shared))}: if they are the same, rank-1 counts them as wrong"
             )
         indexes[name] = index, distractors
     return indexes

@@ -17,6 +17,7 @@ from partial_fc.checkpoint import find_for_all
 from partial_fc.export.images import Images, open_images
 from partial_fc.export.model import Embedder, is_run, open_model
 from partial_fc.export.rows import KINDS, write_rows
+from partial_fc.files import printable
 from partial_fc.parallel import distributed
 
 _ROWS_AT_ONCE = 1 << 16  # when the ranks' parts are joined
@@ -81,7 +82,8 @@ def embed_images(
                     files.left_out.write_text("".join(json.dumps(row) + "\n" for row in missing))
                 _join(files, [files.part(r) for r in range(world_size)], counts, net.embedding_dim)
                 if missing:
-                    print(f"left out: {_reasons(missing)}, see {files.left_out}; {_some(missing)}", flush=True)
+                    text = f"left out: {_reasons(missing)}, see {files.left_out}; {_some(missing)}"
+                    print(printable(text), flush=True)
                 others = f"; {images.others} files are not named like images" if images.others else ""
                 print(f"{out}: {sum(counts):,} embeddings of {net.embedding_dim} numbers{others}", flush=True)
     finally:
