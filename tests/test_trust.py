@@ -102,6 +102,16 @@ def test_what_is_printed_has_no_control_characters():
     assert one_line("漢字 é\n\u200d") == "漢字 é\\n\u200d"
 
 
+def test_errors_carry_no_escape_sequences(tmp_path, capsys):
+    folder = tmp_path / "a\x1b[31mb"
+    folder.mkdir()
+    said = [command("export", folder, tmp_path / "out")]
+    assert command("evaluate", folder) == 1  # on all ranks of a job
+    said.append(capsys.readouterr().err)
+    for text in said:
+        assert "error: " in text and "a\\x1b[31mb holds no complete checkpoint" in text and "\x1b" not in text
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
         self.server.asked.append(self.path)
@@ -614,6 +624,7 @@ def command(*arguments: object) -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_no_command_but_training_imports_what_a_config_names(evil, tmp_path, capsys):
     out = tmp_path / "out"
     for arguments in (
