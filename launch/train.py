@@ -8,6 +8,7 @@ import sys
 import partial_fc
 from partial_fc.config_file import describe, load_config, without_dashes
 from partial_fc.evaluate.runs import evaluate_run
+from partial_fc.files import printable
 from partial_fc.parallel import distributed
 from partial_fc.train import train
 
@@ -22,7 +23,7 @@ def main() -> None:
     try:
         config = load_config(arguments.config, arguments.overrides)
     except ValueError as error:
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        sys.exit(printable(f"error: {error}") if os.environ.get("RANK", "0") == "0" else 1)
     if arguments.print_config:
         print(describe(config), end="")
         return

@@ -10,23 +10,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from partial_fc import backbone, checkpoint, memory, storage
+from partial_fc import backbone, checkpoint, checkpoint_files, memory, storage
+from partial_fc.checkpoint_files import Owner
 from partial_fc.config import Backbone, Config
-from partial_fc.config_file import save_config, saved_checkpoint_dir
+from partial_fc.config_file import save_config, saved_checkpoint_dir, saved_run_id
 from partial_fc.data.groups import Groups, build_order
 from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
 from partial_fc.evaluate.runs import open_sets
+from partial_fc.files import one_line
 from partial_fc.head.embedding_losses import EmbeddingLoss, build_embedding_loss
 from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.margins import build_margin
+from partial_fc.head.named import source_of
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.partition import class_range
 from partial_fc.head.sampling import HardNegatives
+from partial_fc.manifest import Damaged
 from partial_fc.metrics import KEPT
 from partial_fc.optim import build_optimizer, peak_rate
 from partial_fc.parallel import distributed
@@ -52,6 +57,7 @@ class Parts:
     progress: Progress
     peak_rate: float  # the backbone's learning rate at its peak
     head_rate: float  # the class centers' learning rate, as a multiple of the backbone's
+    owner: Owner | None  # the run, as its checkpoints name it; on rank 0
 
     def labels(self, step: int) -> Tensor:
         """(B,) labels of the whole global batch of a step, from the index: no collective."""
@@ -67,18 +73,17 @@ def build(config: Config, device: torch.device) -> Parts:
         check_engine(config.engine, device)
         index = training_data(config)
         size = image_size(index)
-        order = order_of(config, index)
+        say_what_is_imported(config)
+        order = order_of(config, index, trust_code=True)
         net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
         check_batch_norm(config, net, order)
-        found = latest_of(config, index)
         total_steps = length_of(config, order)
-        if found is not None:
-            check_something_is_trained(found, config, total_steps)
         sets = open_sets(config.evaluate.sets, size)  # what is wrong with them is said now, not after the training
-        wants = head_wants(config, index.num_classes, device)
+        wants = head_wants(config, index.num_classes, device, trust_code=True)
     check_memory(wants)
+    found = start_of(config, index, total_steps)
     with distributed.together("preparing the run"):
-        head = build_head(config, index.num_classes, device)
+        head = build_head(config, index.num_classes, device, trust_code=True)
         net.to(device).train()
     agree_on_start(config, index, found)
     check_shared(checkpoints_of(config))
@@ -95,25 +100,32 @@ def build(config: Config, device: torch.device) -> Parts:
     # compiled code is made for a batch size
     images = max(batch_sizes) if config.engine.compile else 2
     engine.warm_up(torch.zeros(images, 3, *size, device=device))
-    if found is not None:
-        checkpoint.load(found, head=head, engine=engine, near=run)
+    while found is not None:
+        try:
+            checkpoint.load(found, head=head, engine=engine, near=run)
+            break
+        except checkpoint.DamagedCheckpoint as error:
+            go_back(found.path, error.what, str(error))
+            found = start_of(config, index, total_steps)
     start_step = 0 if found is None else found.step
+    owner: Owner | None = None
     with distributed.together("preparing the run"):
         if distributed.rank() == 0:
             run.mkdir(parents=True, exist_ok=True)
             (run / "preempted").unlink(missing_ok=True)
+            owner = owner_of(config)
             if config.checkpoint.dir and found is not None:
                 restore_beside(found, run)
             if start_step < total_steps or not (run / "config.yaml").exists():
                 name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-                save_config(config, run / "config.yaml", name)
+                save_config(config, run / "config.yaml", name, owner.run)
             print_summary(config, index, order, head, total_steps, found)
             for caution in (*schedule_cautions(config, total_steps), *data_cautions(config, index, sets)):
-                print(f"warning: {caution}", flush=True)
-    progress = Progress() if found is None else Progress(**found.manifest["settings"]["progress"])
+                print(f"warning: {one_line(caution)}", flush=True)
+    progress = Progress() if found is None else Progress.restored(found.setting("progress"), found.path)
     peak, _ = peak_rate(config.optim, order.global_batch_size)
     head_rate = _first(config.head.optim.lr, config.optim.lr) / config.optim.lr
-    return Parts(index, order, head, engine, total_steps, start_step, progress, peak, head_rate)
+    return Parts(index, order, head, engine, total_steps, start_step, progress, peak, head_rate, owner)
 
 
 def checkpoints_of(config: Config) -> Place:
@@ -132,6 +144,70 @@ def latest_of(config: Config, index: Index) -> checkpoint.Checkpoint | None:
     else:
         check_unchanged(found, config, index)
     return found
+
+
+def start_of(config: Config, index: Index, total_steps: int) -> checkpoint.Checkpoint | None:
+    """The checkpoint that the run goes on from; one whose manifest or class map is damaged is passed over.
+
+    A collective. Raises RunError on all ranks, as `latest_of` and `check_something_is_trained`.
+    """
+    while True:
+        found: checkpoint.Checkpoint | None = None
+        damage: Damaged | None = None
+        with distributed.together("preparing the run"):
+            try:
+                found = latest_of(config, index)
+                if distributed.rank() == 0:
+                    owner_of(config)
+                if found is not None:
+                    check_something_is_trained(found, config, total_steps)
+            except Damaged as error:
+                damage = error
+        seen = distributed.gather_objects(damage and (str(damage), damage.what, damage.folder))
+        first = next((one for one in seen if one is not None), None)
+        if first is None:
+            return found
+        message, what, folder = first
+        if seen[0] is None or folder is None:  # ranks that see different files are no reason to move any
+            raise distributed.RunError(f"preparing the run failed: {message}")
+        go_back(folder, what, message)
+
+
+def go_back(folder: Place, what: str, message: str) -> None:
+    """Renames a damaged checkpoint, so that the one before it is the newest, and says so. A collective.
+
+    what, message: the damage, without advice and with it. Raises RunError on all ranks where there is no other one.
+    """
+    with distributed.together("going back to an earlier checkpoint"):
+        if distributed.rank() == 0:
+            before = sound_before(folder)
+            if before is None or not storage.exists(storage.join(folder, checkpoint_files.MANIFEST)):
+                raise ValueError(message)
+            aside = checkpoint_files.set_aside(folder)
+            text = f"warning: {what}. It is kept as {aside}, and the run goes on from {before}"
+            print(one_line(text), flush=True)
+
+
+def sound_before(folder: Place) -> Place | None:
+    """The newest checkpoint beside a damaged one whose manifest is sound."""
+    for one in reversed(checkpoint_files.complete(storage.parent(folder))):
+        with suppress(ValueError):
+            if one != folder and checkpoint_files.read_own_manifest(one):
+                return one
+    return None
+
+
+def owner_of(config: Config) -> Owner:
+    """The run, as its checkpoints name it. Raises ValueError where checkpoint.dir has those of another one."""
+    run, where = Path(config.run.dir), checkpoints_of(config)
+    known = saved_run_id(run)
+    owner = checkpoint_files.owner_here(where, known)
+    if known is not None and owner.run != known:
+        raise ValueError(
+            f"{where} holds checkpoints of the run {owner.run}, {run}/config.yaml is of the run {known}: give this run "
+            "a checkpoint.dir of its own, or go on with that one in another run.dir"
+        )
+    return owner
 
 
 def check_nothing_elsewhere(run: Path, where: Place) -> None:
@@ -153,8 +229,11 @@ def restore_beside(found: checkpoint.Checkpoint, run: Path) -> None:
             (run / name).write_bytes(data)
 
 
-def order_of(config: Config, index: Index) -> Order | Groups:
-    """Which sample comes when. Raises ValueError for a global batch that data, streams or ranks do not allow."""
+def order_of(config: Config, index: Index, *, trust_code: bool) -> Order | Groups:
+    """Which sample comes when; trust_code: see `build_losses`.
+
+    Raises ValueError for a global batch that data, streams or ranks do not allow.
+    """
     order = build_order(config.data, index, config.run.seed)
     smallest_part = order.global_batch_size // distributed.world_size()
     if 0 < smallest_part < config.data.accumulate:  # of less than one sample a rank the reader speaks
@@ -162,7 +241,7 @@ def order_of(config: Config, index: Index) -> Order | Groups:
             f"data.accumulate {config.data.accumulate} leaves micro-batches empty: a rank has {smallest_part} "
             "samples of a step; lower it, or raise data.global_batch_size"
         )
-    pairs = [name for name, loss in _embedding_losses(config).items() if loss.compares]
+    pairs = [name for name, loss in _embedding_losses(config, trust_code).items() if loss.compares]
     if pairs and config.data.accumulate > 1:
         raise ValueError(
             f"head.embedding_losses {', '.join(sorted(pairs))} with data.accumulate {config.data.accumulate}: samples "
@@ -224,20 +303,36 @@ def data_cautions(config: Config, index: Index, sets: dict[str, tuple[Index, Ind
     return said
 
 
-def build_losses(config: Config) -> tuple[Margin | WarmUp, list[EmbeddingLoss]]:
-    """What the head is trained with. Raises ValueError for names and parameters that there are not."""
-    margin = build_margin(config.head.margin.name, config.head.margin.parameters)
-    return margin, [*_embedding_losses(config).values()]
+def build_losses(config: Config, trust_code: bool = True) -> tuple[Margin | WarmUp, list[EmbeddingLoss]]:
+    """What the head is trained with. Raises ValueError for unknown names and parameters.
+
+    trust_code: import what the config names as module.Class, as training does; False: an error.
+    """
+    margin = build_margin(config.head.margin.name, config.head.margin.parameters, trust_code=trust_code)
+    return margin, [*_embedding_losses(config, trust_code).values()]
 
 
-def _embedding_losses(config: Config) -> dict[str, EmbeddingLoss]:
-    return {name: build_embedding_loss(name, its) for name, its in config.head.embedding_losses.items()}
+def _embedding_losses(config: Config, trust_code: bool) -> dict[str, EmbeddingLoss]:
+    given = config.head.embedding_losses
+    return {name: build_embedding_loss(name, its, trust_code=trust_code) for name, its in given.items()}
 
 
-def build_head(config: Config, num_classes: int, device: torch.device) -> PartialFC:
-    """The head as it is initialized. Raises ValueError for settings out of range."""
+def own_code(config: Config) -> dict[str, str]:
+    """What the config names as module.Class, by the setting that names it."""
+    losses = {f"head.embedding_losses.{name}": name for name in config.head.embedding_losses}
+    return {key: name for key, name in ({"head.margin.name": config.head.margin.name} | losses).items() if "." in name}
+
+
+def say_what_is_imported(config: Config) -> None:
+    """Prints, on rank 0, which modules a config has imported, and from where. Imports nothing."""
+    for key, name in own_code(config).items() if distributed.rank() == 0 else ():
+        print(f"importing {one_line(name)} from {one_line(source_of(name) or 'nowhere')}: {key} names it", flush=True)
+
+
+def build_head(config: Config, num_classes: int, device: torch.device, *, trust_code: bool) -> PartialFC:
+    """The head as it is initialized; trust_code: see `build_losses`. Raises ValueError for settings out of range."""
     hard = config.head.hard_negatives
-    margin, embedding_losses = build_losses(config)
+    margin, embedding_losses = build_losses(config, trust_code)
     return PartialFC(
         num_classes,
         config.backbone.embedding_dim,
@@ -263,7 +358,9 @@ def build_head(config: Config, num_classes: int, device: torch.device) -> Partia
     )
 
 
-def bytes_of_a_class(config: Config, device: torch.device, found: checkpoint.Checkpoint | None = None) -> int:
+def bytes_of_a_class(
+    config: Config, device: torch.device, found: checkpoint.Checkpoint | None = None, *, trust_code: bool
+) -> int:
     """What a checkpoint keeps of a class: its rows, their optimizer's state, tables.
 
     Measured on a head with one class a rank, that nothing depends on the number of classes in. Raises ValueError for
@@ -272,18 +369,21 @@ def bytes_of_a_class(config: Config, device: torch.device, found: checkpoint.Che
     small = config.head.model_copy(update={"cache_bytes": 0, "compile": False})
     with warnings.catch_warnings():  # cautions about margins are for the real number of classes
         warnings.simplefilter("ignore")
-        head = build_head(config.model_copy(update={"head": small}), distributed.world_size(), device)
+        few = config.model_copy(update={"head": small})
+        head = build_head(few, distributed.world_size(), device, trust_code=trust_code)
     if found is not None:
         checkpoint.check_kinds(found, head)
     return sum(tensor.nbytes for tensor in checkpoint.state_by_class(head).values())
 
 
-def head_wants(config: Config, num_classes: int, device: torch.device) -> list[tuple[memory.Pool, int]]:
+def head_wants(
+    config: Config, num_classes: int, device: torch.device, *, trust_code: bool
+) -> list[tuple[memory.Pool, int]]:
     """What this rank's head takes of which memory, at least. Before anything of it is there."""
     mine = class_range(num_classes, distributed.rank(), distributed.world_size())
     hard = config.head.hard_negatives
     of_tables = 0 if hard is None else 4 * hard.neighbours  # int32, of all classes on the host of every rank
-    of_rows = (bytes_of_a_class(config, device) - of_tables) * len(mine)
+    of_rows = (bytes_of_a_class(config, device, trust_code=trust_code) - of_tables) * len(mine)
     cache = config.head.cache_bytes
     if device.type == "cpu":  # what is not written there takes nothing
         cache = min(cache, 4 * config.data.global_batch_size * len(mine))
@@ -424,14 +524,17 @@ def check_unchanged(found: checkpoint.Checkpoint, config: Config, index: Index) 
             f"{found.path} was written with other classes than {index.path}/classes.txt has: its class centers would "
             "stand for the wrong identities. Use the data it was written with, or start anew in another run.dir"
         )
-    net = Backbone.model_validate(found.manifest["settings"]["config"]["backbone"])
-    if net != config.backbone or found.manifest["settings"]["image_size"] != list(image_size(index)):
+    try:
+        net = Backbone.model_validate(found.setting("config").get("backbone"))
+    except ValidationError as error:
+        raise ValueError(f"{found.path}/manifest.json: settings.config.backbone: {error}") from None
+    if net != config.backbone or found.image_size() != image_size(index):
         raise ValueError(
             f"{found.path} was written with {net.name}, embedding_dim {net.embedding_dim}, images of "
-            f"{found.manifest['settings']['image_size']} pixels; this run has {config.backbone.name}, embedding_dim "
+            f"{list(found.image_size())} pixels; this run has {config.backbone.name}, embedding_dim "
             f"{config.backbone.embedding_dim}, {list(image_size(index))}: put it back or give another run.dir"
         )
-    theirs, ours = found.manifest["settings"]["order"], order_settings(config, index)
+    theirs, ours = found.setting("order"), order_settings(config, index)
     changed = [
         f"{name} was {theirs.get(name)!r}, now {value!r}" for name, value in ours.items() if theirs.get(name) != value
     ]
@@ -448,7 +551,7 @@ def check_something_is_trained(found: checkpoint.Checkpoint, config: Config, tot
         return
     changed = [
         change
-        for change in changes(found.manifest["settings"]["config"], config.model_dump(mode="json"))
+        for change in changes(found.setting("config"), config.model_dump(mode="json"))
         if change.startswith(("head.", "optim."))
     ]
     if changed:
@@ -481,7 +584,7 @@ def print_summary(
     world_size = distributed.world_size()
     compiled = ", compiled" if head.compiled else ""
     pieces = f" in {config.data.accumulate} micro-batches" if config.data.accumulate > 1 else ""
-    start = "from the start" if found is None else f"from {found.path}"
+    start = "from the start" if found is None else f"from {one_line(found.path)}"
     print(
         f"{config.run.dir}: {index.num_samples:,} samples of {index.num_classes:,} identities; {world_size} ranks on "
         f"{head.device.type}, {len(head.classes):,} class centers on the first{compiled}; {config.backbone.name} in "
@@ -492,6 +595,6 @@ def print_summary(
     _, reason = peak_rate(config.optim, order.global_batch_size)
     print(f"learning rate at its peak: {reason}", flush=True)
     if found is not None:
-        for change in changes(found.manifest["settings"]["config"], config.model_dump(mode="json")):
+        for change in changes(found.setting("config"), config.model_dump(mode="json")):
             void = " (without effect: the checkpoint has it)" if change.startswith(AT_THE_START) else ""
-            print(f"changed since the checkpoint: {change}{void}", flush=True)
+            print(f"changed since the checkpoint: {one_line(change)}{void}", flush=True)

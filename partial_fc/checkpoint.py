@@ -5,8 +5,9 @@ checkpoints/step_00001200/
     history.safetensors                             for catching up rows; the count of updates; margin statistics
     backbone.safetensors  optimizer.safetensors     the engine's, and average and loss_scale where it has such
     classes.txt
-    manifest.json                                   written last; without it there is no checkpoint
+    manifest.json                                   written last; without it there is no checkpoint: see `manifest`
 checkpoints/latest                                  the newest one's name
+checkpoints/damaged_step_00001100/                  one that was damaged, kept aside
 
 With checkpoint.dir set the step folders are in that folder or at that URL, and also hold config.yaml, metrics.jsonl and
 wandb_id. Files on their way to a URL, or from it, are in a local scratch folder in between.
@@ -14,28 +15,35 @@ wandb_id. Files on their way to a URL, or from it, are in a local scratch folder
 
 import json
 import shutil
-from collections.abc import Generator, Iterator
-from contextlib import nullcontext
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from partial_fc import checkpoint_files, storage
+from partial_fc.checkpoint_files import Owner
+from partial_fc.config import Config, check_config
 from partial_fc.config_file import saved_checkpoint_dir
+from partial_fc.files import one_line, shortened
 from partial_fc.head.centers import MissedUpdates, catch_up
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.partition import class_range
 from partial_fc.head.sampling import tables
+from partial_fc.manifest import FORMAT, VERSION, Damaged, Foreign, Missing, step_name
 from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
+from partial_fc.progress import DIVERGED
 from partial_fc.storage import Place
+from partial_fc.tensor_files import load_tensors
 
-FORMAT, VERSION = "partial_fc-checkpoint", 1
 STATISTICS = "statistics."  # before a name in history.safetensors: the margin's
 PART_BYTES = 1 << 30  # a part of the centers; a reader at another world size opens those that overlap its range
 
@@ -52,27 +60,79 @@ class Checkpoint:
         """Updates that the run had made."""
         return self.manifest["step"]
 
+    @property
+    def run(self) -> str | None:
+        """The id of the run that wrote it; None in early checkpoints."""
+        return self.manifest.get("run")
+
     def files(self) -> list[dict]:
         return self.manifest["files"]
 
+    def entry(self, name: str) -> dict | None:
+        return next((entry for entry in self.files() if entry["name"] == name), None)
+
     def classes(self) -> list[str]:
-        """The class map: the name of every class, as the data had it."""
+        """The class map: the name of every class, as the data had it. Raises Damaged, a ValueError."""
         text = self.read("classes.txt")
-        if text is None:
-            raise ValueError(f"{self.path} lists no classes.txt: it is damaged; take another checkpoint")
-        return text.decode("utf-8").split("\n")[:-1]
+        with _advice(self):
+            try:
+                names = (b"" if text is None else text).decode("utf-8").split("\n")[:-1]
+            except UnicodeDecodeError as error:
+                raise Damaged(f"{self.path}: classes.txt is no UTF-8 ({error})") from None
+            if len(names) != self.manifest["num_classes"]:
+                raise Damaged(
+                    f"{self.path}: classes.txt names {len(names)} classes, the checkpoint has "
+                    f"{self.manifest['num_classes']} class centers: wanted a line a class"
+                )
+        return names
 
     def read(self, name: str) -> bytes | None:
-        """One of its small files, of a URL verified; None if it has none of that name."""
-        entry = next((entry for entry in self.files() if entry["name"] == name), None)
+        """One of its small files, verified; None if it has none of that name. Raises Damaged, a ValueError."""
+        entry = self.entry(name)
         if entry is None:
             return None
-        data = storage.read(storage.join(self.path, name))
-        return checkpoint_files.check(data, self.path, entry) if storage.remote(self.path) else data
+        file = storage.join(self.path, name)
+        with _advice(self):
+            try:
+                return checkpoint_files.check(storage.read(file, entry["bytes"]), self.path, entry)
+            except FileNotFoundError:
+                raise Damaged(f"{file} is missing") from None
+
+    def config(self) -> Config:
+        """The config of the run. Raises ValueError where it is none, as in a checkpoint of one's own loop."""
+        values = self.setting("config")
+        return check_config(values, f"{self.path}/manifest.json: settings.config")
+
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the images that the backbone was trained on."""
+        size = self.manifest["settings"].get("image_size")
+        if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n < 2**15 for n in size)):
+            raise ValueError(
+                f"{self.path}/manifest.json: settings.image_size: got {shortened(size)}, wanted [height, width]"
+            )
+        return size[0], size[1]
+
+    def setting(self, name: str) -> dict[str, Any]:
+        """What the trainer keeps under settings. Raises ValueError where there is no object of that name."""
+        value = self.manifest["settings"].get(name)
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{self.path}/manifest.json: settings.{name}: got {shortened(value)}, wanted an object, as training "
+                "writes it: was this checkpoint saved by a loop of your own?"
+            )
+        return value
+
+
+class DamagedCheckpoint(distributed.RunError):
+    """A checkpoint that cannot be read, on all ranks; head and engine are as they were. what: the damage."""
+
+    def __init__(self, message: str, what: str):
+        super().__init__(message)
+        self.what = what
 
 
 def complete(path: Place) -> list[Place]:
-    """The complete checkpoints of a run, oldest first.
+    """The folders of a run that look like complete checkpoints, oldest first.
 
     path: the run folder, whose config.yaml may name another place (checkpoint.dir), or that place itself.
     """
@@ -80,17 +140,39 @@ def complete(path: Place) -> list[Place]:
         return checkpoint_files.complete(path)
     elsewhere = saved_checkpoint_dir(path)
     if elsewhere is not None:
-        return checkpoint_files.complete(storage.place(elsewhere))
+        where = storage.place(elsewhere)
+        if storage.remote(where) and distributed.rank() == 0:  # the folder may be somebody else's
+            print(f"{one_line(path)}/config.yaml names {one_line(where)}: reading checkpoints there", flush=True)
+        return checkpoint_files.complete(where)
     return checkpoint_files.complete(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+
+
+def complete_checkpoints(path: Place) -> Iterator[Checkpoint]:
+    """The complete checkpoints of a run, newest first; `path` is what `complete` takes.
+
+    A folder whose manifest is of another step, or of something else, is left out and said.
+    Raises ValueError for a damaged manifest and a newer format.
+    """
+    for folder in reversed(complete(path)):
+        try:
+            yield Checkpoint(folder, checkpoint_files.read_own_manifest(folder))
+        except Foreign as error:
+            if distributed.rank() == 0:
+                print(f"{one_line(error)}; it is left alone", file=sys.stderr, flush=True)
+        except Missing:
+            continue  # deleted meanwhile
+        except Damaged as error:
+            raise Damaged(error.what, folder, _others(folder)) from None
 
 
 def find_latest(path: Place) -> Checkpoint | None:
     """The newest complete checkpoint of a run; None without one. `path` is what `complete` takes.
 
-    Raises ValueError for a newer format.
+    Raises ValueError for a damaged manifest and a newer format.
     """
-    found = complete(path)
-    return open_checkpoint(found[-1]) if found else None
+    found = next(complete_checkpoints(path), None)
+    # a run that is being trained may have replaced its only one since it was listed
+    return found or next(complete_checkpoints(path), None)
 
 
 def find_checkpoint(path: Place) -> Checkpoint:
@@ -106,19 +188,49 @@ def find_checkpoint(path: Place) -> Checkpoint:
     return found
 
 
+def find_for_all(path: Place) -> Checkpoint:
+    """`find_checkpoint` by rank 0, for all ranks: a run that is being trained may save another one meanwhile.
+
+    A collective. Raises RunError on all ranks where `find_checkpoint` raises.
+    """
+    found = None
+    with distributed.together(f"reading {path}"):
+        if distributed.rank() == 0:
+            found = find_checkpoint(path)
+    return distributed.gather_objects(found)[0]
+
+
 def open_checkpoint(path: Place) -> Checkpoint:
     """Reads and checks a manifest. Raises ValueError for what is no checkpoint, or one of a newer format."""
+    return Checkpoint(path, checkpoint_files.read_manifest(path))
+
+
+@contextmanager
+def _advice(checkpoint: Checkpoint) -> Iterator[None]:
+    """Adds to a Damaged what to do about it."""
     try:
-        manifest = json.loads(storage.read(storage.join(path, checkpoint_files.MANIFEST)))
-    except FileNotFoundError:
-        raise ValueError(f"{path} holds no manifest.json, so it is no complete checkpoint; name another one") from None
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}/manifest.json has format {manifest.get('format')!r}; wanted {FORMAT!r}")
-    if manifest["version"] > VERSION:
-        raise ValueError(
-            f"{path} has checkpoint version {manifest['version']}; this partial_fc reads up to {VERSION}: upgrade it"
-        )
-    return Checkpoint(path, manifest)
+        yield
+    except Damaged as error:
+        raise Damaged(error.what, checkpoint.path, what_to_do(checkpoint)) from None
+
+
+def what_to_do(checkpoint: Checkpoint) -> str:
+    """About damage in it: it may have been replaced by a newer one while it was read."""
+    path = checkpoint.path
+    try:
+        now: dict | None = checkpoint_files.read_manifest(path)
+    except (ValueError, OSError):
+        now = None
+    if now != checkpoint.manifest:
+        return f"{path} was replaced or deleted while it was read: try again"
+    return _others(path)
+
+
+def _others(path: Place) -> str:
+    others = [one for one in checkpoint_files.complete(storage.parent(path)) if one != path]
+    if not others:
+        return f"there is no other checkpoint beside {path}"
+    return f"name another one, as {others[-1]}, or rename {path} to go on from the checkpoint before it"
 
 
 def save(
@@ -132,25 +244,92 @@ def save(
     keep: int,
     where: Place | None = None,
     beside: list[Path] | None = None,
+    owner: Owner | None = None,
+    first: Callable[[], None] = lambda: None,
 ) -> Place:
-    """Writes the checkpoint of `step` from all ranks, then deletes all but the newest `keep`. A collective.
+    """Writes the checkpoint of `step` from all ranks, then deletes all of the run but the newest `keep`. A collective.
 
     settings: what the run must not change on resume (seed, data set, order), kept in the manifest. where: the folder or
-    URL that checkpoints go into; None: run/checkpoints. beside: files that go along where they exist. A failure on any
-    rank is raised on all of them, and leaves the checkpoints that were there.
+    URL that checkpoints go into; None: run/checkpoints. beside: files that go along where they exist. owner: the run,
+    on rank 0; None: the one that the newest checkpoint there is of, or a new one. first: called on rank 0 before
+    anything is written.
+
+    A failure on any rank is raised on all of them, as RunError, and leaves the checkpoints that were there; so is state
+    that is not finite.
     """
-    folder = storage.join(run / "checkpoints" if where is None else where, f"step_{step:08d}")
+    where = run / "checkpoints" if where is None else where
+    folder = storage.join(where, step_name(step))
+    state = engine.state()
+    _check_finite(step, head, state)
     with distributed.together(f"saving {folder}"):
         if distributed.rank() == 0:
-            checkpoint_files.begin(folder)
-    state = engine.state()
-    copies = {"classes.txt": classes, **{path.name: path for path in beside or []}}
+            first()
+            owner = owner or checkpoint_files.owner_here(where)
+            checkpoint_files.begin(folder, owner)
+    try:
+        _save(
+            run,
+            step,
+            folder,
+            head,
+            state,
+            {"classes.txt": classes, **{p.name: p for p in beside or []}},
+            settings,
+            owner,
+        )
+    except distributed.RunError:
+        if owner is not None and distributed.rank() == 0:
+            checkpoint_files.abandon(folder, owner)
+        raise
+    with distributed.together(f"deleting old checkpoints in {where}"):
+        if owner is not None and distributed.rank() == 0:
+            checkpoint_files.prune(where, owner, keep)
+    return folder
+
+
+def _check_finite(step: int, head: PartialFC, state: dict[str, dict[str, Tensor]]) -> None:
+    """Raises RunError, on all ranks, for NaN and infinity in what a checkpoint would keep. Reads it once.
+
+    A loss may be finite where the gradient is not, so a step's loss does not tell.
+    """
+    parts = {"class centers": state_by_class(head), "statistics": _history(head)}
+    if distributed.rank() == 0:
+        parts |= state
+    wrong = next((f"{part}: {name}" for part, ts in parts.items() for name, t in ts.items() if not _finite(t)), None)
+    found = [name for name in distributed.gather_objects(wrong) if name is not None]
+    if found:
+        raise distributed.RunError(
+            f"{DIVERGED}: after step {step} the {found[0]} is not finite: a gradient was infinite or NaN. Nothing is "
+            "saved, earlier checkpoints stay. Lower optim.lr, raise optim.warmup_steps or give optim.clip; the same "
+            "command goes on from the latest checkpoint"
+        )
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
+
+
+def _save(
+    run: Path,
+    step: int,
+    folder: Place,
+    head: PartialFC,
+    state: dict[str, dict[str, Tensor]],
+    copies: dict[str, Path],
+    settings: dict,
+    owner: Owner | None,
+) -> None:
+    """Writes all files, the manifest last; owner: on rank 0. A collective."""
     written = _of_all_ranks(_write_all(run, folder, head, state, copies), folder)
     with distributed.together(f"saving {folder}"):
-        if distributed.rank() == 0:
+        if owner is not None and distributed.rank() == 0:
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,
+                "run": owner.run,
+                **({"adopted": sorted(owner.adopted)} if owner.adopted else {}),
                 "step": step,
                 "num_classes": head.num_classes,
                 "embedding_dim": head.embedding_dim,
@@ -161,9 +340,6 @@ def save(
                 "files": written,
             }
             checkpoint_files.finish(folder, json.dumps(manifest, indent=1), written)
-            for old in checkpoint_files.complete(storage.parent(folder))[:-keep]:
-                checkpoint_files.remove(old)
-    return folder
 
 
 def load(checkpoint: Checkpoint, *, head: PartialFC, engine: BaseEngine, near: Path | None = None) -> None:
@@ -172,7 +348,8 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: BaseEngine, near: P
     From a URL a rank fetches the parts that hold classes of its own, and what all ranks need, into `near` for the time
     of the call; None: where temporary files go.
 
-    Raises RunError on all ranks for a damaged file, another class count, embedding size or dtype.
+    Raises RunError on all ranks for another class count, embedding size or dtype; of a file that is missing or damaged
+    its kind DamagedCheckpoint, before anything is loaded.
     """
     manifest, path = checkpoint.manifest, checkpoint.path
     dtype = str(head.dtype).removeprefix("torch.")
@@ -191,35 +368,105 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: BaseEngine, near: P
                     "and config that it was written with, or give another run.dir"
                 )
         _check_parts(checkpoint, head.num_classes)
-        if not storage.remote(path):  # each file by one rank; of a URL each rank verifies what it fetches
-            for entry in checkpoint.files()[distributed.rank() :: distributed.world_size()]:
-                checkpoint_files.verify(path, entry)
-    rows: dict[str, Tensor] = {}
     wanted = _needed(checkpoint, head.classes)
-    with (
-        distributed.together(f"loading {path}"),
-        checkpoint_files.at_hand(path, wanted, near=near, verified=True) as here,
-    ):
-        history = load_file(here / "history.safetensors")
-        known = head.first_statistics()
-        statistics = {
-            name.removeprefix(STATISTICS): history.pop(name) for name in [*history] if name.startswith(STATISTICS)
-        }
-        head.centers.load(lambda name, out: _read_rows(here, wanted, name, head.classes, out), **history)
-        for name, tensor in _feature_centers(head).items():  # without them they begin where a new run's do
-            _read_rows(here, wanted, name, head.classes, tensor)
-        head.set_statistics(known | {name: value for name, value in statistics.items() if name in known})
-        for name, table in tables(head).items():
-            rows[name] = table[head.classes.start : head.classes.stop].clone()
-            if not _read_rows(here, wanted, name, head.classes, rows[name]):
-                rows[name].fill_(-1)  # written with another sampler: nothing until the next refresh
-        head.step_count = checkpoint.step
-        names = {entry["name"] for entry in checkpoint.files()}
-        kept = (name for name in engine.files if f"{name}.safetensors" in names)
-        engine.load({name: load_file(here / f"{name}.safetensors") for name in kept})
+    with ExitStack() as stack:
+        here = _verified(checkpoint, wanted, near, stack)
+        rows: dict[str, Tensor] = {}
+        with distributed.together(f"loading {path}"):
+            rows = _load_from(here, checkpoint, wanted, head, engine)
     per_rank = len(class_range(head.num_classes, 0, distributed.world_size()))
     for name, table in tables(head).items():  # every rank keeps all of it
         table.copy_(distributed.gather_rows(rows[name], per_rank, head.num_classes))
+
+
+def _verified(checkpoint: Checkpoint, wanted: list[dict], near: Path | None, stack: ExitStack) -> Path:
+    """A folder with the files `wanted`, verified, until the stack is closed. A collective; raises DamagedCheckpoint."""
+    path, here = checkpoint.path, Path()
+    damage: tuple[str, str] | None = None
+    with distributed.together(f"loading {path}"):
+        try:
+            with _advice(checkpoint):
+                if not storage.remote(path):  # each file by one rank; of a URL each rank verifies what it fetches
+                    for entry in checkpoint.files()[distributed.rank() :: distributed.world_size()]:
+                        checkpoint_files.verify(path, entry)
+                here = stack.enter_context(checkpoint_files.at_hand(path, wanted, near=near, verified=True))
+        except Damaged as error:
+            damage = str(error), error.what
+    found = [one for one in distributed.gather_objects(damage) if one is not None]
+    if found:
+        message, what = found[0]
+        raise DamagedCheckpoint(f"loading {path} failed: {message}", what)
+    return here
+
+
+def _load_from(
+    here: Path, checkpoint: Checkpoint, wanted: list[dict], head: PartialFC, engine: BaseEngine
+) -> dict[str, Tensor]:
+    """Loads all but the sampler's tables, of which this rank's rows are returned. No collective."""
+    history, statistics = _read_history(here / "history.safetensors")
+    updates = len(history["history"])
+
+    def read(name: str, out: Tensor) -> bool:
+        found = _read_rows(here, wanted, name, head.classes, out)
+        if name == "last_update" and found:
+            _check_last_update(out, updates, here)
+        elif not found and name != "last_update":
+            raise Damaged(f"{here}: its parts have no {name} {tuple(out.shape[1:])} for classes {head.classes}")
+        return found
+
+    head.centers.load(read, **history)
+    for name, tensor in _feature_centers(head).items():  # without them they begin where a new run's do
+        _read_rows(here, wanted, name, head.classes, tensor)
+    known = head.first_statistics()
+    head.set_statistics(known | {name: value for name, value in statistics.items() if name in known})
+    rows: dict[str, Tensor] = {}
+    for name, table in tables(head).items():
+        rows[name] = table[head.classes.start : head.classes.stop].clone()
+        if not _read_rows(here, wanted, name, head.classes, rows[name]):
+            rows[name].fill_(-1)  # written with another sampler: nothing until the next refresh
+    head.step_count = checkpoint.step
+    names = {entry["name"] for entry in checkpoint.files()}
+    kept = [name for name in engine.files if f"{name}.safetensors" in names]
+    try:
+        engine.load({name: read_tensors(here / f"{name}.safetensors") for name in kept})
+    except (KeyError, RuntimeError) as error:  # of names and shapes
+        raise Damaged(f"{here}: {', '.join(kept)} are not of this backbone and optimizer: {error}") from None
+    return rows
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file. Raises Damaged, a ValueError, where it is none."""
+    try:
+        return load_tensors(path)
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    except ValueError as error:
+        raise Damaged(str(error)) from None
+
+
+def _read_history(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What Centers.load takes, and the margin's statistics, by name."""
+    values = read_tensors(path)
+    statistics = {n.removeprefix(STATISTICS): values.pop(n) for n in [*values] if n.startswith(STATISTICS)}
+    history = values.get("history")
+    if history is None or history.dtype != torch.float64 or history.ndim != 2 or history.shape[1] != 3:
+        got = None if history is None else f"{history.dtype} {tuple(history.shape)}"
+        raise Damaged(f"{path}: history: got {got}, wanted float64 (updates, 3)")
+    updates = values.get("updates")  # early checkpoints have none
+    for name, value in (*statistics.items(), *(() if updates is None else (("updates", updates),))):
+        if value.numel() != 1 or value.is_complex():
+            raise Damaged(f"{path}: {name}: got {value.dtype} {tuple(value.shape)}, wanted one number")
+    return {name: value for name, value in (("history", history), ("updates", updates)) if value is not None}, {
+        name: value.reshape(()) for name, value in statistics.items()
+    }
+
+
+def _check_last_update(rows: Tensor, updates: int, here: Path) -> None:
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) <= updates:
+        raise Damaged(
+            f"{here}: last_update: got {int(rows.min())} to {int(rows.max())}, wanted 0 to {updates}, the updates in "
+            "history.safetensors"
+        )
 
 
 def check_kinds(checkpoint: Checkpoint, head: PartialFC) -> None:
@@ -264,7 +511,8 @@ def _write_all(
             yield checkpoint_files.settle(local / f"{name}.safetensors", folder)
         for name, path in copies.items():
             if path.exists() or name == "classes.txt":
-                shutil.copyfile(path, local / name)
+                with checkpoint_files.writing(local / name):
+                    shutil.copyfile(path, local / name)
                 yield checkpoint_files.settle(local / name, folder)
 
 
@@ -309,8 +557,11 @@ def _needed(checkpoint: Checkpoint, classes: range) -> list[dict]:
     return [
         entry
         for entry in checkpoint.files()
-        if entry["name"].endswith(".safetensors")
-        and ("classes" not in entry or max(entry["classes"][0], classes.start) < min(entry["classes"][1], classes.stop))
+        if (
+            max(entry["classes"][0], classes.start) < min(entry["classes"][1], classes.stop)
+            if "classes" in entry
+            else entry["name"].endswith(".safetensors")
+        )
     ]
 
 
@@ -323,13 +574,22 @@ def _read_rows(folder: Path, entries: list[dict], name: str, classes: range, out
         start, stop = max(first, classes.start), min(last, classes.stop)
         if start >= stop:
             continue
-        with safe_open(folder / entry["name"], framework="pt") as part:
-            if name not in part.keys():  # noqa: SIM118 - no mapping, it only has keys()
-                return False
-            rows = part.get_slice(name)
-            if rows.get_shape()[1:] != list(out.shape[1:]):
-                return False
-            out[start - classes.start : stop - classes.start] = rows[start - first : stop - first].to(out)
+        path = folder / entry["name"]
+        try:
+            with safe_open(path, framework="pt") as part:
+                if name not in part.keys():  # noqa: SIM118 - no mapping, it only has keys()
+                    return False
+                rows = part.get_slice(name)
+                shape = rows.get_shape()
+                if shape[1:] != list(out.shape[1:]):
+                    return False
+                if shape[:1] != [last - first]:
+                    raise Damaged(f"{path}: {name}: got the shape {shape}, wanted {last - first} rows")
+                out[start - classes.start : stop - classes.start] = rows[start - first : stop - first].to(out)
+        except FileNotFoundError:
+            raise Damaged(f"{path} is missing") from None
+        except SafetensorError as error:
+            raise Damaged(f"{path} is no safetensors file: {error}") from None
     return True
 
 
@@ -343,17 +603,38 @@ def _check_parts(checkpoint: Checkpoint, num_classes: int) -> None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    with checkpoint_files.writing(path):
+        path.touch()
+        mode = path.stat().st_mode  # by the umask; safetensors lets nobody else read what it writes
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+        path.chmod(mode)
 
 
 def read_backbone(checkpoint: Checkpoint, averaged: bool = False) -> dict[str, Tensor] | None:
-    """The backbone's tensors alone, or their moving average's, verified; None where there is no average."""
+    """The backbone's tensors alone, or their moving average's, verified; None where there is no average.
+
+    Raises Damaged, a ValueError.
+    """
     name = "average.safetensors" if averaged else "backbone.safetensors"
-    entry = next((entry for entry in checkpoint.files() if entry["name"] == name), None)
+    entry = checkpoint.entry(name)
     if entry is None:
+        if not averaged:
+            raise Damaged(f"{checkpoint.path} lists no {name}: it is damaged; take another checkpoint")
         return None
-    with checkpoint_files.at_hand(checkpoint.path, [entry]) as here:
-        return load_file(here / entry["name"])
+    with _advice(checkpoint), checkpoint_files.at_hand(checkpoint.path, [entry]) as here:
+        return read_tensors(here / entry["name"])
+
+
+def load_backbone(net: nn.Module, checkpoint: Checkpoint, averaged: bool = False) -> bool:
+    """Loads what `read_backbone` gives into `net`; False where there is no average. Raises Damaged for another net."""
+    state = read_backbone(checkpoint, averaged)
+    if state is None:
+        return False
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:  # of names and shapes
+        raise Damaged(f"{checkpoint.path}: the backbone is not the one that its config names: {error}") from None
+    return True
 
 
 def read_centers(checkpoint: Checkpoint, classes_at_once: int) -> Iterator[Tensor]:
@@ -366,7 +647,9 @@ def read_centers(checkpoint: Checkpoint, classes_at_once: int) -> Iterator[Tenso
     wanted = _needed(checkpoint, range(checkpoint.manifest["num_classes"]))
     wanted = [entry for entry in wanted if "classes" in entry or entry["name"] == "history.safetensors"]
     _check_parts(checkpoint, checkpoint.manifest["num_classes"])
-    with checkpoint_files.at_hand(checkpoint.path, wanted, bar="verifying class centers") as here:
+    with ExitStack() as stack:
+        with _advice(checkpoint):
+            here = stack.enter_context(checkpoint_files.at_hand(checkpoint.path, wanted, bar="verifying class centers"))
         yield from _read_centers(here, wanted, checkpoint.manifest, classes_at_once)
 
 
@@ -383,21 +666,24 @@ def _read_centers(path: Path, wanted: list[dict], manifest: dict, classes_at_onc
 
     # The least updated row tells how far the table of missed updates has to reach back; 4 bytes a row.
     missed = MissedUpdates()
-    history = load_file(path / "history.safetensors")["history"]
-    last_updates = (read("last_update", classes, dtype=torch.int32) for classes in slices)
-    oldest = min((int(rows.min()) for rows in last_updates if rows is not None), default=len(history))
+    history = _read_history(path / "history.safetensors")[0]["history"]
+    oldest = len(history)
+    for rows in (read("last_update", classes, dtype=torch.int32) for classes in slices):
+        if rows is not None:
+            _check_last_update(rows, len(history), path)
+            oldest = min(oldest, int(rows.min()))
     missed.replay(history, len(history) - oldest)
 
     width, dtype = manifest["embedding_dim"], getattr(torch, manifest["dtype"])
     for classes in slices:
         weight = read("weight", classes, width, dtype=dtype)
         if weight is None:
-            raise ValueError(f"{path} has no class centers of {width} numbers for classes {classes.start} and on")
+            raise Damaged(f"{path} has no class centers of {width} numbers for classes {classes.start} and on")
         last_update = read("last_update", classes, dtype=torch.int32)
         if last_update is not None:  # else every row is current
             momentum = read("momentum", classes, width, dtype=dtype)
             if momentum is None:
-                raise ValueError(f"{path} has last_update and no momentum for classes {classes.start} and on")
+                raise Damaged(f"{path} has last_update and no momentum for classes {classes.start} and on")
             lag = missed.updates - last_update.flatten().long()
             matrices = missed.matrices(lag).to(dtype).flatten(1).T.contiguous()
             catch_up(weight.view(-1, width), momentum.view(-1, width), matrices, None)

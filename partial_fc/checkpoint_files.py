@@ -1,52 +1,192 @@
 """The files of a checkpoint: made to last, verified, removed; in a local folder, or in an object store by way of one.
 
-The manifest is written last and removed first: only with it a checkpoint is complete, in a folder and in a store.
+The manifest is written last and removed first: only with it a checkpoint is complete, in a folder and in a store. Until
+then the file UNFINISHED says whose it is. Nothing is deleted but what is proved to be of the run itself.
 """
 
 import hashlib
+import json
 import os
-import re
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from partial_fc import storage
+from partial_fc import manifest, storage
+from partial_fc.files import one_line
+from partial_fc.manifest import Damaged, Foreign, Missing
 from partial_fc.parallel import distributed
 from partial_fc.storage import Place
 
-MANIFEST = "manifest.json"
+MANIFEST = manifest.NAME
+UNFINISHED = "unfinished.json"  # in a folder that is being written
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose checkpoints they are: the run's id, and step folders without one that it went on from."""
+
+    run: str
+    adopted: frozenset[str] = frozenset()
+
+    def owns(self, folder: Place, values: dict) -> bool:
+        run = values.get("run")
+        return run == self.run or (run is None and folder_name(folder) in self.adopted)
+
+
+def folder_name(folder: Place) -> str:
+    """The name itself: of a link it is not that of what it leads to."""
+    return storage.last_name(folder) if storage.remote(folder) else folder.name
 
 
 def complete(where: Place) -> list[Place]:
-    """The folders of the complete checkpoints in the folder or URL `where`, oldest first."""
-    return [storage.parent(manifest) for manifest in storage.glob(where, f"step_*/{MANIFEST}")]
+    """The folders in the folder or URL `where` that are named like checkpoints and have a manifest, oldest first."""
+    return _by_step([storage.parent(found) for found in storage.glob(where, f"step_*/{MANIFEST}")])
 
 
-def begin(folder: Place) -> None:
-    """Makes room for a new checkpoint: leftovers of killed saves are removed.
+def _by_step(folders: list[Place]) -> list[Place]:
+    return sorted((one for one in folders if _step(one) >= 0), key=_step)
 
-    Raises ValueError where a URL has this checkpoint or a later one: nothing locks it, as the run folder is locked.
+
+def _step(folder: Place) -> int:
+    """By its name; -1 where that is no checkpoint's."""
+    step = manifest.step_of(folder_name(folder))
+    return -1 if step is None else step
+
+
+def read_manifest(folder: Place) -> dict:
+    """The manifest of a checkpoint, checked. Raises Missing without one, and what `manifest.parse` does."""
+    file = storage.join(folder, MANIFEST)
+    if not storage.remote(file) and file.exists() and not file.is_file():
+        raise Damaged(f"{file} is no regular file")
+    try:
+        data = storage.read(file, manifest.MOST_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise Missing(f"{folder} holds no {MANIFEST}, so it is no complete checkpoint; name another one") from None
+    return manifest.parse(data, file)
+
+
+def read_own_manifest(folder: Place) -> dict:
+    """The same of a folder of a run. Raises Foreign also where its manifest is that of another step."""
+    values = read_manifest(folder)
+    name = manifest.step_name(values["step"])
+    if name != folder_name(folder):
+        raise Foreign(f"{folder} has the manifest of {name}, so it is a copy of that")
+    return values
+
+
+def begin(folder: Place, owner: Owner) -> None:
+    """Makes room for a new checkpoint: leftovers of killed saves of this run are removed.
+
+    Raises ValueError where there is a later checkpoint, or this one and of another run or behind a URL: another job
+    writes there, on a machine or from a run folder that this run's lock does not reach.
     """
-    where = storage.parent(folder)
+    where, name = storage.parent(folder), folder_name(folder)
     finished = complete(where)
-    if storage.remote(folder):
-        later = [one for one in finished if storage.last_name(one) >= storage.last_name(folder)]
-        if later:
-            raise ValueError(
-                f"{later[-1]} has come to be while this run was at {storage.last_name(folder)}: another job writes "
-                "there. Stop one of them, or give them different checkpoint.dir"
-            )
-    for found in storage.glob(where, "step_*"):
-        if found not in finished and re.fullmatch(r"step_\d{8,}", storage.last_name(found)):
+    for later in finished:
+        if _step(later) < _step(folder):
+            continue
+        try:
+            values = read_own_manifest(later)
+        except Foreign:
+            continue
+        except Damaged:
+            values = {}
+        if later == folder and not storage.remote(folder) and owner.owns(folder, values):
+            remove(folder)  # a loop of one's own saves a step twice
+            continue
+        raise ValueError(
+            f"{later} has come to be while this run was at {name}: another job writes there. Stop one of them, or give "
+            "them different checkpoint.dir"
+        )
+    for found in _by_step(storage.glob(where, "step_*")):
+        if found not in finished and _unfinished_by(found) == owner.run:
             remove(found)
-    remove(folder)
     if not storage.remote(folder):
+        with suppress(OSError):
+            folder.rmdir()  # left empty by a kill between the next lines
+    if storage.glob(where, name):
+        moved = set_aside(folder, "other")
+        print(f"warning: {one_line(folder)} is not known to be of this run: moved to {moved}", file=sys.stderr)
+    text = json.dumps({"format": manifest.FORMAT, "run": owner.run})
+    if storage.remote(folder):
+        storage.write(storage.join(folder, UNFINISHED), text.encode())
+    else:
         folder.mkdir(parents=True)
+        (folder / UNFINISHED).write_text(text)
+
+
+def _unfinished_by(folder: Place) -> str | None:
+    """The id of the run that began to write the folder; None where that is not known."""
+    try:
+        values = json.loads(storage.read(storage.join(folder, UNFINISHED), 1000))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return values.get("run") if isinstance(values, dict) and values.get("format") == manifest.FORMAT else None
+
+
+def abandon(folder: Place, owner: Owner) -> None:
+    """Removes what a save that failed has written; what cannot be removed is left to the next one."""
+    try:
+        if _unfinished_by(folder) == owner.run and folder not in complete(storage.parent(folder)):
+            remove(folder)
+    except OSError:
+        return
+
+
+def set_aside(folder: Place, why: str = "damaged") -> Place:
+    """Renames a folder to <why>_<its name>, so that it is no checkpoint any more; the new one."""
+    where, name = storage.parent(folder), f"{why}_{folder_name(folder)}"
+    taken = {folder_name(one) for one in storage.glob(where, f"{name}*")}
+    names = chain([name], (f"{name}_{number}" for number in count(2)))
+    free = next(one for one in names if one not in taken)
+    to = storage.join(where, free)
+    storage.move(folder, to)
+    return to
+
+
+def prune(where: Place, owner: Owner, keep: int) -> None:
+    """Deletes all checkpoints of this run but the newest `keep`. Others stay, and so do links and damaged ones."""
+    own = []
+    for folder in complete(where):
+        try:
+            if owner.owns(folder, read_own_manifest(folder)):
+                own.append(folder)
+        except (ValueError, FileNotFoundError):
+            continue
+    for old in own[:-keep]:
+        remove(old)
+
+
+def owner_here(where: Place, run: str | None = None) -> Owner:
+    """Who goes on from the newest checkpoint in `where`: the run that it is of.
+
+    Where none says so it is `run`, the one that began to write one there, or a new one.
+    """
+    without: set[str] = set()
+    for folder in reversed(complete(where)):
+        try:
+            values = read_own_manifest(folder)
+        except ValueError:
+            continue
+        if "run" in values:
+            return Owner(values["run"], frozenset(values.get("adopted", ())) | without)
+        without.add(folder_name(folder))
+    begun = filter(manifest.is_run_id, map(_unfinished_by, _by_step(storage.glob(where, "step_*"))))
+    return Owner(run or next(begun, None) or new_id(), frozenset(without))
+
+
+def new_id() -> str:
+    """Of a run, from the system's randomness: runs of one seed have different ids."""
+    return secrets.token_hex(8)
 
 
 @contextmanager
@@ -65,6 +205,20 @@ def scratch(folder: Path | None) -> Iterator[Path]:
         shutil.rmtree(mine, ignore_errors=True)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says of an error in its body which file could not be written, and how much room there is."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        stat = os.statvfs(path.parent)
+        free = stat.f_bavail * stat.f_frsize / 2**20
+        raise OSError(
+            f"cannot write {path} ({error}); {free:,.0f} MiB are free there: make room, or give another "
+            "checkpoint.dir. The checkpoint before it stays the latest"
+        ) from error
+
+
 def settle(path: Path, folder: Place) -> dict:
     """Makes a file that was just written last in `folder`, where it is or which it is moved to; its manifest entry."""
     entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
@@ -72,17 +226,20 @@ def settle(path: Path, folder: Place) -> dict:
         storage.upload(path, storage.join(folder, path.name))
         path.unlink()
     else:
-        with open(path, "rb") as file:
+        with writing(path), open(path, "rb") as file:
             os.fsync(file.fileno())
     return entry
 
 
-def finish(folder: Place, manifest: str, entries: list[dict]) -> None:
-    """Writes the manifest, and so makes the checkpoint. Raises OSError where a store does not have all its files."""
-    where, latest = storage.parent(folder), storage.last_name(folder) + "\n"
+def finish(folder: Place, text: str, entries: list[dict]) -> None:
+    """Writes the manifest `text`, and so makes the checkpoint. Raises OSError where a store lacks some of its files."""
+    where, latest = storage.parent(folder), folder_name(folder) + "\n"
     if not storage.remote(folder):
-        _write_atomically(folder / MANIFEST, manifest)
-        _write_atomically(where / "latest", latest)
+        with writing(folder / MANIFEST):
+            _write_atomically(folder / MANIFEST, text)
+        (folder / UNFINISHED).unlink(missing_ok=True)
+        with writing(where / "latest"):
+            _write_atomically(where / "latest", latest)
         return
     there = storage.sizes(folder)
     missing = [entry["name"] for entry in entries if there.get(entry["name"]) != entry["bytes"]]
@@ -91,13 +248,19 @@ def finish(folder: Place, manifest: str, entries: list[dict]) -> None:
             f"{folder} lacks {', '.join(missing)}, or has it at another size: does another job write there? The "
             "checkpoint before it stays the latest"
         )
-    storage.write(storage.join(folder, MANIFEST), manifest.encode())
+    storage.write(storage.join(folder, MANIFEST), text.encode())
+    storage.remove(storage.join(folder, UNFINISHED))
     storage.write(storage.join(where, "latest"), latest.encode())
 
 
 def remove(folder: Place) -> None:
-    """Deletes a checkpoint, its manifest first: half deleted it must not look complete. Leftovers are no error."""
+    """Deletes a checkpoint, its manifest first: half deleted it must not look complete. Leftovers are no error.
+
+    A link stays, and what it leads to.
+    """
     if not storage.remote(folder):
+        if folder.is_symlink():
+            return
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         return
@@ -115,7 +278,7 @@ def at_hand(
     """A local folder with these files of a checkpoint, verified: its own, or for the time of the body a copy.
 
     near: where copies go, see `scratch`. verified: those of a local folder are. bar: shown where it takes long.
-    Raises ValueError for a file that is missing or damaged.
+    Raises Damaged for a file that is missing or is not what the manifest says.
     """
     wanted = tqdm(entries, desc=bar, unit=" files", mininterval=1, delay=2, disable=bar is None)
     if not storage.remote(folder):
@@ -130,19 +293,15 @@ def at_hand(
 
 
 def verify(folder: Path, entry: dict) -> None:
-    """Raises ValueError if the file is missing or not what the manifest says."""
+    """Raises Damaged if the file is missing or not what the manifest says."""
     path = folder / entry["name"]
-    if not path.exists():
-        raise ValueError(f"{path} is missing; {_advice(folder)}")
-    _compare(path, entry, path, _advice(folder))
+    _compare(path, entry, path)
 
 
 def check(data: bytes, folder: Place, entry: dict) -> bytes:
     """The same of a small file's bytes, which are returned."""
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise ValueError(
-            f"{storage.join(folder, entry['name'])} is damaged: its SHA-256 is not the manifest's; {_advice(folder)}"
-        )
+        raise Damaged(f"{storage.join(folder, entry['name'])} is damaged: its SHA-256 is not the manifest's")
     return data
 
 
@@ -151,19 +310,21 @@ def _fetch(folder: str, entry: dict, to: Path) -> None:
     try:
         storage.download(url, path)
     except FileNotFoundError:
-        raise ValueError(f"{url} is missing; {_advice(folder)}") from None
-    _compare(path, entry, url, _advice(folder))
+        raise Damaged(f"{url} is missing") from None
+    _compare(path, entry, url)
 
 
-def _compare(path: Path, entry: dict, shown: Place, advice: str) -> None:
-    if path.stat().st_size != entry["bytes"]:
-        raise ValueError(f"{shown} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}; {advice}")
-    if _sha256(path) != entry["sha256"]:
-        raise ValueError(f"{shown} is damaged: its SHA-256 is not the manifest's; {advice}")
-
-
-def _advice(folder: Place) -> str:
-    return f"delete {folder} to go on from the checkpoint before it"
+def _compare(path: Path, entry: dict, shown: Place) -> None:
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise Damaged(f"{shown} has {size} bytes, the manifest says {entry['bytes']}")
+        if _sha256(path) != entry["sha256"]:
+            raise Damaged(f"{shown} is damaged: its SHA-256 is not the manifest's")
+    except FileNotFoundError:
+        raise Damaged(f"{shown} is missing") from None
+    except (IsADirectoryError, NotADirectoryError):
+        raise Damaged(f"{shown} is no file") from None
 
 
 def _sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ from partial_fc.benchmark.head_steps import LABELS
 from partial_fc.config_file import without_dashes
 from partial_fc.export.formats import FORMATS
 from partial_fc.figures import EPOCHS, NAMES
+from partial_fc.files import printable
 from partial_fc.prepare.folder import prepare_folder
 from partial_fc.prepare.listing import prepare_list
 from partial_fc.prepare.pairs import prepare_bin, prepare_pairs
@@ -28,7 +29,7 @@ def main() -> None:
         arguments = _parser().parse_args(without_dashes(sys.argv[1:]))
         arguments.run(arguments)
     except (ValueError, OSError) as error:
-        sys.exit(1 if isinstance(error, BrokenPipeError) and _reader_is_gone() else f"error: {error}")
+        sys.exit(1 if isinstance(error, BrokenPipeError) and _reader_is_gone() else printable(f"error: {error}"))
     finally:
         if _reader_is_gone():  # the interpreter flushes stdout at its end, and would complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -128,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     checks = subcommands.add_parser("doctor", help="what would go wrong in a run, on all ranks of torchrun")
     checks.add_argument("config", nargs="?", type=Path, help="unset: the machines and their network alone")
     checks.add_argument("overrides", nargs="*", metavar="section.key=value")
+    _add_trust(checks)
     checks.set_defaults(run=commands.doctor)
 
     report = subcommands.add_parser("report", help="one HTML page about a run, or about several compared")
@@ -233,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         help="neighbours:rate, 3:0.02,3:0.01,16:0.01",
     )
     sampler.add_argument("--batches", type=int, default=10, help="of the run's training data")
+    _add_trust(sampler)
     sampler.set_defaults(run=commands.benchmark_sampler)
 
     study = subcommands.add_parser(
@@ -263,6 +266,12 @@ def _size(text: str) -> tuple[int, int]:
         return int(height), int(width or height)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; give 112, or height x width as 112x96") from None
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-code", action="store_true", help="import losses that the config names as module.Class: that runs them"
+    )
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:

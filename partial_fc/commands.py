@@ -83,7 +83,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def doctor(arguments: argparse.Namespace) -> None:
     with distributed.job(timeout_seconds=60) as device:
-        fine = doctor_run.doctor(arguments.config, arguments.overrides, device)
+        fine = doctor_run.doctor(arguments.config, arguments.overrides, device, trust_code=arguments.trust_code)
     if not fine:
         sys.exit(1)
 
@@ -167,7 +167,12 @@ def benchmark_backbone(arguments: argparse.Namespace) -> None:
 def benchmark_sampler(arguments: argparse.Namespace) -> None:
     with distributed.job() as device:
         sampler.benchmark_sampler(
-            arguments.path, device, random=arguments.random, hard=arguments.hard, batches=arguments.batches
+            arguments.path,
+            device,
+            random=arguments.random,
+            hard=arguments.hard,
+            batches=arguments.batches,
+            trust_code=arguments.trust_code,
         )
 
 

@@ -11,6 +11,7 @@ from partial_fc import strict_yaml
 from partial_fc.config import Config, check_config
 from partial_fc.documents import got, read_text
 from partial_fc.environment import environment
+from partial_fc.manifest import is_run_id
 
 
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -106,10 +107,14 @@ def _plain(value: Any) -> str:
     return strict_yaml.dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
 
 
-def save_config(config: Config, path: Path, device: str | None = None) -> None:
-    """Writes the merged config with the git commit and the package versions it runs under, and the device's name."""
+def save_config(config: Config, path: Path, device: str | None = None, run: str | None = None) -> None:
+    """Writes the merged config with the git commit and the package versions it runs under.
+
+    device: its name. run: the run's id, which its checkpoints have too.
+    """
     values = config.model_dump(mode="json")
-    values["environment"] = environment() | ({} if device is None else {"device": device})
+    notes = {"device": device, "run": run}
+    values["environment"] = environment() | {name: note for name, note in notes.items() if note is not None}
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(strict_yaml.dump(values, sort_keys=False), encoding="utf-8")
     temporary.rename(path)
@@ -122,4 +127,11 @@ def saved_checkpoint_dir(run: Path) -> str | None:
     found = section.get("dir") if isinstance(section, dict) else section
     if found is not None and not isinstance(found, str):
         raise ValueError(f"{run / 'config.yaml'}: checkpoint.dir: got {got(found)}, wanted a folder or URL")
-    return found
+    return found or None
+
+
+def saved_run_id(run: Path) -> str | None:
+    """The run's id in its folder's config.yaml; None where that is not there, or of an early version."""
+    notes = read_config_yaml(run)[1].get("environment")
+    found = notes.get("run") if isinstance(notes, dict) else None
+    return found if is_run_id(found) else None

@@ -4,6 +4,7 @@ import math
 import sys
 from dataclasses import asdict, dataclass, field
 
+from partial_fc.files import one_line, shortened
 from partial_fc.parallel.distributed import RunError
 
 SKIPS_IN_A_ROW = 10  # steps without a finite loss after which a run stops
@@ -26,6 +27,21 @@ class Progress:
     def state(self) -> dict:
         return asdict(self)
 
+    @classmethod
+    def restored(cls, values: dict, place: object) -> "Progress":
+        """What `state` gave, from the checkpoint `place`. Raises ValueError for anything else."""
+        counts = {name: value for name, value in values.items() if name != "losses"}
+        losses = values.get("losses", [])
+        good = all(type(count) is int and count >= 0 for count in counts.values()) and isinstance(losses, list)
+        if not good or not all(type(loss) in (int, float) for loss in losses):
+            raise ValueError(
+                f"{place}/manifest.json: settings.progress: got {shortened(values)}, wanted counts, losses"
+            )
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"{place}/manifest.json: settings.progress: {error}") from None
+
     def step(
         self, step: int, loss: float, samples: int, undecodable: int, bad_here: list[str], applied: bool = True
     ) -> None:
@@ -34,7 +50,7 @@ class Progress:
         applied: whether backbone and head were updated.
         """
         for bad in bad_here:
-            print(f"step {step}: sample {bad}; its batch is one shorter", file=sys.stderr)
+            print(f"step {step}: sample {one_line(bad)}; its batch is one shorter", file=sys.stderr)
         self.samples += samples
         self.undecodable += undecodable
         if math.isfinite(loss):

@@ -46,11 +46,18 @@ def last_name(where: Place) -> str:
     return where.rpartition("/")[2] if remote(where) else where.resolve().name
 
 
-def read(where: Place) -> bytes:
-    """Raises FileNotFoundError where there is none."""
+def read(where: Place, most: int | None = None) -> bytes:
+    """The file's bytes; of one larger than `most` the first most + 1. Raises FileNotFoundError where there is none."""
+    count = -1 if most is None else most + 1
+
+    def some(files: Any, path: str) -> bytes:
+        with files.open(path, "rb") as file:
+            return file.read(count)
+
     if not remote(where):
-        return where.read_bytes()
-    return _try("read", where, lambda files, path: files.cat_file(path))
+        with open(where, "rb") as file:
+            return file.read(count)
+    return _try("read", where, some)
 
 
 def exists(where: Place) -> bool:
@@ -108,6 +115,14 @@ def remove(url: str, *, folder: bool = False) -> None:
             files.rm(path, recursive=folder)
 
     _try("delete", url, delete)
+
+
+def move(where: Place, to: Place) -> None:
+    """Renames a folder; under a URL its objects are copied one by one, then deleted."""
+    if not remote(where):
+        where.rename(to)
+        return
+    _try("move", where, lambda files, path: files.mv(path, url_to_fs(str(to))[1], recursive=True))
 
 
 def check_writable(url: str, name: str) -> None:

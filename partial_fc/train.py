@@ -1,19 +1,19 @@
 """Training: one loop."""
 
-import fcntl
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from partial_fc import checkpoint
+from partial_fc import checkpoint, storage
 from partial_fc.build import Parts, build, checkpoints_of, has_batch_norm, micro_batch_size, settings
 from partial_fc.config import Config
 from partial_fc.data.reader import Batch, loader, normalize
+from partial_fc.folder_lock import FolderLock
 from partial_fc.head.side_stream import upload
 from partial_fc.metrics import KEPT, Metrics, RankTimes
 from partial_fc.optim import learning_rate
@@ -30,12 +30,13 @@ def train(config: Config, device: torch.device) -> bool:
     A collective over all ranks of the job. Raises RunError on all ranks where the config, the data or a checkpoint is
     at fault.
     """
-    run = Path(config.run.dir)
-    with the_only_one_in(run):
-        return _train(config, device, run)
+    run, where = Path(config.run.dir), checkpoints_of(config)
+    elsewhere = [] if storage.remote(where) or not config.checkpoint.dir or where == run else [where]
+    with the_only_one_in(run, *elsewhere) as hold:
+        return _train(config, device, run, hold)
 
 
-def _train(config: Config, device: torch.device, run: Path) -> bool:
+def _train(config: Config, device: torch.device, run: Path, hold: Callable[[], None]) -> bool:
     if config.engine.deterministic:
         make_deterministic()
     parts = build(config, device)
@@ -129,6 +130,8 @@ def _train(config: Config, device: torch.device, run: Path) -> bool:
                     keep=config.checkpoint.keep,
                     where=checkpoints_of(config),
                     beside=beside,
+                    owner=parts.owner,
+                    first=hold,
                 )
                 saved, owed = done, False
             if preempted and not owed:
@@ -189,30 +192,35 @@ def read_batches(config: Config, parts: Parts) -> Iterator[Batch]:
 
 
 @contextmanager
-def the_only_one_in(run: Path) -> Iterator[None]:
-    """Holds the run folder: a second job in it would overwrite the first one's metrics and checkpoints."""
-    lock = None
-    with distributed.together(f"starting {run}"):
-        if distributed.rank() == 0:
-            run.mkdir(parents=True, exist_ok=True)
-            lock = open(run / "lock", "w")  # noqa: SIM115 - held until the run ends
-            try:
-                # no flock: readers that outlive a killed rank by seconds would hold it, as children of a fork do
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):  # either may be what says that it is held
-                raise ValueError(
-                    "another process trains in this folder: wait for it, or give another run.dir"
-                ) from None
-            except OSError as error:
-                raise ValueError(
-                    f"{run} cannot be locked ({error}): give a run.dir on a file system with locks, and the "
-                    "checkpoints another place with checkpoint.dir"
-                ) from None
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.close()
+def the_only_one_in(run: Path, *elsewhere: Path) -> Iterator[Callable[[], None]]:
+    """Holds the run folder, and its checkpoints' where that is elsewhere: a second job would overwrite what is there.
+
+    Gives what rank 0 calls before it writes there: a deleted folder is taken again, if it is free. Raises RunError.
+    """
+    with ExitStack() as held:
+        locks: list[FolderLock] = []
+        with distributed.together(f"starting {run}"):
+            for folder in (run, *elsewhere) if distributed.rank() == 0 else ():
+                busy = "another process trains in this folder: wait for it, or give another run.dir"
+                if folder != run:
+                    busy = f"another run saves in {folder}: wait for it, or give another checkpoint.dir"
+                try:
+                    locks.append(held.enter_context(closing(FolderLock(folder, busy))))
+                except (FileExistsError, NotADirectoryError, PermissionError):
+                    raise
+                except OSError as error:
+                    if folder != run:  # a mounted bucket, say; a save looks for later checkpoints, too
+                        continue
+                    raise ValueError(
+                        f"{run} cannot be locked ({error}): give a run.dir on a file system with locks, and the "
+                        "checkpoints another place with checkpoint.dir"
+                    ) from None
+
+        def hold() -> None:
+            for lock in locks:
+                lock.renew()
+
+        yield hold
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Settings: defaults once, deltas, overrides, and errors that name the nearest key and what was wanted."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from partial_fc.environment import environment
 from partial_fc.figures.margins import parse_margins
 from partial_fc.head.embedding_losses import CenterLoss, TripletLoss, build_embedding_loss
 from partial_fc.head.margins import BY_NAME, build_margin
+from partial_fc.head.named import source_of
 from partial_fc.optim import learning_rate
 from tests.conftest import REPOSITORY
 
@@ -201,12 +203,15 @@ def test_the_margin_of_the_readme_by_its_module(yaml_file, tmp_path, monkeypatch
     (tmp_path / "broken_losses.py").write_text("class Mine(\n")
     monkeypatch.syspath_prepend(tmp_path)
     config = load_config(yaml_file, ["head.margin.name=readme_losses.Mine", "head.margin.margin=0.3"])
-    margin = build_margin(config.head.margin.name, config.head.margin.parameters)
+    with pytest.raises(ValueError, match="head.margin.name: 'readme_losses.Mine' is code outside .* --trust-code"):
+        build_margin(config.head.margin.name, config.head.margin.parameters)
+    assert "readme_losses" not in sys.modules and source_of("readme_losses.Mine") == tmp_path / "readme_losses.py"
+    margin = build_margin(config.head.margin.name, config.head.margin.parameters, trust_code=True)
     assert type(margin).__module__ == "readme_losses" and margin.margin == 0.3
     assert margin.target(torch.tensor([1.0, 0.0])).tolist() == pytest.approx([1.0, -0.3])
     (named,) = parse_margins("readme_losses.Mine:margin=0.4")
     assert named.label == "Mine m = 0.4" and type(named.margin) is type(margin)
-    warm = build_margin("readme_losses.Mine", {"margin": 0.3, "warmup": {"steps": 10, "margin": 0.1}})
+    warm = build_margin("readme_losses.Mine", {"margin": 0.3, "warmup": {"steps": 10, "margin": 0.1}}, trust_code=True)
     assert warm.at(5).margin == pytest.approx(0.2)
     for name, message in (
         ("nowhere.Mine", "'nowhere.Mine' cannot be imported .ModuleNotFoundError: No module .*; give module.Class"),
@@ -219,9 +224,9 @@ def test_the_margin_of_the_readme_by_its_module(yaml_file, tmp_path, monkeypatch
         ("partial_fc.PartialFC", "wanted a subclass of Margin"),
     ):
         with pytest.raises(ValueError, match="head.margin.name: .*" + message):
-            build_margin(name, {})
+            build_margin(name, {}, trust_code=True)
     with pytest.raises(ValueError, match="head.margin.width: readme_losses.Mine has no such parameter; it has"):
-        build_margin("readme_losses.Mine", {"width": 2})
+        build_margin("readme_losses.Mine", {"width": 2}, trust_code=True)
 
 
 def test_margins_by_name():

@@ -134,7 +134,9 @@ def test_the_loss_of_the_readme_by_its_module(tmp_path, monkeypatch):
     (tmp_path / "readme_ring.py").write_text(program + "\n\nclass Plain(EmbeddingLoss):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     name = "readme_ring.Ring"
-    loss = build_embedding_loss(name, {"weight": 0.3, "radius": 2})
+    with pytest.raises(ValueError, match="embedding_losses.readme_ring.Ring: .*only with --trust-code"):
+        build_embedding_loss(name, {"weight": 0.3, "radius": 2})
+    loss = build_embedding_loss(name, {"weight": 0.3, "radius": 2}, trust_code=True)
     x, labels = batch()
     wanted = 0.3 * (x.norm(dim=1) - 2).square().mean() / 2
     slope = 0.3 * ((1 - 2 / x.norm(dim=1, keepdim=True)) * x) / len(x)
@@ -153,12 +155,12 @@ def test_the_loss_of_the_readme_by_its_module(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="embedding_losses.readme_ring.Plain: .*wanted a subclass of EmbeddingLoss, below"
     ):
-        build_embedding_loss("readme_ring.Plain", {})
+        build_embedding_loss("readme_ring.Plain", {}, trust_code=True)
     (tmp_path / "needs_losses.py").write_text(program.replace("radius: float = 20.0", "radius: float"))
     with pytest.raises(ValueError, match="embedding_losses.needs_losses.Ring.radius: needs_losses.Ring has no default"):
-        build_embedding_loss("needs_losses.Ring", {"weight": 2})
+        build_embedding_loss("needs_losses.Ring", {"weight": 2}, trust_code=True)
     with pytest.raises(ValueError, match="cannot be imported .*give module.Class"):
-        build_embedding_loss("nowhere.Ring", {})
+        build_embedding_loss("nowhere.Ring", {}, trust_code=True)
     assert not loss.compares and TripletLoss().compares and ContrastiveLoss().compares and not CenterLoss().compares
 
 

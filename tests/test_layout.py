@@ -16,14 +16,14 @@ MODULES = sorted(path.relative_to(REPOSITORY) for path in PACKAGE.rglob("*.py"))
 
 # A module imports from lower floors, or from its own package.
 FLOORS = [
-    {"seeds", "documents", "strict_yaml", "opencv", "memory"},
+    {"seeds", "documents", "strict_yaml", "opencv", "memory", "files", "folder_lock"},
     {"environment", "schema", "tensor_files"},
     {"storage"},
-    {"config"},
+    {"config", "manifest"},
     {"config_file"},
     {"parallel", "backbone", "optim", "phases"},
-    {"data", "head", "checkpoint_files"},
-    {"checkpoint", "prepare", "progress", "profiler", "trackers"},
+    {"data", "head", "checkpoint_files", "progress"},
+    {"checkpoint", "prepare", "profiler", "trackers"},
     {"metrics", "evaluate"},
     {"build", "benchmark", "export"},
     {"train", "doctor"},
@@ -41,7 +41,7 @@ DOORS = {
     "fsspec": {"storage.py"},
     "yaml": {"strict_yaml.py"},
     "cv2": {"opencv.py"},
-    "safetensors": {"checkpoint.py", "export/model.py", "tensor_files.py"},
+    "safetensors": {"checkpoint.py", "checkpoint_files.py", "export/model.py", "tensor_files.py"},
     "onnxruntime": {"export/formats.py"},
     "huggingface_hub": {"export/model.py"},
     "PIL": {"prepare/faces.py"},

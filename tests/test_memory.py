@@ -114,17 +114,17 @@ HEADS = {
 @pytest.mark.parametrize("kind", HEADS)
 def test_what_is_asked_for_is_what_a_head_takes(kind, glyphs_ci, tmp_path):
     config = config_for(tmp_path / "run", glyphs_ci / "train", *HEADS[kind])
-    head = build_head(config, 200, CPU)
+    head = build_head(config, 200, CPU, trust_code=False)
     tensors = {id(tensor): tensor for tensor in state_by_class(head).values()}
     taken = sum(tensor.nbytes for tensor in tensors.values())
-    assert 200 * bytes_of_a_class(config, CPU) == taken
-    assert head_wants(config, 200, CPU)[0][1] == taken
+    assert 200 * bytes_of_a_class(config, CPU, trust_code=False) == taken
+    assert head_wants(config, 200, CPU, trust_code=False)[0][1] == taken
 
 
 def wanted_of(run: Path, data: Path) -> tuple[int, str]:
     """Bytes of this rank's head; what is said where each of two ranks wants six tenths of the machine's memory."""
     config = config_for(run, data, "head.sample_rate=0.1", "head.hard_negatives={neighbours: 4}")
-    pool, needed = head_wants(config, 101, CPU)[0]
+    pool, needed = head_wants(config, 101, CPU, trust_code=False)[0]
     with pytest.raises(distributed.RunError) as caught:
         check_memory([(pool, pool.free * 6 // 10)])
     return needed, str(caught.value)

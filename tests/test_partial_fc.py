@@ -529,6 +529,14 @@ def test_label_out_of_range_stops_all_ranks_with_one_message(label):
     assert f"label {label} of rank 1, row 1 is out of range: this head has 10 classes" in messages[0]
 
 
+def test_the_smallest_label_is_no_padding_and_a_class_id_has_31_bits():
+    head = PartialFC(10, 4)
+    with pytest.raises(ValueError, match="of rank 0, row 1 is out of range: this head has 10 classes"):
+        head(torch.randn(2, 4), torch.tensor([3, torch.iinfo(torch.int64).min]))
+    with pytest.raises(ValueError, match="num_classes is 2147483648; a class id has 31 bits here: give 2147483647"):
+        PartialFC(2**31, 4)
+
+
 def test_large_labels_travel_exactly():
     """As float32 values labels are exact only to 2^24; they travel as bit patterns."""
     labels = torch.tensor([2**24 + 1, 2**25 + 3])

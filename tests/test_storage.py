@@ -14,7 +14,8 @@ import fsspec
 import pytest
 import torch
 
-from partial_fc import CosFace, PartialFC, checkpoint, checkpoint_files, storage
+from partial_fc import CosFace, PartialFC, checkpoint, storage
+from partial_fc.checkpoint_files import Owner
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.export.embed import embed_images
 from partial_fc.export.model import open_model
@@ -23,7 +24,7 @@ from partial_fc.figures import checkpoints
 from partial_fc.parallel import distributed
 from tests.conftest import run_ranks
 from tests.s3_server import BUCKET, s3  # noqa: F401 - a fixture
-from tests.test_checkpoint import load_here, trained
+from tests.test_checkpoint import NAMES, load_here, trained
 from tests.test_train import begin, curve, finish, rows, start, train_and_catch, train_here, wait_for, wait_for_step
 
 CPU = torch.device("cpu")
@@ -70,10 +71,18 @@ def save_at(where: storage.Place, run: Path, step: int = 5, keep: int = 2, **opt
     """The centers of five steps, which a checkpoint holds then."""
     head, engine = trained(**options)
     run.mkdir(exist_ok=True)
-    (run / "names.txt").write_text("a\nb\n")
+    (run / "names.txt").write_text("".join(NAMES))
     settings = {"order": {}, "config": {}}
     checkpoint.save(
-        run, step, head=head, engine=engine, classes=run / "names.txt", settings=settings, keep=keep, where=where
+        run,
+        step,
+        head=head,
+        engine=engine,
+        classes=run / "names.txt",
+        settings=settings,
+        keep=keep,
+        where=where,
+        owner=Owner("0123456789abcdef"),
     )
     return head.full_weight()
 
@@ -84,7 +93,8 @@ def test_a_store_holds_what_a_folder_holds(tmp_path):
     save_at(None, tmp_path / "run")
     there, here = checkpoint.find_checkpoint(url), checkpoint.find_latest(tmp_path / "run")
     assert there.manifest == here.manifest and there.path == f"{url}/step_00000005"
-    assert there.classes() == here.classes() == ["a", "b"] and storage.read(f"{url}/latest") == b"step_00000005\n"
+    assert there.classes() == here.classes() == [name[:-1] for name in NAMES]
+    assert storage.read(f"{url}/latest") == b"step_00000005\n"
     weight, backbone, _, step_count = load_here(url)
     assert torch.equal(weight, wanted) and step_count == 5
     assert torch.equal(checkpoint.read_backbone(there)["0.weight"], backbone["0.weight"])
@@ -95,6 +105,8 @@ def test_a_store_holds_what_a_folder_holds(tmp_path):
 def test_leftovers_go_and_only_the_newest_stay(tmp_path):
     url = "memory://bucket/keep"
     storage.write(f"{url}/step_00000002/backbone.safetensors", b"left by a killed save")
+    ours = {"format": "partial_fc-checkpoint", "run": "0123456789abcdef"}
+    storage.write(f"{url}/step_00000002/unfinished.json", json.dumps(ours).encode())
     assert checkpoint.find_latest(url) is None
     (tmp_path / "run" / "scratch" / "rank_0").mkdir(parents=True)
     (tmp_path / "run" / "scratch" / "rank_0" / "old").write_text("left by it here")
@@ -164,7 +176,7 @@ def test_damage_is_one_error_on_all_ranks(s3, tmp_path):  # noqa: F811
         damage()
         answers = on_s3(s3, 3, load_here, url)
         assert len(set(answers)) == 1 and message in answers[0]
-        assert "to go on from the checkpoint before it" in answers[0]
+        assert "there is no other checkpoint beside" in answers[0]
 
 
 def save_and_catch(where: str, run: Path, step: int) -> str:
@@ -379,11 +391,3 @@ def test_an_upload_whose_last_answer_is_lost_is_made_again(s3, tmp_path, monkeyp
     answers += answers[:1] * 4
     with pytest.raises(OSError, match="cannot write s3://bucket/part, tried 4 times: .*upload does not exist"):
         storage.upload(path, f"{BUCKET}/part")
-
-
-def test_what_others_keep_beside_checkpoints_stays(tmp_path):
-    (tmp_path / "step_notes.txt").write_text("mine")
-    (tmp_path / "step_stone").mkdir()
-    (tmp_path / "step_00000003").mkdir()  # left by a killed save
-    checkpoint_files.begin(tmp_path / "step_00000010")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_notes.txt", "step_stone"]

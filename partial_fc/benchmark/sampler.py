@@ -12,6 +12,7 @@ from partial_fc.config import Config
 from partial_fc.data.groups import build_order
 from partial_fc.data.reader import image_size, loader, normalize
 from partial_fc.data.shards import Index, load_index
+from partial_fc.files import one_line
 from partial_fc.head.margins import build_margin
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.sampling import HardNegatives, Sampler, nearest_classes, random_negatives
@@ -24,7 +25,13 @@ from partial_fc.storage import Place
 
 @torch.no_grad()
 def benchmark_sampler(
-    path: Place, device: torch.device, *, random: list[float], hard: list[tuple[int, float]], batches: int = 10
+    path: Place,
+    device: torch.device,
+    *,
+    random: list[float],
+    hard: list[tuple[int, float]],
+    batches: int = 10,
+    trust_code: bool = False,
 ) -> list[dict]:
     """Measures random negatives at each rate of `random` and hard ones at each (neighbours, rate) of `hard`.
 
@@ -36,14 +43,15 @@ def benchmark_sampler(
 
         mass_i = sum of z_ij over the negatives j in use / sum of z_ij over all negatives j
 
-    Dense, in float64: (B, C) numbers exist a few times, 0.2 GB each at B = 256 and C = 1e5. One process. Raises
-    ValueError for a run whose logits are not s cos, and for samplers out of range.
+    Dense, in float64: (B, C) numbers exist a few times, 0.2 GB each at B = 256 and C = 1e5. One process. trust_code:
+    import a margin that the run names as module.Class. Raises ValueError for a run whose logits are not s cos, and for
+    samplers out of range.
     """
     choices = [(0, rate) for rate in random] + hard
     names = [f"random {rate:g}" for rate in random] + [f"hard {neighbours}:{rate:g}" for neighbours, rate in hard]
     _check(random, hard, batches)
     found, config, index = _open(path)
-    head, net = _load(found, config, index, device)
+    head, net = _load(found, config, index, device, trust_code)
     centers = unit(head.full_weight().double())[0]
     order = build_order(config.data, index, config.run.seed)
     rows, mass, hardest = torch.zeros(3, len(choices), dtype=torch.float64, device=device)
@@ -89,7 +97,7 @@ def benchmark_sampler(
         }
         for i, name in enumerate(names)
     ]
-    print(f"{found.path}: {index.num_classes:,} classes, {batches} batches of {order.global_batch_size}")
+    print(f"{one_line(found.path)}: {index.num_classes:,} classes, {batches} batches of {order.global_batch_size}")
     print("mass: share of the full softmax's negative mass in use; hardest: how often the hardest negative is in use")
     width = max(map(len, names))
     print(f"{'':{width}}     rows  of all   mass  hardest")
@@ -141,7 +149,7 @@ def _check(random: list[float], hard: list[tuple[int, float]], batches: int) -> 
 
 def _open(path: Place) -> tuple[checkpoint.Checkpoint, Config, Index]:
     found = checkpoint.find_checkpoint(path)
-    config = Config.model_validate(found.manifest["settings"]["config"])
+    config = found.config()
     index = load_index(config.data.train)
     if found.classes() != index.classes() or index.num_classes < 2:
         raise ValueError(
@@ -152,10 +160,11 @@ def _open(path: Place) -> tuple[checkpoint.Checkpoint, Config, Index]:
 
 
 def _load(
-    found: checkpoint.Checkpoint, config: Config, index: Index, device: torch.device
+    found: checkpoint.Checkpoint, config: Config, index: Index, device: torch.device, trust_code: bool
 ) -> tuple[PartialFC, nn.Module]:
     """A checkpoint's head and its backbone, in training mode."""
-    margin = build_margin(config.head.margin.name, config.head.margin.parameters).at(found.step)
+    name, parameters = config.head.margin.name, config.head.margin.parameters
+    margin = build_margin(name, parameters, trust_code=trust_code).at(found.step)
     other = margin.scale is None or margin.has_bias or not margin.normalize_centers
     if other or margin.changes_negatives:
         raise ValueError(

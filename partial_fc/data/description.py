@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 
 from partial_fc.documents import MIB, parse_json, read_bytes
+from partial_fc.files import plain_name
 from partial_fc.schema import Document, fits
 
 FORMAT = "partial_fc-index"
@@ -17,12 +18,6 @@ VERSION = 3
 SCHEMES = ("http", "https", "s3", "gs", "hf")  # of a shard's URL
 MOST_BYTES = 512 * MIB  # of index.json: 2 million shards
 AGAIN = "copy the data set again, or prepare it again"
-
-
-def _plain(name: str) -> str:
-    if name in ("", ".", "..") or len(name) > 255 or not name.isprintable() or set(name) & {"/", "\\"}:
-        raise ValueError("the plain name of a file in the folder, nothing outside its folder")
-    return name
 
 
 def _identifier(name: str) -> str:
@@ -45,7 +40,7 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 class Shard(Document):
     """One shard. With a `url` it lies there, and `name` is what a local copy is called."""
 
-    name: Annotated[str, AfterValidator(_plain)]
+    name: str
     bytes: Count
     """Of the file as it lies there, compressed where it is."""
     sha256: Sha256
@@ -106,7 +101,7 @@ def read_description(folder: Path) -> Description:
     missing = [f"{name}_sha256" for name in OF_SAMPLES if getattr(description, f"{name}_sha256") is None]
     if description.version >= 3 and missing:
         raise ValueError(f"{file}: {missing[0]} is missing: {AGAIN}")
-    names = [shard.name for shard in description.shards]
+    names = [plain_name(shard.name, file, f"shards.{i}.name") for i, shard in enumerate(description.shards)]
     if len(set(names)) < len(names):
         twice = next(name for number, name in enumerate(names) if name in names[:number])
         raise ValueError(f"{file}: shards: got {twice} twice, wanted a file each: {AGAIN}")

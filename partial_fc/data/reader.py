@@ -193,20 +193,19 @@ class _Samples:
     def _read(self, sample: int) -> bytes:
         """The stored bytes of an image, read once more if they have changed. Raises ReadError if all tries failed."""
         shard, offset, size = (int(a[sample]) for a in (self.index.shard, self.index.offset, self.index.size))
-        changed = None
         for pause in (*RETRY_SECONDS, None):
             try:
                 data = os.pread(self._descriptor(shard), size, offset)
+                if len(data) == size and not self.index.intact(sample, data):
+                    self._close(shard)  # the file may have been replaced
+                    data = os.pread(self._descriptor(shard), size, offset)
                 if len(data) == size:
-                    if data == changed or self.index.intact(sample, data):
-                        return data
-                    changed, error = data, OSError("the bytes differ from one reading to the next")
-                else:
-                    error = OSError(f"got {len(data)} of {size} bytes")
+                    return data
+                error = OSError(f"got {len(data)} of {size} bytes")
             except OSError as caught:
                 error = caught
             self._close(shard)  # a new descriptor also helps where the file was replaced
-            if pause is not None and changed is None:
+            if pause is not None:
                 time.sleep(pause)
         raise ReadError(
             f"cannot read {size} bytes at offset {offset} of {self.index.shard_path(sample)} "

@@ -22,11 +22,13 @@ from partial_fc.parallel.engine import check_engine
 from partial_fc.trackers import check_tensorboard
 
 
-def doctor(path: Path | None, overrides: list[str], device: torch.device, seconds: float = 6.0) -> bool:
+def doctor(
+    path: Path | None, overrides: list[str], device: torch.device, seconds: float = 6.0, *, trust_code: bool = False
+) -> bool:
     """Prints a line a check, on rank 0. True, on all ranks, where there is no problem. A collective.
 
-    path: a config; None: the machines alone. seconds: of each of the two measurements of speed. Leaves nothing behind.
-    Raises RunError where the ranks cannot reach each other.
+    path: a config; None: the machines alone. seconds: of each of the two measurements of speed. trust_code: import what
+    the config names as module.Class. Leaves nothing behind. Raises RunError where the ranks cannot reach each other.
     """
     sheet = Sheet()
     sheet.add("ranks", ranks.collectives(device))
@@ -45,7 +47,7 @@ def doctor(path: Path | None, overrides: list[str], device: torch.device, second
         batch_bytes = local_batch_size(config) * 3 * math.prod(image_size(index))
     sheet.check("shared memory", machine.shared_memory, ranks_here, config, batch_bytes)
     if index is not None:
-        _run(sheet, config, index, device, ranks_here, seconds)
+        _run(sheet, config, index, device, ranks_here, seconds, trust_code)
     return sheet.end()
 
 
@@ -63,21 +65,29 @@ def _config(path: Path, overrides: list[str]) -> Found:
     return Found(f"{path} is valid; run.dir is {config.run.dir}", value=config)
 
 
-def _run(sheet: Sheet, config: Config, index: Index, device: torch.device, ranks_here: int, seconds: float) -> None:
+def _run(
+    sheet: Sheet,
+    config: Config,
+    index: Index,
+    device: torch.device,
+    ranks_here: int,
+    seconds: float,
+    trust_code: bool,
+) -> None:
     """What is to be known of a run once its data set is open."""
     sheet.check("engine", _engine, config, device)
     sheet.check("images", run_folder.images, index)
-    order = sheet.check("batches", run_folder.batches, config, index)
+    order = sheet.check("batches", run_folder.batches, config, index, trust_code)
     length = None if order is None else sheet.check("schedule", run_folder.schedule, config, order.value)
     found = sheet.check("checkpoint", run_folder.latest_checkpoint, config, index)
     if found is not None and distributed.world_size() > 1:
         sheet.add("agreement", _agreement(config, index, found.value))
     sheet.check("evaluation sets", run_folder.evaluation_sets, config, index)
-    sheet.check("margin", run_folder.margin, config, index.num_classes)
+    sheet.check("margin", run_folder.margin, config, index.num_classes, trust_code)
     latest = None if found is None else found.value
-    head = sheet.check("head", run_folder.head_bytes, config, index.num_classes, device, latest)
+    head = sheet.check("head", run_folder.head_bytes, config, index.num_classes, device, trust_code, latest)
     if head is not None:
-        sheet.add("memory", _memory(config, index, device))
+        sheet.add("memory", _memory(config, index, device, trust_code))
     engine = sheet.check("backbone", speed.engine_of, config, index, None if order is None else order.value, device)
     if head is not None and engine is not None:
         sheet.check("disk", run_folder.disk, config, head.value, engine.value, first_rank_only=True)
@@ -104,10 +114,10 @@ def _agreement(config: Config, index: Index, found: Checkpoint | None) -> Found:
     return Found("all ranks see the same config, data and checkpoint")
 
 
-def _memory(config: Config, index: Index, device: torch.device) -> Found:
+def _memory(config: Config, index: Index, device: torch.device, trust_code: bool) -> Found:
     try:
         with distributed.together("looking at the memory"):
-            wants = head_wants(config, index.num_classes, device)
+            wants = head_wants(config, index.num_classes, device, trust_code=trust_code)
         check_memory(wants)
     except distributed.RunError as error:  # on all ranks
         return Found(str(error), "problem")

@@ -16,6 +16,7 @@ from partial_fc.build import (
     length_of,
     order_of,
     schedule_cautions,
+    sound_before,
     training_data,
 )
 from partial_fc.config import Config
@@ -26,6 +27,7 @@ from partial_fc.data.shards import Index
 from partial_fc.doctor.sheet import Found
 from partial_fc.evaluate.runs import open_sets
 from partial_fc.head.margin import WarmUp, least_scale
+from partial_fc.manifest import Damaged
 from partial_fc.memory import size_text
 from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
@@ -50,9 +52,9 @@ def images(index: Index) -> Found:
     return Found(f"{len(samples)} samples decoded, {' x '.join(map(str, image_size(index)))} pixels")
 
 
-def batches(config: Config, index: Index) -> Found:
+def batches(config: Config, index: Index, trust_code: bool) -> Found:
     """The global batch fits data, streams and ranks."""
-    order = order_of(config, index)
+    order = order_of(config, index, trust_code=trust_code)
     return Found(f"{order.steps_per_epoch:,} steps of {order.global_batch_size} samples an epoch", value=order)
 
 
@@ -67,7 +69,13 @@ def schedule(config: Config, order: Order | Groups) -> Found:
 
 def latest_checkpoint(config: Config, index: Index) -> Found:
     """It has the data's classes, the config's backbone and the data order."""
-    found = latest_of(config, index)
+    try:
+        found = latest_of(config, index)
+    except Damaged as error:
+        before = None if error.folder is None else sound_before(error.folder)
+        if before is None:
+            raise
+        return Found(f"{error.what}: a run would rename it and go back to {before}", "warning")
     if found is None:
         return Found(f"none in {checkpoints_of(config)}: a run would begin at step 0")
     return Found(f"{found.path} fits: a run would go on from step {found.step:,}", value=found)
@@ -80,9 +88,9 @@ def evaluation_sets(config: Config, index: Index) -> Found:
     return Found("; ".join([text, *cautions]), "warning" if cautions else "ok")
 
 
-def margin(config: Config, num_classes: int) -> Found:
+def margin(config: Config, num_classes: int, trust_code: bool) -> Found:
     """Whether it can be met with so many classes, and the scale that the papers want."""
-    chosen, _ = build_losses(config)
+    chosen, _ = build_losses(config, trust_code)
     chosen = chosen.margin if isinstance(chosen, WarmUp) else chosen
     most = chosen.largest_probability(num_classes)
     if most is None:
@@ -98,10 +106,14 @@ def margin(config: Config, num_classes: int) -> Found:
 
 
 def head_bytes(
-    config: Config, num_classes: int, device: torch.device, latest: checkpoint.Checkpoint | None = None
+    config: Config,
+    num_classes: int,
+    device: torch.device,
+    trust_code: bool,
+    latest: checkpoint.Checkpoint | None = None,
 ) -> Found:
     """What a checkpoint keeps of the head; the latest one must have the same."""
-    of_a_class = bytes_of_a_class(config, device, latest)
+    of_a_class = bytes_of_a_class(config, device, latest, trust_code=trust_code)
     share = math.ceil(num_classes / distributed.world_size())
     return Found(
         f"{config.head.margin.name}, sample rate {config.head.sample_rate:g}, {of_a_class:,.0f} bytes a class with its "

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from partial_fc.files import printable
 from partial_fc.parallel import distributed
 
 
@@ -60,7 +61,7 @@ class Sheet:
             where = "" if len(ranks) == len(said) else f"rank{'s' * (len(ranks) > 1)} {spans(ranks)}: "
             if distributed.rank() == 0:
                 one_line = "; ".join(line.strip() for line in text.splitlines())
-                print(f"{level:<8} {name}: {where}{one_line}", flush=True)
+                print(printable(f"{level:<8} {name}: {where}{one_line}"), flush=True)
 
 
 def spans(numbers: list[int]) -> str:

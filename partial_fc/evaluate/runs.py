@@ -1,6 +1,7 @@
 """Evaluation of a run folder or a checkpoint: evaluation.json and the table."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import torch
 from torch import nn
 
 from partial_fc import backbone, storage
-from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone
+from partial_fc.checkpoint import Checkpoint, find_for_all, load_backbone
 from partial_fc.config import Config, Evaluate, EvaluationSet
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
 from partial_fc.evaluate.evaluation_file import FORMAT, VERSION
 from partial_fc.evaluate.protocol import evaluate_sets, format_table
+from partial_fc.files import one_line, printable
 from partial_fc.parallel import distributed
 
 
@@ -31,19 +33,24 @@ def evaluate_run(
 
     settings: what to evaluate on and how; None: as the checkpoint's config says. sets: instead of its sets. untrained:
     the backbone as it was initialized, too. checkpoints: where the run's are, for ranks that do not see its config.
-    Writes evaluation.json into `path`, and beside checkpoints at a URL, and prints the table. Raises RunError, on all
-    ranks, where there is no checkpoint or nothing to evaluate on.
+    Prints the table, and writes evaluation.json into `path`, and beside checkpoints at a URL; a folder that cannot be
+    written to is said at the start, and is no error. Raises RunError, on all ranks, where there is no checkpoint or
+    nothing to evaluate on.
     """
     path = storage.place(path)
+    found = find_for_all(storage.place(checkpoints or path))
     with distributed.together(f"evaluating {path}"):
-        found = find_checkpoint(storage.place(checkpoints or path))
-        config = Config.model_validate(found.manifest["settings"]["config"])
+        config = found.config()
         settings = config.evaluate if settings is None else settings
         sets = settings.sets if sets is None else sets
         if not sets:
             raise ValueError("there is nothing to evaluate on; give --data, or evaluate.sets in the config")
-        size = tuple(found.manifest["settings"]["image_size"])
+        size = found.image_size()
         indexes = open_sets(sets, size)
+    kept = storage.remote(path) or os.access(path, os.W_OK | os.X_OK)
+    if not kept and distributed.rank() == 0:
+        text = f"warning: {path} cannot be written to: the table is printed, and no evaluation.json written"
+        print(printable(text), flush=True)
     models: dict[str, Any] = {"trained": _trained(found, config, size)}
     if (averaged := _trained(found, config, size, averaged=True)) is not None:
         models["averaged"] = averaged
@@ -52,7 +59,7 @@ def evaluate_run(
     results = {}
     for name, net in models.items():
         if distributed.rank() == 0:
-            print(f"evaluating the {name} backbone on {', '.join(sets)}", flush=True)
+            print(printable(f"evaluating the {name} backbone on {', '.join(sets)}"), flush=True)
         results[name] = evaluate_sets(
             net.to(device).eval(),
             indexes,
@@ -70,11 +77,13 @@ def evaluate_run(
         "format": FORMAT,
         "version": VERSION,
         "step": found.step,
-        "config": found.manifest["settings"]["config"],  # of the checkpoint: the run may go on with another
+        "config": found.setting("config"),  # of the checkpoint: the run may go on with another
         "models": results,
     }
+    if distributed.rank() == 0:
+        print(printable(format_table(results)), flush=True)
     with distributed.together(f"writing {path}/evaluation.json"):
-        if distributed.rank() == 0:
+        if distributed.rank() == 0 and kept:
             text = json.dumps(evaluation, indent=1)
             if not storage.remote(path):
                 temporary = path / "evaluation.json.partial"
@@ -83,7 +92,6 @@ def evaluate_run(
             if storage.remote(found.path):  # a run folder may vanish with its machine
                 beside = path if storage.remote(path) else storage.parent(found.path)
                 storage.write(f"{beside}/evaluation.json", text.encode())
-            print(format_table(results), flush=True)
     return evaluation
 
 
@@ -125,7 +133,7 @@ def open_sets(sets: dict[str, EvaluationSet], size: tuple[int, int]) -> dict[str
         if shared and distributed.rank() == 0:
             print(
                 f"warning: evaluation set {name}: {len(shared)} distractors are called like its identities, for "
-                f"example {min(shared)}: if they are the same, rank-1 counts them as wrong"
+                f"example {one_line(min(shared))}: if they are the same, rank-1 counts them as wrong"
             )
         indexes[name] = index, distractors
     return indexes
@@ -139,8 +147,5 @@ def _trained(found: Checkpoint, config: Config, size: tuple[int, int], averaged:
     """The checkpoint's backbone; or the moving average of it, None where there is none."""
     net = _initial(config, size)
     with distributed.together(f"loading {found.path}"):
-        state = read_backbone(found, averaged)
-        if state is None:
-            return None
-        net.load_state_dict(state)
-    return net
+        there = load_backbone(net, found, averaged)
+    return net if there else None

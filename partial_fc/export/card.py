@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from partial_fc.checkpoint import Checkpoint
-from partial_fc.config import Config
 from partial_fc.evaluate.protocol import COLUMNS, measures, missing, of_a_list
 from partial_fc.export.formats import TOLERANCE
 from partial_fc.export.model import Embedder
@@ -52,7 +51,7 @@ def model_card(
     gallery: tuple[int, ...] | None,
 ) -> str:
     """README.md; `evaluation` as in evaluation.json, `differences` from the eager model by file."""
-    config = Config.model_validate(found.manifest["settings"]["config"])
+    config = found.config()
     files = ["- config.json: all of this for programs", "- model.safetensors: the parameters"]
     for name, difference in differences.items():
         files.append(

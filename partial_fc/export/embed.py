@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from partial_fc import storage
+from partial_fc.checkpoint import find_for_all
 from partial_fc.export.images import Images, open_images
-from partial_fc.export.model import Embedder, open_model
+from partial_fc.export.model import Embedder, is_run, open_model
 from partial_fc.export.rows import KINDS, write_rows
+from partial_fc.files import printable
 from partial_fc.parallel import distributed
 
 _ROWS_AT_ONCE = 1 << 16  # when the ranks' parts are joined
@@ -47,6 +50,7 @@ def embed_images(
     source, out = Path(source), Path(out)
     files = _Files(out, out.with_suffix(".jsonl"), out.with_suffix(".left_out.jsonl"))
     rank, world_size = distributed.rank(), distributed.world_size()
+    found = find_for_all(storage.place(model)) if is_run(model) else None
     with distributed.together(f"embedding {source}"):
         if out.suffix not in KINDS or batch_size < 1:
             raise ValueError(
@@ -55,7 +59,7 @@ def embed_images(
         for file in files:
             if file.exists():
                 raise FileExistsError(f"{file} exists: delete it, or choose another name to write to")
-        net = open_model(model).to(device)
+        net = open_model(model, found).to(device)
         images = open_images(source, net.image_size)
         out.parent.mkdir(parents=True, exist_ok=True)
     seen = (images.fingerprint(), net.config)
@@ -78,7 +82,8 @@ def embed_images(
                     files.left_out.write_text("".join(json.dumps(row) + "\n" for row in missing))
                 _join(files, [files.part(r) for r in range(world_size)], counts, net.embedding_dim)
                 if missing:
-                    print(f"left out: {_reasons(missing)}, see {files.left_out}; {_some(missing)}", flush=True)
+                    text = f"left out: {_reasons(missing)}, see {files.left_out}; {_some(missing)}"
+                    print(printable(text), flush=True)
                 others = f"; {len(images.others)} files are not named like images" if images.others else ""
                 print(f"{out}: {sum(counts):,} embeddings of {net.embedding_dim} numbers{others}", flush=True)
     finally:

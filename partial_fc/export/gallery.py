@@ -23,6 +23,7 @@ def write_gallery(found: Checkpoint, folder: Path) -> tuple[int, ...]:
     manifest = found.manifest
     num_classes, dim, k = manifest["num_classes"], manifest["embedding_dim"], manifest.get("sub_centers", 1)
     shape = (num_classes, dim) if k == 1 else (num_classes, k, dim)
+    names = found.classes()  # verified, before the long part
     at_once = max(_BYTES_AT_ONCE // (8 * k * dim), 1)
 
     def normalized() -> Iterator[np.ndarray]:
@@ -33,5 +34,5 @@ def write_gallery(found: Checkpoint, folder: Path) -> tuple[int, ...]:
 
     metadata = {"format": "pt", "normalized": "true", "step": str(found.step)}
     write_rows(folder / "class_centers.safetensors", "class_centers", shape, normalized(), metadata)
-    (folder / "classes.txt").write_bytes(found.read("classes.txt"))
+    (folder / "classes.txt").write_bytes("".join(f"{name}\n" for name in names).encode())
     return shape

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from partial_fc import storage
 from partial_fc.backbone import build_trained
 from partial_fc.checkpoint import Checkpoint, find_checkpoint, read_backbone
-from partial_fc.config import Config
 from partial_fc.config_file import read_config_yaml
 from partial_fc.documents import text_of
 from partial_fc.environment import pip_install, read_environment
@@ -80,12 +79,20 @@ def load_backbone(source: str | os.PathLike, revision: str | None = None) -> Emb
     return _assemble(config, load_tensors(weights), folder)
 
 
-def open_model(source: str | os.PathLike) -> Embedder:
-    """`load_backbone`, and the same of a run (its newest checkpoint) or of one checkpoint, each a folder or a URL."""
-    path = storage.place(source)
-    if storage.remote(path) or (path.is_dir() and not (path / "config.json").exists()):
-        return from_checkpoint(find_checkpoint(path))
+def open_model(source: str | os.PathLike, found: Checkpoint | None = None) -> Embedder:
+    """`load_backbone`, and the same of a run (its newest checkpoint) or of one checkpoint, each a folder or a URL.
+
+    found: its checkpoint, where one was chosen already.
+    """
+    if found is not None or is_run(source):
+        return from_checkpoint(found or find_checkpoint(storage.place(source)))
     return load_backbone(source)
+
+
+def is_run(source: str | os.PathLike) -> bool:
+    """Whether `open_model` takes it for a run or a checkpoint."""
+    path = storage.place(source)
+    return storage.remote(path) or (path.is_dir() and not (path / "config.json").exists())
 
 
 def from_checkpoint(found: Checkpoint, averaged: bool = False) -> Embedder:
@@ -96,14 +103,14 @@ def from_checkpoint(found: Checkpoint, averaged: bool = False) -> Embedder:
     state = read_backbone(found, averaged)
     if state is None:
         raise ValueError(f"{found.path} has no moving average: its run had no engine.ema; leave --averaged out")
-    config = Config.model_validate(found.manifest["settings"]["config"])
-    classes = next(entry for entry in found.files() if entry["name"] == "classes.txt")
+    config = found.config()
+    classes = found.entry("classes.txt")
     trained_with = _trained_with(found)
     description = {
         "format": FORMAT,
         "version": VERSION,
         "backbone": config.backbone.model_dump(mode="json"),
-        "image_size": list(found.manifest["settings"]["image_size"]),
+        "image_size": list(found.image_size()),
         "input": "uint8 (batch, 3, height, width), values 0 to 255; the model subtracts mean and divides by std itself",
         "channel_order": "RGB",
         "mean": list(config.data.mean),
@@ -111,7 +118,7 @@ def from_checkpoint(found: Checkpoint, averaged: bool = False) -> Embedder:
         "flip": config.evaluate.flip,
         "output": "float32 (batch, embedding_dim), normalized: dot products are cosines",
         "num_classes": found.manifest["num_classes"],
-        "classes_sha256": classes["sha256"],
+        "classes_sha256": classes and classes["sha256"],
         "step": found.step,
         "weights": "averaged" if averaged else "trained",
         "trained_at_commit": trained_with.get("git_commit", "unknown"),

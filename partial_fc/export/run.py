@@ -8,7 +8,6 @@ from torch import Tensor
 
 from partial_fc import storage
 from partial_fc.checkpoint import Checkpoint, find_checkpoint
-from partial_fc.config import Config
 from partial_fc.data.shards import require_new
 from partial_fc.evaluate import evaluation_file
 from partial_fc.export.card import model_card
@@ -85,7 +84,7 @@ def read_evaluation(path: Place, found: Checkpoint) -> dict | None:
 
 def _images(found: Checkpoint, model: Embedder, images: Path | None) -> Tensor:
     """(n, 3, H, W) uint8 to check with."""
-    config = Config.model_validate(found.manifest["settings"]["config"])
+    config = found.config()
     own = [*(chosen.data for chosen in config.evaluate.sets.values()), config.data.train]
     source = images or next((Path(folder) for folder in own if (Path(folder) / "index.json").exists()), None)
     if source is None:

@@ -21,27 +21,27 @@ BATCH = 256
 
 def complete_checkpoints(run: Place) -> list[Checkpoint]:
     """All complete checkpoints of a run folder or URL, by step. Raises ValueError where there is none."""
-    folders = checkpoint.complete(run)
-    if not folders:
+    found = list(checkpoint.complete_checkpoints(run))
+    if not found:
         raise ValueError(f"{run} holds no complete checkpoint; give the folder of a run that has saved one")
-    return [checkpoint.open_checkpoint(folder) for folder in folders]
+    return found[::-1]
 
 
 def config_of(found: Checkpoint) -> Config:
-    return Config.model_validate(found.manifest["settings"]["config"])
+    return found.config()
 
 
 def load_net(found: Checkpoint) -> nn.Module:
     """A checkpoint's backbone, in evaluation mode."""
-    config, size = config_of(found), tuple(found.manifest["settings"]["image_size"])
+    config, size = config_of(found), found.image_size()
     net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
-    net.load_state_dict(checkpoint.read_backbone(found))
+    checkpoint.load_backbone(net, found)
     return net.eval()
 
 
 def load_centers(found: Checkpoint) -> tuple[Tensor, int]:
     """A checkpoint's class centers (k C, D), caught up, and k, its sub-centers a class."""
-    centers = torch.cat(list(checkpoint.read_centers(found, len(found.classes()))))
+    centers = torch.cat(list(checkpoint.read_centers(found, found.manifest["num_classes"])))
     return (centers, 1) if centers.ndim == 2 else (centers.flatten(0, 1), centers.shape[1])
 
 
@@ -72,7 +72,7 @@ def run_images(found: Checkpoint, count: int, seed: int = 0) -> np.ndarray:
     config = config_of(found)
     sets = list(config.evaluate.sets.values())
     index = load_index(sets[0].data if sets else config.data.train)
-    if image_size(index) != tuple(found.manifest["settings"]["image_size"]):
+    if image_size(index) != found.image_size():
         raise ValueError(f"{index.path} has images of {image_size(index)}, {found.path} was trained on other ones")
     batches = images_in_order(index, choose_samples(index, count, seed), BATCH, 0)
     return np.concatenate([batch.images.numpy().transpose(0, 2, 3, 1) for batch in batches])

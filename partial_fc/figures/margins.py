@@ -46,7 +46,8 @@ def parse_margins(text: str) -> list[Named]:
             if not equals:
                 raise ValueError(f"--margins: got {setting!r} in {part!r}; wanted parameter=value, as margin=0.35")
             given[parameter.strip()] = _value(value.strip())
-        built.append((build_margin(name if "." in (name := name.strip()) else name.lower(), given), given))
+        name = name.strip() if "." in name else name.strip().lower()
+        built.append((build_margin(name, given, trust_code=True), given))  # whoever starts the program names it
     if not built:
         raise ValueError("--margins: got no margin; give one or more, as cosface:margin=0.35;arcface;softmax")
     return _named(built)

@@ -10,6 +10,7 @@ from partial_fc.head.embedding_losses import CenterLoss, EmbeddingLoss
 from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.matmul import Precision, check_precision
 from partial_fc.head.sampling import HardNegatives, Sampler
+from partial_fc.manifest import MOST_CLASSES
 
 
 def check_arguments(
@@ -33,6 +34,8 @@ def check_arguments(
     """Raises ValueError for the first argument of PartialFC that is out of range, or does not go with another."""
     if num_classes < 1 or embedding_dim < 1:
         raise ValueError(f"num_classes and embedding_dim are {num_classes} and {embedding_dim}; both must be positive")
+    if num_classes > MOST_CLASSES:
+        raise ValueError(f"num_classes is {num_classes}; a class id has 31 bits here: give {MOST_CLASSES} at most")
     if not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate is {sample_rate}; give a probability in (0, 1]")
     if not 0 <= dropout < 1:

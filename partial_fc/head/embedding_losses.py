@@ -252,13 +252,14 @@ class FeatureCenters:
 BY_NAME: dict[str, type[EmbeddingLoss]] = {"center": CenterLoss, "triplet": TripletLoss, "contrastive": ContrastiveLoss}
 
 
-def build_embedding_loss(name: str, parameters: dict) -> EmbeddingLoss:
+def build_embedding_loss(name: str, parameters: dict, *, trust_code: bool = False) -> EmbeddingLoss:
     """The loss of a config: head.embedding_losses.<name> and its parameters.
 
-    name: one of BY_NAME, or module.Class of a module that can be imported. Raises ValueError naming what there is.
+    name: one of BY_NAME, or with trust_code module.Class of a module that can be imported, which runs that module.
+    Raises ValueError naming what there is.
     """
     key = f"head.embedding_losses.{name}"
-    return fill(choose(BY_NAME, name, "embedding loss", key, EmbeddingLoss), name, parameters, key)
+    return fill(choose(BY_NAME, name, "embedding loss", key, EmbeddingLoss, trust_code), name, parameters, key)
 
 
 # ---- pairs

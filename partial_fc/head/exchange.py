@@ -45,7 +45,7 @@ def gather_batch(
     packed = torch.zeros(padded_size, embeddings.shape[1] + width, dtype=dtype, device=device)
     packed[: len(labels), :-width] = embeddings
     bits = torch.full((padded_size, 1), PADDING, device=device)
-    bits[: len(labels), 0] = labels
+    bits[: len(labels), 0] = labels.clamp_min(PADDING + 1)  # a caller's mistake must not pass for padding
     packed[:, -width:] = bits.view(dtype)
     everything = distributed.all_gather(packed).flatten(0, 1)
     gathered = everything[:, -width:].contiguous().view(torch.int64).squeeze(1)

@@ -366,14 +366,14 @@ BY_NAME: dict[str, type[Margin]] = {
 }
 
 
-def build_margin(name: str, parameters: dict) -> Margin | WarmUp:
+def build_margin(name: str, parameters: dict, *, trust_code: bool = False) -> Margin | WarmUp:
     """The margin of a config: head.margin.name, its parameters, and `warmup`, {steps: n, parameter: first value, ...}.
 
-    name: one of BY_NAME, or module.Class of a module that can be imported.
+    name: one of BY_NAME, or with trust_code module.Class of a module that can be imported, which runs that module.
 
     Raises ValueError naming what there is.
     """
-    kind = choose(BY_NAME, name, "margin", "head.margin.name", Margin)
+    kind = choose(BY_NAME, name, "margin", "head.margin.name", Margin, trust_code)
     parameters = dict(parameters)
     warmup = parameters.pop("warmup", None)
     margin = fill(kind, name, parameters, "head.margin")

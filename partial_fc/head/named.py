@@ -6,20 +6,36 @@ import importlib.util
 import types
 import typing
 from dataclasses import MISSING, fields
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, TypeVar, cast
+
+from partial_fc.files import shortened
 
 T = TypeVar("T")
 
 
-def choose(by_name: dict[str, type[T]], name: str, kind: str, key: str, base: type[T] | None = None) -> type[T]:
+def choose(
+    by_name: dict[str, type[T]],
+    name: str,
+    kind: str,
+    key: str,
+    base: type[T] | None = None,
+    trust_code: bool = False,
+) -> type[T]:
     """The class called `name`, or, of a name with a dot, that of another module, which is to be a subclass of `base`.
 
+    trust_code: whether that module may be imported, which runs it; the config that names it may be somebody else's.
     Raises ValueError, for the config's `key`, naming what there is of this `kind`.
     """
     if name in by_name:
         return by_name[name]
     if base is not None and "." in name:
+        if not trust_code:
+            raise ValueError(
+                f"{key}: {shortened(name)} is code outside of partial_fc, which training imports, and other commands "
+                "only with --trust-code: give it if you trust that module"
+            )
         return _imported(name, key, base)
     nearest = difflib.get_close_matches(name, by_name, n=1)
     own = "" if base is None else ", and your own as module.Class"
@@ -45,12 +61,18 @@ def _imported(name: str, key: str, base: type[T]) -> type[T]:
 
 
 def source_of(name: str) -> Path | None:
-    """The file of a name with a dot, module.Class; None for other names and where there is none."""
+    """The file of a name with a dot, module.Class; None for other names and where there is none. Imports nothing."""
     module = name.rpartition(".")[0]
-    try:
-        found = importlib.util.find_spec(module) if module else None
-    except (ImportError, ValueError):
-        return None
+    found, place, before = None, None, ""
+    for part in module.split(".") if module else ():
+        before = f"{before}.{part}" if before else part
+        try:
+            found = importlib.util.find_spec(part) if place is None else PathFinder.find_spec(before, place)
+        except (ImportError, ValueError):
+            return None
+        if found is None:
+            return None
+        place = found.submodule_search_locations or []
     return Path(found.origin) if found is not None and found.has_location and found.origin else None
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from partial_fc.files import printable
+
 # torch 2.14 has new names for these two and warns of the old ones
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -75,7 +77,7 @@ def job(timeout_seconds: float = 600.0) -> Iterator[torch.device]:
         barrier()
     except RunError as error:
         if rank() == 0 or not error.on_all_ranks:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(printable(f"error: {error}"), file=sys.stderr, flush=True)
         if error.on_all_ranks:  # rank 0 may have had a tracker to close, and torchrun kills it when another is gone
             with suppress(RuntimeError):
                 gather_objects(None)

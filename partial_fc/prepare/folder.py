@@ -99,7 +99,7 @@ def _list(source: Path, where: Source, left_out: LeftOut) -> list[File]:
     for entry in tqdm(sorted(os.scandir(source), key=lambda entry: entry.name), desc="listing", mininterval=1):
         if entry.name.startswith("."):
             continue
-        if not entry.is_dir():
+        if not os.path.isdir(entry.path):  # of a link that leads in a circle entry.is_dir() raises
             left_out.add(where.name(entry.path), "outside_identity")
             continue
         paths, others = images_below(entry.path)

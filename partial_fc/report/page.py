@@ -271,7 +271,7 @@ def _examples(runs: Sequence[Run]) -> list[dict]:
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(setting, its value in each run) where the runs differ, apart from their folder."""
-    keys = dict.fromkeys(key for run in runs for key in run.config if key != "run.dir")
+    keys = dict.fromkeys(key for run in runs for key in run.config if key not in ("run.dir", "environment.run"))
     rows = [(key, [str(run.config.get(key, "–")) for run in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 

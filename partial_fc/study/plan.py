@@ -33,7 +33,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from partial_fc import strict_yaml
-from partial_fc.build import build_losses
+from partial_fc.build import build_losses, own_code
 from partial_fc.config import Config, EvaluationSet, Section, check_config
 from partial_fc.data.shards import load_index
 from partial_fc.documents import got, read_text
@@ -142,11 +142,14 @@ class Plan:
             return self.recorded[folder]
 
 
-def load_plan(path: Path, recorded: dict[str, list] | None = None, *, for_plan: Path | None = None) -> Plan:
+def load_plan(
+    path: Path, recorded: dict[str, list] | None = None, *, for_plan: Path | None = None, trust_code: bool = False
+) -> Plan:
     """Reads and checks a plan, every config in it included.
 
     recorded: the data of earlier trials (see Trial), which stands for data sets that are not here. for_plan: the plan
-    that takes its tuned values from this one.
+    that takes its tuned values from this one. trust_code: whether losses that are given as module.Class are imported
+    and checked, too, as training does.
 
     Raises ValueError or OSError that says what is wrong: an unknown key, a row whose config is not valid, grids
     of different sizes. A data set that is missing is said when trials are made.
@@ -169,7 +172,7 @@ def load_plan(path: Path, recorded: dict[str, list] | None = None, *, for_plan: 
         raise ValueError(f"{path} has tuned_in, and {for_plan} names it there: wanted a plan with tuning of its own")
     tuned_in = None
     if given.tuned_in is not None:
-        tuned_in = load_plan(path.parent / given.tuned_in, recorded, for_plan=path)
+        tuned_in = load_plan(path.parent / given.tuned_in, recorded, for_plan=path, trust_code=trust_code)
     if tuned_in is not None and given.tuning is not None:
         raise ValueError(f"{path} has both tuning and tuned_in: take one of them away")
     if given.tuning is not None:
@@ -199,7 +202,7 @@ def load_plan(path: Path, recorded: dict[str, list] | None = None, *, for_plan: 
             raise ValueError(f"{path}: row {name}: there is no grid {grid!r}; there are {', '.join(grids) or 'none'}")
         row = Row(name, overrides, grids[grid or next(iter(grids))] if grids else {}, against, tuned_as)
         try:
-            _check_row(base, row)
+            _check_row(base, row, trust_code)
         except ValueError as error:
             raise ValueError(f"{path}: row {name}: {error}") from None
         rows.append(row)
@@ -264,7 +267,7 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _check_row(base: dict, row: Row) -> None:
+def _check_row(base: dict, row: Row, trust_code: bool) -> None:
     """Raises ValueError where one of the row's configs is not valid, at any point of its grid."""
     for point in itertools.product(*row.grid.values()):
         values = copy.deepcopy(base)
@@ -277,7 +280,8 @@ def _check_row(base: dict, row: Row) -> None:
             raise ValueError(
                 "checkpoint.dir is set: a study's runs would go on from each other's checkpoints; unset it"
             )
-        build_losses(config)
+        if trust_code or not own_code(config):
+            build_losses(config)
 
 
 @cache

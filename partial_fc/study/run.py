@@ -41,7 +41,7 @@ def run_study(
     """
     if jobs < 1:
         raise ValueError(f"got {jobs} jobs, wanted at least 1")
-    plan = load_plan(path)
+    plan = load_plan(path, trust_code=True)
     if plan.tuning is not None:
         print(f"tuning is judged by {JUDGED_BY}")
     commit = environment()["git_commit"]

@@ -1,0 +1,659 @@
+"""What SECURITY.md promises of names, checkpoints and code that come from somebody else; and whose checkpoints are."""
+
+import http.server
+import importlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from partial_fc import checkpoint, checkpoint_files, manifest
+from partial_fc.build import build_losses, order_of, say_what_is_imported
+from partial_fc.checkpoint_files import Owner
+from partial_fc.cli import main
+from partial_fc.config import EvaluationSet
+from partial_fc.data.shards import load_index
+from partial_fc.evaluate.runs import evaluate_run
+from partial_fc.export.gallery import write_gallery
+from partial_fc.files import one_line, plain_name, printable
+from partial_fc.folder_lock import FolderLock
+from partial_fc.parallel import distributed
+from partial_fc.parallel.engine import DDPEngine
+from partial_fc.train import the_only_one_in
+from tests.conftest import run_ranks
+from tests.test_checkpoint import CLASSES, NAMES, load_here, save_here, trained
+from tests.test_train import config_for, rows, train_here
+
+CPU = torch.device("cpu")
+US, THEM = Owner("0" * 15 + "1"), Owner("0" * 15 + "2")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A run folder with a checkpoint of step 5; copy it."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    run.mkdir()
+    save_here(run)
+    return run
+
+
+@pytest.fixture
+def run(saved, tmp_path) -> Path:
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def folder_of(run: Path, step: int = 5) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def values_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def rewrite(folder: Path, **changes: object) -> dict:
+    """The manifest with `changes`; ... takes a field away."""
+    values = {name: value for name, value in (values_of(folder) | changes).items() if value is not ...}
+    (folder / "manifest.json").write_text(json.dumps(values))
+    return values
+
+
+def save_at(run: Path, step: int, owner: Owner | None = None, **options) -> None:
+    head, engine = trained(steps=0)
+    (run / "names.txt").write_text("".join(NAMES))
+    options = {"settings": {}, "keep": 1, **options}
+    checkpoint.save(run, step, head=head, engine=engine, classes=run / "names.txt", owner=owner, **options)
+
+
+def steps(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../a", "/etc/passwd", "a/b", "a\\b", "", ".", "..", "a\n", "\x1b[2J", "\x00", "\ud800", "x" * 256, None, 7],
+)
+def test_only_a_plain_name_is_taken(name, run):
+    with pytest.raises(ValueError, match=r"M: files\[0\].name: got .*, wanted the plain name") as caught:
+        plain_name(name, "M", "files[0].name")
+    assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 300
+    values = values_of(folder_of(run))
+    values["files"][2]["name"] = name
+    rewrite(folder_of(run), files=values["files"])
+    with pytest.raises(manifest.Damaged, match=r"manifest.json: files\[2\].name: got"):
+        checkpoint.find_latest(run)
+
+
+def test_what_is_printed_has_no_control_characters():
+    assert printable("a\x1b[31m\x07\u202eb\udcff\nc") == "a\\x1b[31m\\x07\\u202eb\\xff\nc"
+    assert one_line("漢字 é\n\u200d") == "漢字 é\\n\u200d"
+
+
+def test_errors_carry_no_escape_sequences(tmp_path, capsys):
+    folder = tmp_path / "a\x1b[31mb"
+    folder.mkdir()
+    said = [command("export", folder, tmp_path / "out")]
+    assert command("evaluate", folder) == 1  # on all ranks of a job
+    said.append(capsys.readouterr().err)
+    for text in said:
+        assert "error: " in text and "a\\x1b[31mb holds no complete checkpoint" in text and "\x1b" not in text
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        self.server.asked.append(self.path)
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A folder that is served at a URL."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    server.asked = []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server, folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_checkpoint_behind_a_url_writes_nothing_outside(run, web, tmp_path, monkeypatch, capsys):
+    """As `export --gallery` of a run folder that holds nothing but a config.yaml did."""
+    server, folder, url = web
+    victim = tmp_path / "model.safetensors"
+    victim.write_text("mine")
+    shutil.copytree(folder_of(run), folder / "step_00000005")
+    values = values_of(folder / "step_00000005")
+    part = next(entry for entry in values["files"] if "classes" in entry)
+    shutil.move(folder / "step_00000005" / part["name"], folder / "payload")
+    sent = tmp_path / "sent"
+    sent.mkdir()
+    (sent / "config.yaml").write_text(f"checkpoint: {{dir: '{url}'}}\n")
+    for name in (str(victim), f"../{victim.name}", f"../../../../../../..{victim}"):
+        part["name"] = name
+        rewrite(folder / "step_00000005", files=values["files"])
+        with pytest.raises(ValueError, match="name: got .*, wanted the plain name of a file"):
+            checkpoint.find_checkpoint(sent)
+    assert victim.read_text() == "mine" and not any("payload" in path for path in server.asked)
+    assert f"{sent}/config.yaml names {url}: reading checkpoints there" in capsys.readouterr().out
+    (folder / "payload").rename(folder / "step_00000005" / "part")
+    part["name"] = "part"  # plain, and so it is read
+    rewrite(folder / "step_00000005", files=values["files"])
+    assert sum(map(len, checkpoint.read_centers(checkpoint.find_checkpoint(sent), 7))) == CLASSES
+
+
+# ---- the manifest's schema
+
+ODD = [None, True, -1, 0, 3, 2**31, 2**63, 1e999, 0.5, "", "x", "../x", "\x1b", [], [1], [0, 2**62], {}, {"a": 1}]
+
+
+def mutated(text: bytes, random: random.Random) -> bytes:
+    """The JSON `text` with some bytes, or some values, replaced, cut off or doubled."""
+    if random.random() < 0.5:
+        data = bytearray(text)
+        for _ in range(random.randint(1, 4)):
+            start, length = random.randrange(len(data) + 1), random.choice([1, 1, 1, 2, 8, len(data)])
+            data[start : start + length] = random.choice([b"", b"[", b"}", b"\x00", b"\xff", b'"', b"-", b"9" * 5000])
+        return bytes(data)
+    values = json.loads(text)
+    for _ in range(random.randint(1, 3)):
+        place = values
+        while isinstance(place, dict | list) and place:
+            key = random.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            if not isinstance(place[key], dict | list) or random.random() < 0.3:
+                if random.random() < 0.3:
+                    del place[key]
+                else:
+                    place[key] = random.choice(ODD)
+                break
+            place = place[key]
+    return json.dumps(values).encode()
+
+
+def test_a_mutated_manifest_is_one_error_that_names_its_file(saved):
+    """PARTIAL_FC_MUTATIONS says how many."""
+    text, wrong = (folder_of(saved) / "manifest.json").read_bytes(), 0
+    source = random.Random(0)
+    for _ in range(int(os.environ.get("PARTIAL_FC_MUTATIONS", 400))):
+        try:
+            manifest.parse(mutated(text, source), "runs/x/manifest.json")
+        except ValueError as error:
+            wrong += 1
+            assert str(error).startswith("runs/x/manifest.json") and len(str(error)) < 400
+    assert wrong > 100
+    for text in (b"[" * 10**6, b'{"format": ' + b"9" * 10**6, b" " * (manifest.MOST_BYTES + 1)):
+        with pytest.raises(manifest.Damaged, match="^M"):
+            manifest.parse(text, "M")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(step="5"), "step: got '5', wanted a whole number from 0 to"),
+        (dict(num_classes=True), "num_classes: got True, wanted a whole number from 1 to 2147483647"),
+        (dict(embedding_dim=2**24), r"bytes: got \d+, wanted .* or more for 23 classes of 1 x 16777216 float64"),
+        (dict(dtype="object"), "dtype: got 'object', wanted float32 or float64"),
+        (dict(run="../x"), "run: got '../x', wanted 16 hexadecimal digits"),
+        (dict(files=...), "files: got nothing, wanted a list of objects"),
+        (dict(center_state=["weight", 1]), r"center_state\[1\]: got 1, wanted names of tensors"),
+        (dict(settings=[]), r"settings: got \[\], wanted an object"),
+    ],
+)
+def test_every_field_is_checked(run, changes, message):
+    rewrite(folder_of(run), **changes)
+    with pytest.raises(ValueError, match=f"{folder_of(run)}/manifest.json: .*{message}"):
+        checkpoint.open_checkpoint(folder_of(run))
+
+
+def test_a_cut_manifest_names_its_file_under_together_too(run):
+    file = folder_of(run) / "manifest.json"
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(distributed.RunError, match=f"{file} is damaged: it is no JSON .*there is no other checkpoint"):
+        checkpoint.find_for_all(run)
+
+
+def test_what_the_trainer_keeps_is_checked_where_it_is_read(run):
+    found = checkpoint.find_latest(run)
+    with pytest.raises(ValueError, match="manifest.json: settings.config is no valid config"):
+        found.config()
+    with pytest.raises(ValueError, match=r"settings.image_size: got None, wanted \[height, width\]"):
+        found.image_size()
+    with pytest.raises(ValueError, match="settings.progress: got None, wanted .* loop of your own"):
+        found.setting("progress")
+
+
+def with_sum(folder: Path, name: str) -> None:
+    """Has the manifest say what the file is now, as one who made it could."""
+    values = values_of(folder)
+    entry = next(entry for entry in values["files"] if entry["name"] == name)
+    data = (folder / name).read_bytes()
+    entry |= {"bytes": max(len(data), 10**6), "sha256": "0" * 64}
+    entry |= {"bytes": len(data), "sha256": checkpoint_files._sha256(folder / name)}
+    rewrite(folder, files=values["files"])
+
+
+def test_safetensors_that_somebody_made_are_no_traceback(run):
+    """With the right checksum; read as a resume, an export of the gallery and of the backbone read them."""
+    folder, source, errors = folder_of(run), random.Random(0), []
+    part = next(path.name for path in folder.glob("centers_*"))
+    whole = {name: (folder / name).read_bytes() for name in (part, "history.safetensors", "backbone.safetensors")}
+    for name, data in whole.items():
+        tensors = load_file(folder / name)
+        first, last = min(tensors), max(tensors)
+        for kind in ("header", "length", "cut", "without", "shape"):
+            if kind == "header":
+                at = source.randrange(8, 60)
+                changed = data[:at] + b"\xff" + data[at + 1 :]
+            elif kind == "length":
+                changed = b"\xff" * 8 + data[8:]
+            elif kind == "cut":
+                changed = data[:-3] + b"\x00" * 0
+            else:
+                kept = {n: t for n, t in tensors.items() if n != last}
+                save_file(kept if kind == "without" else kept | {last: torch.zeros(3, 1, 2)}, folder / name)
+                changed = (folder / name).read_bytes()
+            changed += b"\x00" * max(len(data) - len(changed), 0) if kind == "without" else b""
+            (folder / name).write_bytes(changed)
+            with_sum(folder, name)
+            for read in (
+                lambda: load_here(run),
+                lambda: torch.cat(list(checkpoint.read_centers(checkpoint.find_latest(run), 7))),
+                lambda: checkpoint.load_backbone(trained(steps=0)[1].backbone, checkpoint.find_latest(run)),
+            ):
+                try:
+                    found = read()
+                    errors += [found] if isinstance(found, str) else []
+                except ValueError as error:
+                    errors.append(str(error))
+        (folder / name).write_bytes(data)
+        with_sum(folder, name)
+        assert errors and first, name
+    assert not isinstance(load_here(run), str) and len(errors) >= 25
+    assert not any("KeyError" in text or "TypeError" in text or "RuntimeError" in text for text in errors), errors
+
+
+def test_the_class_map_is_verified(run, tmp_path):
+    file = folder_of(run) / "classes.txt"
+    file.write_text("".join(NAMES[:9]))
+    with pytest.raises(ValueError, match="classes.txt is damaged: its SHA-256"):
+        write_gallery(checkpoint.find_latest(run), tmp_path)
+    with_sum(file.parent, "classes.txt")
+    with pytest.raises(ValueError, match="classes.txt names 9 classes, the checkpoint has 23 class centers"):
+        write_gallery(checkpoint.find_latest(run), tmp_path)
+    assert not (tmp_path / "classes.txt").exists()
+
+
+# ---- whose checkpoints are
+
+
+def test_folders_that_are_called_like_checkpoints_stay_and_are_not_gone_on_from(run, capsys):
+    owner = Owner(values_of(folder_of(run))["run"])
+    shutil.copytree(folder_of(run), run / "checkpoints" / "step_best")
+    shutil.copytree(folder_of(run), folder_of(run).with_name("step_00000005_backup"))
+    shutil.copytree(folder_of(run), folder_of(run, 7))  # a copy under another step's name
+    folder_of(run, 12345).mkdir()
+    (folder_of(run, 12345) / "manifest.json").write_text('{"name": "of another tool"}')
+    folder_of(run, 2).mkdir()
+    (folder_of(run, 2) / "notes").write_text("mine")
+    assert checkpoint.find_latest(run).path == folder_of(run)
+    said = capsys.readouterr().err
+    assert "step_00000007 has the manifest of step_00000005" in said and "manifest.json has format None" in said
+    save_at(run, 6, owner)
+    kept = ["step_00000002", "step_00000005_backup", "step_00000006", "step_00000007", "step_00012345", "step_best"]
+    assert steps(run) == kept and checkpoint.find_latest(run).step == 6
+    save_at(run, 7, owner)  # another folder is in the way: it is moved, not deleted
+    assert "other_step_00000007" in steps(run) and checkpoint.find_latest(run).step == 7
+    assert "moved to" in capsys.readouterr().err
+
+
+def test_a_run_deletes_its_own_checkpoints_only(tmp_path):
+    for step, owner in ((1, US), (2, THEM), (3, US), (4, US)):
+        save_at(tmp_path, step, owner, keep=2)
+    assert steps(tmp_path) == ["step_00000002", "step_00000003", "step_00000004"]
+    link = folder_of(tmp_path, 3).rename(tmp_path / "archived")
+    folder_of(tmp_path, 3).symlink_to(link)
+    save_at(tmp_path, 5, US)
+    assert steps(tmp_path) == ["step_00000002", "step_00000003", "step_00000005"] and len(list(link.iterdir())) > 4
+
+
+def test_checkpoints_without_an_id_are_gone_on_from_and_deleted_by_that_run_only(run):
+    rewrite(folder_of(run), run=...)
+    weight = checkpoint.find_latest(run)
+    assert weight.run is None and weight.step == 5
+    save_at(run, 6, US, keep=1)
+    assert steps(run) == ["step_00000005", "step_00000006"]
+    shutil.rmtree(folder_of(run, 6))
+    ours = checkpoint_files.owner_here(run / "checkpoints")
+    assert ours.adopted == {"step_00000005"} and manifest.is_run_id(ours.run)
+    save_at(run, 6, ours, keep=2)
+    assert values_of(folder_of(run, 6))["adopted"] == ["step_00000005"]
+    assert checkpoint_files.owner_here(run / "checkpoints") == ours
+    save_at(run, 8, None, keep=2)  # a loop of one's own gives no owner
+    assert steps(run) == ["step_00000006", "step_00000008"] and values_of(folder_of(run, 8))["run"] == ours.run
+
+
+def test_leftovers_of_a_killed_save_go_if_they_are_of_this_run(tmp_path):
+    for step, owner in ((2, US), (3, THEM)):
+        checkpoint_files.begin(folder_of(tmp_path, step), owner)
+        (folder_of(tmp_path, step) / "part").write_text("half")
+    save_at(tmp_path, 4, US)
+    assert steps(tmp_path) == ["step_00000003", "step_00000004"]
+    assert not (folder_of(tmp_path, 4) / checkpoint_files.UNFINISHED).exists()
+
+
+def test_a_later_checkpoint_that_has_come_to_be_is_another_job(tmp_path):
+    save_at(tmp_path, 8, THEM)
+    for step in (7, 8):
+        with pytest.raises(
+            distributed.RunError, match="step_00000008 has come to be while this run was at step_0000000"
+        ):
+            save_at(tmp_path, step, US)
+    assert steps(tmp_path) == ["step_00000008"]
+
+
+def test_a_deleted_folder_is_locked_again_or_the_run_ends(tmp_path, capsys):
+    """rm -rf takes the lock away, and another process may begin there: it is told apart by another file."""
+    with the_only_one_in(tmp_path / "run", tmp_path / "disk") as hold:
+        hold()
+        shutil.rmtree(tmp_path / "run")
+        hold()
+        assert "run was deleted while this run trained" in capsys.readouterr().err
+        assert (tmp_path / "run" / "lock").exists()
+
+
+@pytest.mark.slow
+def test_a_run_whose_folder_was_deleted_and_taken_by_another_ends(tmp_path):
+    lock = FolderLock(tmp_path / "run", "another process trains in this folder")
+    shutil.rmtree(tmp_path / "run")
+    (ready, tell), (wait, done) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        held = FolderLock(tmp_path / "run", "")
+        os.write(tell, b"x")
+        os.read(wait, 1)
+        held.close()
+        os._exit(0)
+    try:
+        assert os.read(ready, 1) == b"x"
+        with pytest.raises(ValueError, match="another process trains in this folder"):
+            lock.renew()
+    finally:
+        os.write(done, b"x")
+        os.waitpid(child, 0)
+    lock.renew()
+
+
+# ---- what is saved
+
+
+def test_files_of_a_checkpoint_are_for_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_at(tmp_path, 1, US)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder_of(tmp_path, 1).iterdir()}
+    assert set(modes.values()) == {0o640} and len(modes) == 6, modes
+
+
+def test_state_that_is_not_finite_is_not_saved_and_the_good_one_stays(tmp_path):
+    save_at(tmp_path, 1, US)
+    for which, name in ((0, "class centers: weight"), (1, "backbone: 0.weight")):
+        head, engine = trained(steps=1)
+        tensor = (head.centers.weight.value, engine.backbone.state_dict()["0.weight"])[which]
+        tensor[1, 1] = float("nan") if which else float("inf")
+        message = f"training has diverged: after step 2 the {name} is not finite: a gradient was infinite or NaN"
+        with pytest.raises(distributed.RunError, match=message):
+            checkpoint.save(
+                tmp_path, 2, head=head, engine=engine, classes=tmp_path / "names.txt", settings={}, keep=1, owner=US
+            )
+    assert steps(tmp_path) == ["step_00000001"]
+    assert checkpoint.find_latest(tmp_path).step == 1
+
+
+def test_a_save_that_fails_leaves_nothing_and_names_the_place(tmp_path):
+    """A limit of the file size stands for a full disk."""
+    save_at(tmp_path, 1, US)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        message = r"cannot write .*/step_00000002/\w+.safetensors \(.*\); [\d,]+ MiB are free there: make room"
+        with pytest.raises(distributed.RunError, match=message):
+            save_at(tmp_path, 2, US)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert steps(tmp_path) == ["step_00000001"] and checkpoint.find_latest(tmp_path).step == 1
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def trained_run(glyphs_ci, tmp_path_factory) -> Path:
+    """Four steps of one rank, a checkpoint each; copy it."""
+    run = tmp_path_factory.mktemp("trust") / "run"
+    train_here(run, glyphs_ci / "train", *ONES, "run.steps=4")
+    return run
+
+
+ONES = ("optim.schedule=constant", "checkpoint.every=1")
+
+
+def sums(run: Path) -> dict[str, str]:
+    return {entry["name"]: entry["sha256"] for entry in checkpoint.find_latest(run).files()}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_newest_checkpoint_is_kept_aside_and_the_one_before_taken(trained_run, glyphs_ci, tmp_path, capsys):
+    """One whose part is damaged, one whose manifest is, one whose class map is: three steps back, and bit for bit."""
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    flip(next(folder_of(run, 4).glob("centers_*")))
+    os.truncate(folder_of(run, 3) / "manifest.json", 99)
+    flip(folder_of(run, 2) / "classes.txt")
+    with pytest.raises(ValueError, match=f"damaged: its SHA-256 .*name another one, as {folder_of(run, 3)}, or rename"):
+        list(checkpoint.read_centers(checkpoint.find_latest(run), 99))
+    train_here(run, glyphs_ci / "train", *ONES, "run.steps=4")
+    said = [line for line in capsys.readouterr().out.splitlines() if "It is kept as" in line]
+    assert [line.rpartition("/")[2] for line in said] == ["step_00000002", "step_00000002", "step_00000001"]
+    assert f"is damaged: its SHA-256 is not the manifest's. It is kept as {run}/checkpoints/damaged_step_0" in said[0]
+    whole = [f"step_0000000{step}" for step in (1, 2, 3, 4)]
+    assert steps(run) == [*(f"damaged_{name}" for name in whole[1:]), *whole] and sums(run) == sums(trained_run)
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
+
+
+def test_the_only_checkpoint_stays_though_it_is_damaged(trained_run, glyphs_ci, tmp_path):
+    """Without it the run would begin anew."""
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    for step in (1, 2, 3):
+        shutil.rmtree(folder_of(run, step))
+    flip(folder_of(run, 4) / "backbone.safetensors")
+    with pytest.raises(
+        distributed.RunError, match="SHA-256 is not the manifest's; there is no other checkpoint beside"
+    ):
+        train_here(run, glyphs_ci / "train", *ONES, "run.steps=5")
+    assert steps(run) == ["step_00000004"]
+
+
+def test_a_runs_id_is_in_its_config_and_goes_along(trained_run, glyphs_ci, tmp_path):
+    data = glyphs_ci / "train"
+    run = shutil.copytree(trained_run, tmp_path / "renamed")
+    ids = {checkpoint.open_checkpoint(folder_of(run, step)).run for step in (1, 2, 3, 4)}
+    assert ids == {yaml.safe_load((run / "config.yaml").read_text())["environment"]["run"]}
+    train_here(run, data, *ONES, "run.steps=5", "checkpoint.keep=2")
+    assert steps(run) == ["step_00000004", "step_00000005"] and {checkpoint.find_latest(run).run} == ids
+    train_here(tmp_path / "other", data, *ONES, "run.steps=1")
+    assert {checkpoint.find_latest(tmp_path / "other").run} != ids  # of the same seed
+    with pytest.raises(distributed.RunError, match="holds checkpoints of the run .*, .*config.yaml is of the run"):
+        train_here(tmp_path / "other", data, *ONES, "run.steps=6", f"checkpoint.dir={run}/checkpoints")
+
+
+def test_an_early_run_without_an_id_goes_on_bit_for_bit(trained_run, glyphs_ci, tmp_path):
+    """Its checkpoints and its config.yaml as they were before there were ids."""
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    shutil.rmtree(folder_of(run, 4))
+    for step in (1, 2, 3):
+        rewrite(folder_of(run, step), run=...)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    del config["environment"]["run"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    train_here(run, glyphs_ci / "train", *ONES, "run.steps=4", "checkpoint.keep=2")
+    assert steps(run) == ["step_00000003", "step_00000004"] and sums(run) == sums(trained_run)
+
+
+def one_gradient_is_nan(run: Path, data: Path, *overrides: str) -> bool:
+    """Trains; at step 3 one number of the backbone's gradient is NaN, the loss is not."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = iter(range(99))
+        backward = DDPEngine._backward
+
+        def broken(self, loss):
+            backward(self, loss)
+            if next(calls) == 3:  # the first is the warm-up's
+                next(self.backbone.parameters()).grad.view(-1)[0] = float("nan")
+
+        patch.setattr(DDPEngine, "_backward", broken)
+        return train_here(run, data, *overrides)
+
+
+def test_one_nan_gradient_does_not_ruin_a_run_that_keeps_one_checkpoint(trained_run, glyphs_ci, tmp_path):
+    run, options = tmp_path / "run", (*ONES, "checkpoint.keep=1", "run.steps=4")
+    with pytest.raises(distributed.RunError, match="training has diverged: after step 3 the .* is not finite"):
+        one_gradient_is_nan(run, glyphs_ci / "train", *options)
+    assert steps(run) == ["step_00000002"]
+    train_here(run, glyphs_ci / "train", *options)
+    assert sums(run) == sums(trained_run)
+
+
+def looks_later(run: Path) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        if distributed.rank() == 1:
+            patch.setattr(checkpoint, "find_checkpoint", lambda path: checkpoint.open_checkpoint(folder_of(run, 3)))
+        return checkpoint.find_for_all(run).step
+
+
+@pytest.mark.slow
+def test_rank_0_chooses_the_checkpoint(trained_run):
+    assert run_ranks(looks_later, 2, trained_run) == [4, 4]
+
+
+def test_one_that_is_replaced_while_it_is_read_says_try_again(run):
+    found = checkpoint.find_latest(run)
+    save_at(run, 9, Owner(found.run), keep=1)
+    with pytest.raises(ValueError, match="step_00000005 was replaced or deleted while it was read: try again"):
+        checkpoint.read_backbone(found)
+
+
+def test_an_evaluation_that_cannot_be_written_is_printed(trained_run, glyphs_ci, tmp_path, capsys, monkeypatch):
+    sets = {"P2": EvaluationSet(data=str(glyphs_ci / "test_unseen"))}
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    (run / "evaluation.json.partial").mkdir()
+    with pytest.raises(distributed.RunError, match="evaluation.json failed: IsADirectoryError"):
+        evaluate_run(run, CPU, sets=sets)
+    assert "TAR@1e-3" in capsys.readouterr().out
+    monkeypatch.setattr(os, "access", lambda *arguments: False)  # root may write everywhere
+    wanted = evaluate_run(run, CPU, sets=sets)
+    said = capsys.readouterr().out
+    assert f"warning: {run} cannot be written to" in said and "TAR@1e-3" in said
+    assert wanted["step"] == 4 and not (run / "evaluation.json").exists()
+
+
+# ---- code
+
+EVIL = """
+import pathlib
+from dataclasses import dataclass
+from partial_fc import CosFace
+pathlib.Path(__file__).with_name("ran").write_text("")
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(CosFace):
+    pass
+"""
+
+
+@pytest.fixture
+def evil(trained_run, glyphs_ci, tmp_path, monkeypatch) -> Path:
+    """A run folder whose config and checkpoint name evil.Mine, and evil.py in it, where imports look first."""
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    (run / "evil.py").write_text(EVIL)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["head"]["margin"]["name"] = "evil.Mine"
+    config["evaluate"] = {"sets": {"P2": {"data": str(glyphs_ci / "test_unseen")}}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for step in (1, 2, 3, 4):
+        settings = values_of(folder_of(run, step))["settings"]
+        settings["config"] |= {"head": config["head"], "evaluate": config["evaluate"]}
+        rewrite(folder_of(run, step), settings=settings)
+    monkeypatch.chdir(run)
+    monkeypatch.setattr(sys, "path", ["", str(run), *sys.path])
+    monkeypatch.delitem(sys.modules, "evil", raising=False)
+    importlib.invalidate_caches()
+    yield run
+    sys.modules.pop("evil", None)
+
+
+def command(*arguments: object) -> str | None:
+    """partial-fc in this process: what it exits with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["partial-fc", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            return end.code
+    return None
+
+
+@pytest.mark.slow
+def test_no_command_but_training_imports_what_a_config_names(evil, tmp_path, capsys):
+    out = tmp_path / "out"
+    for arguments in (
+        ("evaluate", evil),
+        ("export", evil, out / "exported", "--gallery"),
+        ("embed", evil, glyph_images(evil), out / "rows.npy", "--workers", 0),
+        ("report", evil, "--out", out / "report.html"),
+        ("figures", out / "figures", "--only", "cosines", "--runs", evil),
+    ):
+        assert command(*arguments) is None, arguments
+        assert not (evil / "ran").exists(), arguments
+    refused = "head.margin.name: 'evil.Mine' is code outside of partial_fc"
+    assert refused in command("benchmark", "sampler", evil, "--batches", 1)
+    capsys.readouterr()
+    assert command("doctor", evil / "config.yaml") == 1 and refused in capsys.readouterr().out
+    assert not (evil / "ran").exists()
+    assert command("benchmark", "sampler", evil, "--batches", 1, "--trust-code") is None
+    assert (evil / "ran").exists()
+
+
+def glyph_images(run: Path) -> str:
+    return yaml.safe_load((run / "config.yaml").read_text())["evaluate"]["sets"]["P2"]["data"]
+
+
+def test_training_says_what_it_imports(evil, glyphs_ci, capsys):
+    config = config_for(evil, glyphs_ci / "train", "head.margin.name=evil.Mine", "run.steps=4")
+    say_what_is_imported(config)
+    assert f"importing evil.Mine from {evil}/evil.py: head.margin.name names it" in capsys.readouterr().out
+    assert not (evil / "ran").exists() and "evil" not in sys.modules
+    order_of(config, load_index(config.data.train), trust_code=True)
+    build_losses(config)
+    assert (evil / "ran").exists()
