@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from partial_fc.config import Config, check_config
 from partial_fc.environment import environment
+from partial_fc.storage import local_path
 
 
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -16,7 +17,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     Raises ValueError with one message that lists everything wrong: unknown keys with the nearest known one, bad values
     with what was wanted.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError:
