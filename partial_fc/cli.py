@@ -19,7 +19,7 @@ from partial_fc.prepare.folder import prepare_folder
 from partial_fc.prepare.listing import prepare_list
 from partial_fc.prepare.pairs import prepare_bin, prepare_pairs
 from partial_fc.prepare.recordio import prepare_recordio
-from partial_fc.storage import place
+from partial_fc.storage import local_path, place
 
 RUN = "run folder, folder of one checkpoint, or the URL of either"
 
@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         ("pairs", prepare_pairs, "a list of pairs, for verification", pair),
     ):
         images = kinds.add_parser(name, help=what)
-        images.add_argument("source", type=Path, help=source)
-        images.add_argument("out", type=Path, help="new folder for the shards")
+        images.add_argument("source", type=_path, help=source)
+        images.add_argument("out", type=_path, help="new folder for the shards")
         images.add_argument(
             "--size", type=_size, metavar="HxW", help="112 or 112x96; unset: all images have one size already"
         )
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tars = kinds.add_parser("index", help="WebDataset shards that someone else wrote, where they lie")
     tars.add_argument("source", help="'shards/{000..099}.tar', a folder, a wildcard, or wids' list in .json")
-    tars.add_argument("out", type=Path, help="new folder for the index and links to the shards")
+    tars.add_argument("out", type=_path, help="new folder for the index and links to the shards")
     tars.add_argument(
         "--label", metavar="FIELD", help="cls, txt, folder, or a field of .json as person.id; unset: what is there"
     )
@@ -97,8 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     tars.set_defaults(run=commands.prepare_index)
 
     glyphs = kinds.add_parser("glyphs", help="characters as identities, fonts as photos")
-    glyphs.add_argument("source", help="small, medium or large (fetched), letters (no download), or a folder of fonts")
-    glyphs.add_argument("out", type=Path, help="new folder for train, test_seen, test_unseen and distractors")
+    glyphs.add_argument(
+        "source",
+        type=_kind_or_path,
+        help="small, medium or large (fetched), letters (no download), or a folder of fonts",
+    )
+    glyphs.add_argument("out", type=_path, help="new folder for train, test_seen, test_unseen and distractors")
     glyphs.add_argument("--size", type=int, default=64, help="side of the images, pixels")
     glyphs.add_argument("--min-samples", type=int, help="faces that must draw an identity")
     glyphs.add_argument("--hold-out", type=_names, metavar="NAME,...", help="beginnings of the held-out faces' names")
@@ -113,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     glyphs.set_defaults(run=commands.prepare_glyphs)
 
     check = subcommands.add_parser("verify", help="compare every byte of a data set with its checksums")
-    check.add_argument("data", type=Path, help="prepared data set")
+    check.add_argument("data", type=_path, help="prepared data set")
     check.set_defaults(run=commands.verify_data)
 
     evaluate = subcommands.add_parser(
@@ -127,18 +131,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=commands.evaluate)
 
     checks = subcommands.add_parser("doctor", help="what would go wrong in a run, on all ranks of torchrun")
-    checks.add_argument("config", nargs="?", type=Path, help="unset: the machines and their network alone")
+    checks.add_argument("config", nargs="?", type=_path, help="unset: the machines and their network alone")
     checks.add_argument("overrides", nargs="*", metavar="section.key=value")
     _add_trust(checks)
     checks.set_defaults(run=commands.doctor)
 
     report = subcommands.add_parser("report", help="one HTML page about a run, or about several compared")
-    report.add_argument("runs", type=Path, nargs="+", help="run folders")
-    report.add_argument("--out", type=Path, help="unset: report.html in the first run folder")
+    report.add_argument("runs", type=_path, nargs="+", help="run folders")
+    report.add_argument("--out", type=_path, help="unset: report.html in the first run folder")
     report.set_defaults(run=commands.report)
 
     figures = subcommands.add_parser("figures", help="the pictures of the margin-softmax papers, for any margins")
-    figures.add_argument("out", type=Path, help="folder for the pictures and the page that shows them")
+    figures.add_argument("out", type=_path, help="folder for the pictures and the page that shows them")
     figures.add_argument("--only", type=_names, metavar="NAME,...", help=f"some of {','.join(NAMES)}")
     figures.add_argument(
         "--margins",
@@ -148,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     figures.add_argument(
         "--runs", type=place, nargs="+", default=[], metavar="RUN", help="run folders, for quality, cosines and roc"
     )
-    figures.add_argument("--fashion-mnist", type=Path, metavar="DIR", help="its four files; unset: fetched (31 MB)")
+    figures.add_argument("--fashion-mnist", type=_path, metavar="DIR", help="its four files; unset: fetched (31 MB)")
     figures.add_argument("--epochs", type=int, default=EPOCHS, help=f"of the small networks; unset: {EPOCHS}")
     figures.add_argument("--format", choices=("png", "svg"), default="png")
     figures.add_argument("--seed", type=int, default=0)
@@ -156,20 +160,20 @@ def _parser() -> argparse.ArgumentParser:
 
     export = subcommands.add_parser("export", help="a run's backbone in a folder that others can load")
     export.add_argument("path", type=place, help=RUN)
-    export.add_argument("out", type=Path, help="new folder: model.safetensors, config.json, README.md")
+    export.add_argument("out", type=_path, help="new folder: model.safetensors, config.json, README.md")
     export.add_argument(
         "--formats", type=_names, default=["safetensors"], metavar="NAME,...", help=f"some of {','.join(FORMATS)}"
     )
     export.add_argument("--averaged", action="store_true", help="the moving average of the weights (engine.ema)")
     export.add_argument("--gallery", action="store_true", help="class centers and class names, too")
-    export.add_argument("--images", type=Path, help="folder or data set to check with; unset: the run's own data")
+    export.add_argument("--images", type=_path, help="folder or data set to check with; unset: the run's own data")
     export.set_defaults(run=commands.export)
 
     embed = subcommands.add_parser("embed", help="embeddings of images into a file, on all ranks of torchrun")
     embed.add_argument("model", help=f"exported folder, owner/name on the hub, {RUN}")
-    embed.add_argument("source", type=Path, help="an image, a folder of images in any layout, or a prepared data set")
+    embed.add_argument("source", type=_path, help="an image, a folder of images in any layout, or a prepared data set")
     embed.add_argument(
-        "out", type=Path, help="new .safetensors or .npy; what the rows are goes into a .jsonl beside it"
+        "out", type=_path, help="new .safetensors or .npy; what the rows are goes into a .jsonl beside it"
     )
     embed.add_argument("--batch", type=int, default=256, help="images embedded at once by a rank; unset: 256")
     embed.add_argument("--workers", type=int, default=2, help="reader processes of a rank, for a data set; unset: 2")
@@ -243,21 +247,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     parts = study.add_subparsers(required=True, metavar="PART")
     trials = parts.add_parser("run", help="what the ledger lacks; then the table")
-    trials.add_argument("plan", type=Path, help="rows, grids and seeds, as configs/study/table1.yaml")
-    trials.add_argument("--ledger", type=Path, metavar="FILE", help="unset: ledger.jsonl beside the plan")
-    trials.add_argument("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="unset: runs/study")
+    trials.add_argument("plan", type=_path, help="rows, grids and seeds, as configs/study/table1.yaml")
+    trials.add_argument("--ledger", type=_path, metavar="FILE", help="unset: ledger.jsonl beside the plan")
+    trials.add_argument("--runs", type=_path, default=Path("runs/study"), metavar="DIR", help="unset: runs/study")
     trials.add_argument("--jobs", type=int, default=1, help="runs side by side, one core each")
     trials.add_argument("--hours", type=float, help="then runs save and stop; the same command goes on")
     trials.add_argument("--retry-failed", action="store_true", help="run those again that failed")
     trials.set_defaults(run=commands.study_run)
     table = parts.add_parser("table", help="mean and range of the seeds, and differences from the reference row")
-    table.add_argument("plan", type=Path, help="a plan that was run, or is running")
-    table.add_argument("--ledger", type=Path, metavar="FILE", help="unset: ledger.jsonl beside the plan")
+    table.add_argument("plan", type=_path, help="a plan that was run, or is running")
+    table.add_argument("--ledger", type=_path, metavar="FILE", help="unset: ledger.jsonl beside the plan")
     table.add_argument("--against", metavar="ROW", help="that all rows are compared with; unset: the plan's")
     table.add_argument("--table", choices=("plain", "markdown"), default="plain")
-    table.add_argument("--picture", type=Path, metavar="FILE", help="draws it: .png or .svg")
+    table.add_argument("--picture", type=_path, metavar="FILE", help="draws it: .png or .svg")
     table.set_defaults(run=commands.study_table)
     return parser
+
+
+def _path(text: str) -> Path:
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _kind_or_path(text: str) -> str:
+    return text if "/" not in text else str(_path(text))
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -279,7 +294,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="measured steps of each variant; unset: 7")
     parser.add_argument("--threads", type=int, default=1, help="of each rank; unset: 1")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="unset: cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--json", type=_path, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--table", choices=("plain", "markdown"), default="plain", help="unset: plain")
 
 

@@ -18,6 +18,7 @@ from partial_fc.export.embed import embed_images
 from partial_fc.export.run import export_run
 from partial_fc.parallel import distributed
 from partial_fc.prepare import glyphs, tars
+from partial_fc.storage import local_path
 from partial_fc.study import table
 from partial_fc.study.run import default_ledger, run_study
 
@@ -70,6 +71,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if not equals:
             name, folders = Path(text.partition(",")[0]).name, text
         data, _, distractors = folders.partition(",")
+        for folder in filter(None, (data, distractors)):
+            local_path(folder)  # said in one line
         sets[name] = EvaluationSet(data=data, distractors=distractors or None)
     with distributed.job() as device:
         evaluate_run(arguments.path, device, sets=sets or None, untrained=arguments.untrained)

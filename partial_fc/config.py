@@ -8,11 +8,29 @@ import types
 import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from partial_fc.storage import local_path
 
 from partial_fc.documents import got, shown
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _a_path(text: str) -> str:
+    try:
+        return str(local_path(text)) if text else text
+    except ValueError as error:
+        raise PydanticCustomError("url", "{error}", {"error": str(error)}) from None
+
+
+def _a_place(text: str | None) -> str | None:
+    """A URL, or as `_a_path`."""
+    return text if text is None or "://" in text else _a_path(text)
+
+
+LocalPath = Annotated[str, AfterValidator(_a_path)]
 
 
 class Section(BaseModel):
@@ -20,7 +38,7 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    dir: str = ""
+    dir: LocalPath = ""
     """Folder of the run: config, metrics, checkpoints, evaluation, report. Empty: runs/<name of the config file>."""
     seed: int = 0
     """The data order, initial values, negatives and augmentation are pure functions of it."""
@@ -50,7 +68,7 @@ class Affine(Section):
 
 
 class Data(Section):
-    train: str
+    train: LocalPath
     """Folder of training shards with their index, as `partial-fc prepare` writes it."""
     global_batch_size: int = Field(ge=1)
     """Samples of a step over all ranks; a multiple of data.streams x data.samples_per_identity."""
@@ -269,7 +287,7 @@ class Checkpoint(Section):
     """Steps between checkpoints; the last step writes one too."""
     keep: int = Field(2, ge=1)
     """Checkpoints that stay; older ones are deleted when a newer one is complete."""
-    dir: str | None = Field(None, min_length=1)
+    dir: Annotated[str | None, AfterValidator(_a_place)] = Field(None, min_length=1)
     """Folder or URL, as s3://bucket/run, of this run's checkpoints and no other's; unset: <run.dir>/checkpoints."""
 
 
@@ -296,9 +314,9 @@ class Track(Section):
 
 
 class EvaluationSet(Section):
-    data: str
+    data: LocalPath
     """Folder of shards: all pairs are verified, each sample identified among one per identity; or a list of pairs."""
-    distractors: str | None = None
+    distractors: LocalPath | None = None
     """Folder of shards whose identities join the gallery."""
     note: str = ""
     """What the set is, for the report."""

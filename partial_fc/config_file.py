@@ -12,6 +12,7 @@ from partial_fc.config import Config, check_config
 from partial_fc.documents import got, read_text
 from partial_fc.environment import environment
 from partial_fc.manifest import is_run_id
+from partial_fc.storage import local_path
 
 
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -22,7 +23,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     Raises ValueError with one message that lists everything wrong: unknown keys with the nearest known one, bad values
     with what was wanted; for YAML that `strict_yaml` does not read, its line.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         text = read_text(path, strict_yaml.BYTES, pipes=True)
     except FileNotFoundError:

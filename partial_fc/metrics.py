@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,13 +94,14 @@ class Metrics:
         }
         try:
             self.file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            print(f"metrics: step {step} is not written: {error}", file=sys.stderr)
+        with self._no_error_of("tensorboard"):
             if self.tensorboard is not None:
                 for name, value in row.items():
                     if isinstance(value, int | float) and name != "step":
                         self.tensorboard.add_scalar(name.replace(".", "/"), value, step)
-        except OSError as error:
-            print(f"metrics: step {step} is not written: {error}", file=sys.stderr)
-        with self._no_error_of_wandb():
+        with self._no_error_of("wandb"):
             if self.wandb is not None:
                 self.wandb.log(row, step=step)
         elapsed = time.monotonic() - self.started
@@ -110,22 +111,23 @@ class Metrics:
     def close(self) -> None:
         try:
             self.file.close()
-            if self.tensorboard is not None:
-                self.tensorboard.close()
         except OSError as error:
             print(f"metrics: the last rows are not written: {error}", file=sys.stderr)
-        with self._no_error_of_wandb():
+        with self._no_error_of("tensorboard"):
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+        with self._no_error_of("wandb"):
             if self.wandb is not None:
                 self.wandb.finish()
 
     @contextmanager
-    def _no_error_of_wandb(self) -> Iterator[None]:
-        """Its service may die, or lose its network: that costs what it tracks, not the run."""
+    def _no_error_of(self, tracker: Literal["tensorboard", "wandb"]) -> Iterator[None]:
+        """Its disk may be full, its service may die or lose its network: that costs what it tracks, not the run."""
         try:
             yield
         except Exception as error:
-            print(f"wandb: {type(error).__name__}: {error}: nothing more goes to it", file=sys.stderr)
-            self.wandb = None
+            print(f"{tracker}: {type(error).__name__}: {error}: nothing more goes to it", file=sys.stderr)
+            setattr(self, tracker, None)
 
 
 def console_line(row: dict, total_steps: int, seconds_left: float) -> str:

@@ -5,6 +5,7 @@ folders, only names that begin alike, and no rename; an object is there as a who
 """
 
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,16 @@ def place(where: str | os.PathLike) -> Place:
 
 def remote(where: Place) -> TypeIs[str]:
     return isinstance(where, str)
+
+
+def local_path(where: str | os.PathLike) -> Path:
+    """The path of a place on this machine. Raises ValueError for a URL, from which Path would make a folder s3:/."""
+    found = place(where)
+    if remote(found) or re.match(
+        r"[A-Za-z][A-Za-z0-9+.-]+:/", str(found)
+    ):  # s3:/bucket is what Path makes of s3://bucket
+        raise ValueError(f"{where} is a URL, and this takes a path on this machine or a mounted file system")
+    return found
 
 
 def join(where: Place, name: str) -> Place:

@@ -1,12 +1,17 @@
 """Where a run's numbers go beside metrics.jsonl: wandb, TensorBoard. On rank 0 only."""
 
+import json
 import os
+import re
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
 from partial_fc.config import Config
 from partial_fc.environment import pip_install
+
+OLD_NAMES = {"dryrun": "offline", "run": "online"}  # what WANDB_MODE may say, too
 
 
 def wandb_mode(config: Config) -> str:
@@ -14,57 +19,114 @@ def wandb_mode(config: Config) -> str:
     if config.track.wandb is not None:
         return config.track.wandb
     if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
+        return OLD_NAMES.get(os.environ["WANDB_MODE"], os.environ["WANDB_MODE"])
     # without a key an online init fails: choose before it is tried
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or (netrc.exists() and "wandb.ai" in netrc.read_text())
-    return "online" if has_key else "offline"
+    return "online" if os.environ.get("WANDB_API_KEY") or _key_is_kept() else "offline"
+
+
+def _key_is_kept() -> bool:
+    """Whether wandb's own reader finds a key for its host (WANDB_BASE_URL, its settings) in netrc; no if it fails."""
+    try:
+        import wandb
+
+        try:
+            from wandb.sdk import wandb_setup
+            from wandb.sdk.lib import wbauth
+        except ImportError:  # of earlier versions
+            return bool(wandb.api.api_key)
+        return bool(wbauth.read_netrc_auth(host=wandb_setup.singleton().settings.base_url))
+    except Exception as error:
+        print(f"wandb: looking for a key: {_one_line(error)}")
+        return False
 
 
 def start_wandb(config: Config, run: Path) -> Any | None:
-    """One wandb.Run per run folder; offline where online does not work; None where it is disabled."""
+    """One wandb.Run per run folder, with the rows that metrics.jsonl has: see `_replay`.
+
+    Offline where online does not work; None where it is disabled, or does not work at all, which is said: what a
+    tracker lacks is no reason to end a run.
+    """
     mode = wandb_mode(config)
     if mode == "disabled":
         print("wandb: disabled")
         return None
-    import wandb  # as slow as matplotlib, and neither --help nor a run without it should wait for it
-
-    options = dict(
-        project=config.track.project,
-        name=run.name,
-        id=_wandb_id(run),
-        resume="allow",
-        dir=run,
-        config=config.model_dump(mode="json"),
-        settings=wandb.Settings(console="off", silent=True, init_timeout=30),
-    )
     try:
-        started = wandb.init(mode=mode, **options)
-    except wandb.Error as error:
-        if mode != "online":
-            raise
-        print(f"wandb: online did not work ({error}), so offline")
-        mode = "offline"
-        started = wandb.init(mode=mode, **options)
+        import wandb  # as slow as matplotlib, and neither --help nor a run without it should wait for it
+
+        options = dict(
+            project=config.track.project,
+            name=run.name,
+            id=_wandb_id(run),
+            resume="allow",
+            dir=run,
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(console="off", silent=True, init_timeout=30),
+        )
+        try:
+            started = wandb.init(mode=mode, **options)
+        except Exception as error:
+            if mode != "online":
+                raise
+            print(f"wandb: online did not work ({_one_line(error)}), so offline")
+            mode = "offline"
+            wandb.teardown()  # its service still holds the id
+            started = wandb.init(mode=mode, **options)
+        _replay(started, run, mode)
+    except Exception as error:
+        print(f"wandb: {_one_line(error)}, so without it")
+        return None
     print(f"wandb: {mode}" + (f"; upload it with: wandb sync {run}/wandb/offline-run-*" if mode == "offline" else ""))
     return started
+
+
+def _replay(started: Any, run: Path, mode: str) -> None:
+    """Logs the rows of metrics.jsonl that the tracker lacks; offline all of them, in place of what is there.
+
+    A killed process leaves out rows that were on their way, and has logged rows past the checkpoint, which the resumed
+    run logs again. Online the server says what it has: the run goes on there, and takes no step twice. Offline
+    nobody can say, so this attempt's folder gets all rows, and those of earlier ones are deleted.
+    """
+    for line in (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []:
+        row = json.loads(line)
+        if row["step"] >= started.step:
+            started.log(row, step=row["step"])
+    if mode == "offline":
+        ours = Path(started.dir).resolve().parent
+        for folder in (run / "wandb").glob(f"offline-run-*-{started.id}"):
+            if folder.resolve() != ours:
+                shutil.rmtree(folder)
 
 
 def _wandb_id(run: Path) -> str:
     """One wandb run a run folder: a restarted job goes on under the same id."""
     path = run / "wandb_id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n")
-    return path.read_text().strip()
+    kept = path.read_text().strip() if path.exists() else ""
+    if re.fullmatch(r"[\w-]+", kept):
+        return kept
+    # none, or what a full disk or a power loss left of it
+    kept = secrets.token_hex(4)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(kept + "\n")
+    temporary.rename(path)
+    return kept
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def start_tensorboard(config: Config, run: Path, start_step: int) -> Any | None:
     """torch's SummaryWriter on <run>/tensorboard, which shows nothing past `start_step` of what was there before.
 
-    None where the config does not want it. Raises ValueError without the package.
+    None where the config does not want it, or where it cannot be written, which is said. Raises ValueError without the
+    package.
     """
     writer = check_tensorboard(config)
-    return None if writer is None else writer(str(run / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
+    try:
+        return None if writer is None else writer(str(run / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
+    except Exception as error:
+        print(f"tensorboard: {_one_line(error)}, so without it")
+        return None
 
 
 def check_tensorboard(config: Config) -> type | None:

@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -194,4 +195,51 @@ def test_a_broken_pipe_that_is_not_stdout_is_an_error(monkeypatch, tmp_path, std
     monkeypatch.setattr(sys, "argv", ["partial-fc", "report", str(tmp_path)])
     monkeypatch.setattr(sys, "stdout", stdout)
     with pytest.raises(SystemExit, match="error: .*Broken pipe"):
+        cli.main()
+
+
+U = "s3://bucket/x"
+WITH_A_URL = {
+    "prepare folder source": f"prepare folder {U} OUT",
+    "prepare list out": f"prepare list list.txt {U}",
+    "prepare recordio out": f"prepare recordio a.rec {U}",
+    "prepare bin out": f"prepare bin a.bin {U}",
+    "prepare pairs out": f"prepare pairs a.txt {U}",
+    "prepare glyphs source": f"prepare glyphs {U} OUT",
+    "prepare glyphs out": f"prepare glyphs letters {U}",
+    "doctor config": f"doctor {U}",
+    "report runs": f"report {U}",
+    "report --out": f"report run --out {U}",
+    "figures out": f"figures {U}",
+    "figures --fashion-mnist": f"figures OUT --fashion-mnist {U}",
+    "export out": f"export run {U}",
+    "export --images": f"export run OUT --images {U}",
+    "embed source": f"embed run {U} OUT.npy",
+    "embed out": f"embed run photos {U}.npy",
+    "benchmark head --json": f"benchmark head --json {U}",
+    "study run --runs": f"study run plan.yaml --runs {U}",
+    "study run plan": f"study run {U}",
+    "study table --ledger": f"study table plan.yaml --ledger {U}",
+    "study table --picture": f"study table plan.yaml --picture {U}",
+}
+
+
+@pytest.mark.parametrize("argument", WITH_A_URL)
+def test_a_url_where_only_a_path_works_is_refused_by_name(argument, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["partial-fc", *WITH_A_URL[argument].split()])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().err
+    *command, name = argument.split()
+    assert end.value.code == 2 and not list(tmp_path.iterdir())
+    assert re.search(
+        rf"partial-fc {' '.join(command)}: error: argument {name}: {U}\S* is a URL, and this takes a path", said
+    )
+
+
+def test_a_url_of_evaluation_data_is_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["partial-fc", "evaluate", "run", "--data", f"P1={U}"])
+    with pytest.raises(SystemExit, match="error: s3://bucket/x is a URL, and this takes a path"):
         cli.main()

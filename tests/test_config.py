@@ -257,3 +257,32 @@ def test_margins_by_name():
     ]:
         with pytest.raises(ValueError, match=message.replace("?", r"\?")):
             build_margin(name, parameters)
+
+
+# ---- URLs where only a path works
+
+PATHS = ("run.dir", "data.train", "evaluate.sets={P1: {data: %s}}", "evaluate.sets={P1: {data: here, distractors: %s}}")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "https://host/x", "hf://owner/x", "s3:/bucket/run"])
+@pytest.mark.parametrize("setting", PATHS)
+def test_a_url_where_only_a_path_works_is_refused_by_name(setting, url):
+    override = setting % url if "%" in setting else f"{setting}={url}"
+    name = {PATHS[2]: "evaluate.sets.P1.data", PATHS[3]: "evaluate.sets.P1.distractors"}.get(setting, setting)
+    with pytest.raises(
+        ValueError, match=f"  {name}: got '{url}'; {url} is a URL, and this takes a path on this machine"
+    ):
+        load_config(REPOSITORY / "configs" / "glyphs_ci.yaml", [override])
+
+
+def test_checkpoints_may_go_to_a_url_and_paths_may_be_written_as_one():
+    config = load_config(
+        REPOSITORY / "configs" / "glyphs_ci.yaml", ["checkpoint.dir=s3://bucket/run", "run.dir=file:///tmp/run"]
+    )
+    assert config.checkpoint.dir == "s3://bucket/run" and config.run.dir == "/tmp/run"
+    with pytest.raises(ValueError, match="checkpoint.dir: got 's3:/bucket/run'; s3:/bucket/run is a URL"):
+        load_config(REPOSITORY / "configs" / "glyphs_ci.yaml", ["checkpoint.dir=s3:/bucket/run"])
+    with pytest.raises(ValueError, match="checkpoint.dir: got ''"):
+        load_config(REPOSITORY / "configs" / "glyphs_ci.yaml", ["checkpoint.dir=''"])
+    for fine in ("runs/a:b", "C:/runs", "/data/with: colon/x"):
+        assert load_config(REPOSITORY / "configs" / "glyphs_ci.yaml", [f"run.dir='{fine}'"]).run.dir == fine

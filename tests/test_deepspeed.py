@@ -571,11 +571,13 @@ def with_groups(stage: int | None) -> dict[str, torch.Tensor]:
     return engine.backbone_state()
 
 
-def test_groups_keep_the_ratio_of_their_rates():
-    wanted = run_ranks(with_groups, 2, None)[0]
-    for stage in (0, 2, 3):
-        found = run_ranks(with_groups, 2, stage)[0]
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+IN_SOAK = [pytest.param(stage, marks=pytest.mark.soak("deepspeed")) for stage in (0, 1, 3)]
+
+
+@pytest.mark.parametrize("stage", [2, *IN_SOAK])
+def test_groups_keep_the_ratio_of_their_rates(stage):
+    found, wanted = (run_ranks(with_groups, 2, kind)[0] for kind in (stage, None))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 
 def surroundings() -> tuple:

@@ -74,14 +74,6 @@ def test_disabled_wandb_leaves_nothing(tmp_path):
     assert start_wandb(config, tmp_path) is None and not list(tmp_path.iterdir())
 
 
-def test_wandb_key_in_netrc(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert wandb_mode(load_config(REPOSITORY / "configs" / "glyphs_ci.yaml")) == "online"
-
-
 def test_the_console_names_the_slowest_rank_where_it_matters():
     row = ROW | {"slowest_rank": 3, "slowest_lag": 0.05, "slowest_phase": "data"}
     assert console_line(row, 1200, 5).endswith("0:00:05 left | rank 3 last by 50 ms (data)")

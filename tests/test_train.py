@@ -272,15 +272,6 @@ def test_the_same_number_of_other_classes_is_an_error(reference, glyphs_ci, tmp_
     assert messages[0] == messages[1] and "was written with other classes" in messages[0]
 
 
-def test_wandb_notes_the_run_under_one_id(glyphs_ci, tmp_path):
-    run = tmp_path / "run"
-    for steps in (2, 4):  # the second goes on where the first stopped
-        finish(begin(1, run, f"run.steps={steps}", "track.wandb=offline", "evaluate.sets={}"))
-    ids = {folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")}
-    assert ids == {(run / "wandb_id").read_text().strip()}
-    assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == len(list((run / "wandb").glob("offline-run-*")))
-
-
 def test_restart_accepts_another_order(reference, glyphs_ci, tmp_path):
     interrupted(reference, tmp_path / "run", 20)
     run_ranks(train_here, 2, tmp_path / "run", glyphs_ci / "train", "data.streams=6", "data.restart=true")
