@@ -71,7 +71,7 @@ def evaluate_run(
         "format": FORMAT,
         "version": VERSION,
         "step": found.step,
-        "config": found.manifest["settings"]["config"],  # of the checkpoint: the run may go on with another
+        "config": _what_was_trained(found.manifest["settings"]["config"]),
         "models": results,
     }
     with distributed.together(f"writing {path}/evaluation.json"):
@@ -86,6 +86,13 @@ def evaluate_run(
                 storage.write(f"{beside}/evaluation.json", text.encode())
             print(format_table(results), flush=True)
     return evaluation
+
+
+def _what_was_trained(config: dict) -> dict:
+    """What a report says of the checkpoint, since the run may go on with other settings. The same in any folder."""
+    sections = {name: config[name] for name in ("backbone", "head", "optim")}
+    batch = config["data"]["global_batch_size"]
+    return sections | {"run": {"seed": config["run"]["seed"]}, "data": {"global_batch_size": batch}}
 
 
 def open_sets(sets: dict[str, EvaluationSet], size: tuple[int, int]) -> dict[str, tuple[Index, Index | None]]:
