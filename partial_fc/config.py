@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from partial_fc.storage import local_path
-
 from partial_fc.documents import got, shown
+from partial_fc.storage import local_path
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

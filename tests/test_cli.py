@@ -64,7 +64,7 @@ def test_prepare_evaluate_report(run, folder, tmp_path):
     assert "TAR@1e-3" in said and "mine            untrained" in said
     assert f"report: {run}/report.html" in said and "<h3>mine</h3>" in (run / "report.html").read_text()
     evaluation = json.loads((run / "evaluation.json").read_text())
-    assert evaluation["config"]["run"]["steps"] == 5
+    assert evaluation["config"]["optim"]["lr"] == 0.02 and set(evaluation["config"]["run"]) == {"seed"}
     assert evaluation["step"] == 5 and set(evaluation["models"]) == {"trained", "untrained"}
     assert evaluation["models"]["trained"]["mine"]["num_identities"] == 25
 

@@ -20,6 +20,7 @@ NEEDED_BYTES = 40 * 2**30  # torch's wheels bring CUDA, 6 GB, and they are there
 
 COMPILES = """
 import sysconfig, pathlib
+from partial_fc import PartialFC  # by the package's own __init__.py
 from partial_fc.head.elementwise import compiler_works
 headers = pathlib.Path(sysconfig.get_path("include"), "Python.h").exists()
 print(f"compiles {compiler_works('cpu')}, headers {headers}")

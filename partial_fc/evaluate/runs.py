@@ -77,7 +77,7 @@ def evaluate_run(
         "format": FORMAT,
         "version": VERSION,
         "step": found.step,
-        "config": found.setting("config"),  # of the checkpoint: the run may go on with another
+        "config": _what_was_trained(found.setting("config")),
         "models": results,
     }
     if distributed.rank() == 0:
@@ -93,6 +93,13 @@ def evaluate_run(
                 beside = path if storage.remote(path) else storage.parent(found.path)
                 storage.write(f"{beside}/evaluation.json", text.encode())
     return evaluation
+
+
+def _what_was_trained(config: dict) -> dict:
+    """What a report says of the checkpoint, since the run may go on with other settings. The same in any folder."""
+    sections = {name: config[name] for name in ("backbone", "head", "optim")}
+    batch = config["data"]["global_batch_size"]
+    return sections | {"run": {"seed": config["run"]["seed"]}, "data": {"global_batch_size": batch}}
 
 
 def open_sets(sets: dict[str, EvaluationSet], size: tuple[int, int]) -> dict[str, tuple[Index, Index | None]]:
