@@ -21,6 +21,7 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import partial_fc.opencv  # noqa: E402, F401 - its limit of pixels, before a test imports cv2
 from tests.processes import REPOSITORY, context  # noqa: E402
 from tests.soak import PARTS  # noqa: E402
 

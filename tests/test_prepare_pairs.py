@@ -170,6 +170,17 @@ def test_a_hostile_file_takes_no_more_time_and_memory_than_its_size(tmp_path):
         b"\x80\x04\x8e" + (2**63 - 1).to_bytes(8, "little") + b"abc.",
         b"\x80\x04\x8d" + (2**45).to_bytes(8, "little") + b"abc.",
         start + b"h\x01h\x02\x85R" * number + b"e]\x88at.",
+        # one array of 1 MB stands where 1,000 numbers were wanted: each of them would be made of all its bytes
+        b"\x80\x04(](C\x01aq\x01"
+        + b"h\x01" * 1999
+        + b"e](cx\nscalar\nC\x01a"
+        + b"B"
+        + (10**6).to_bytes(4, "little")
+        + b"\1"
+        + bytes(10**6 - 1)
+        + b"\x86Rq\x03"
+        + b"h\x03" * 999
+        + b"et.",
     ]
     for data in files:
         path.write_bytes(data)
@@ -181,6 +192,17 @@ def test_a_hostile_file_takes_no_more_time_and_memory_than_its_size(tmp_path):
         tracemalloc.stop()
         # quadratic time would be minutes, all of the copies 100 GB
         assert time.process_time() - began < 30 and used < 100e6, (data[:20], used)
+
+
+def test_an_array_that_is_named_many_times_is_looked_at_once(tmp_path):
+    """100,000 images, each the same array of arrays, 900 in each other: 60 s where each is looked at anew."""
+    nested = b"](cx\n_frombuffer\nq\x01C\x01a\x85Rq\x02" + b"h\x01h\x02\x85Rq\x02" * 899
+    path = tmp_path / "nested.bin"
+    path.write_bytes(b"\x80\x04(" + nested + b"h\x02" * 99_100 + b"e](" + b"\x88" * 50_000 + b"et.")
+    began = time.process_time()
+    images, same = read_bin(path)
+    assert images == [b"a"] * 100_000 and same == [True] * 50_000
+    assert time.process_time() - began < 15  # 0.4 s alone
 
 
 def test_a_file_cut_anywhere_is_an_error(tmp_path):

@@ -18,6 +18,8 @@ from partial_fc.backbone.spherenet import spherenet20
 from partial_fc.backbone.timm_models import PREFIX, timm_model
 from partial_fc.seeds import seed_for
 
+MOST_DIMENSIONS = 1 << 20  # a slip of the hand, not a network
+
 BACKBONES: dict[str, Callable[[int, tuple[int, int]], EmbeddingNet]] = {
     **{name: partial(iresnet, name) for name in BLOCKS},
     "spherenet20": spherenet20,
@@ -34,7 +36,7 @@ def build(name: str, embedding_dim: int, image_size: tuple[int, int]) -> Embeddi
     also under autocast.
 
     timm/<model> is a model of timm. Raises ValueError for an unknown name, sides that are no multiple of 16 (for timm:
-    that the model does not take) or an embedding_dim below 1.
+    that the model does not take) or an embedding_dim below 1 or above MOST_DIMENSIONS.
     """
     if name not in BACKBONES and not name.startswith(PREFIX):
         nearest = difflib.get_close_matches(name, BACKBONES, n=1)
@@ -42,6 +44,10 @@ def build(name: str, embedding_dim: int, image_size: tuple[int, int]) -> Embeddi
         raise ValueError(f"backbone.name is {name!r}, wanted one of {', '.join(BACKBONES)}, {PREFIX}MODEL{hint}")
     if embedding_dim < 1:
         raise ValueError(f"backbone.embedding_dim is {embedding_dim}, wanted at least 1 (512 for faces)")
+    if embedding_dim > MOST_DIMENSIONS:
+        raise ValueError(
+            f"backbone.embedding_dim is {embedding_dim}, wanted at most {MOST_DIMENSIONS:,} (512 for faces)"
+        )
     if name.startswith(PREFIX):
         return timm_model(name.removeprefix(PREFIX), embedding_dim, image_size)
     height, width = image_size

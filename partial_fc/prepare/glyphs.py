@@ -39,6 +39,7 @@ from partial_fc.seeds import seed_for
 SPLITS = ("train", "test_seen", "test_unseen", "distractors")
 VALIDATION_SPLITS = ("validation_seen", "validation_unseen")
 TEST_SHARE = 0.15  # of the identities
+LARGEST = 4096  # pixels of a side, and of a blur
 PLACEHOLDER = 5  # code points of one face with the same bitmap: a box that stands for "no glyph"
 
 Ranges = tuple[tuple[int, int], ...]  # of code points, first and last
@@ -107,8 +108,13 @@ def prepare_glyphs(
         raise ValueError(f"got {validation} of the identities for validation, wanted 0 to below {1 - TEST_SHARE}")
     if identities is not None and identities < 1:
         raise ValueError(f"got {identities} identities for training, wanted at least 1")
-    if (detail is not None and not 1 <= detail <= size) or blur < 0:
-        raise ValueError(f"got detail {detail} and blur {blur}, wanted 1 to {size} pixels and a blur of 0 or more")
+    if not 1 <= size <= LARGEST or (min_samples is not None and min_samples < 1):
+        raise ValueError(
+            f"got images of {size} pixels a side and min_samples {min_samples}, wanted 1 to {LARGEST} pixels, and 1 or "
+            "more samples"
+        )
+    if (detail is not None and not 1 <= detail <= size) or not 0 <= blur <= LARGEST:
+        raise ValueError(f"got detail {detail} and blur {blur}, wanted 1 to {size} pixels and a blur of 0 to {LARGEST}")
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists: delete it, or choose another folder to write to")

@@ -136,9 +136,9 @@ class Plan:
     def _facts(self, folder: str) -> list:
         try:
             return _index_facts(folder)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
             if folder not in self.recorded:
-                raise
+                raise FileNotFoundError(f"{self.path}: {error}") from None
             return self.recorded[folder]
 
 
