@@ -38,5 +38,10 @@ def _git(*arguments: str) -> str:
 
 
 def read_environment(text: str) -> dict[str, str]:
-    """What `config_file.save_config` noted beside the settings, of the text of its file; empty without it."""
-    return (yaml.safe_load(text) or {}).get("environment", {})
+    """What `config_file.save_config` noted beside the settings, of the text of its file; empty where it has none."""
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        return {}
+    notes = values.get("environment") if isinstance(values, dict) else None
+    return notes if isinstance(notes, dict) else {}
