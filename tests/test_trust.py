@@ -247,7 +247,7 @@ def test_a_cut_manifest_names_its_file_under_together_too(run):
     file = folder_of(run) / "manifest.json"
     file.write_text(file.read_text()[:100])
     with pytest.raises(distributed.RunError, match=f"{file} is damaged: it is no JSON .*there is no other checkpoint"):
-        checkpoint.find_for_all(run)
+        checkpoint.find_for_all(run, "reading it")
 
 
 def test_what_the_trainer_keeps_is_checked_where_it_is_read(run):
@@ -572,7 +572,7 @@ def looks_later(run: Path) -> int:
     with pytest.MonkeyPatch.context() as patch:
         if distributed.rank() == 1:
             patch.setattr(checkpoint, "find_checkpoint", lambda path: checkpoint.open_checkpoint(folder_of(run, 3)))
-        return checkpoint.find_for_all(run).step
+        return checkpoint.find_for_all(run, "reading it").step
 
 
 @pytest.mark.slow
