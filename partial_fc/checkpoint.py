@@ -188,13 +188,15 @@ def find_checkpoint(path: Place) -> Checkpoint:
     return found
 
 
-def find_for_all(path: Place) -> Checkpoint:
+def find_for_all(path: Place, doing: str) -> Checkpoint:
     """`find_checkpoint` by rank 0, for all ranks: a run that is being trained may save another one meanwhile.
+
+    doing: what for, as "evaluating runs/a", for errors.
 
     A collective. Raises RunError on all ranks where `find_checkpoint` raises.
     """
     found = None
-    with distributed.together(f"reading {path}"):
+    with distributed.together(doing):
         if distributed.rank() == 0:
             found = find_checkpoint(path)
     return distributed.gather_objects(found)[0]

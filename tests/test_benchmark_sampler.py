@@ -17,6 +17,7 @@ from partial_fc.head.sampling import draw_negatives
 from partial_fc.train import read_batches
 from tests.conftest import run_ranks
 from tests.test_train import config_for, train_here
+from tests.test_trust import with_sum
 
 STEPS, BATCHES = 10, 2
 CPU = torch.device("cpu")
@@ -147,5 +148,6 @@ def test_other_classes_are_refused(runs, glyphs_ci, tmp_path):
     names = tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}" / "classes.txt"
     first, *others = names.read_text().splitlines()
     names.write_text("\n".join([*others, first]) + "\n")
+    with_sum(names.parent, names.name)
     with pytest.raises(ValueError, match="was written with .* classes"):
         benchmark_sampler(tmp_path / "run", CPU, random=[0.1], hard=[], batches=1)

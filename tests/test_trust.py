@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from partial_fc import checkpoint, checkpoint_files, manifest
+from partial_fc.backbone import build_seeded
 from partial_fc.build import build_losses, order_of, say_what_is_imported
 from partial_fc.checkpoint_files import Owner
 from partial_fc.cli import main
@@ -28,10 +30,12 @@ from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.export.gallery import write_gallery
 from partial_fc.files import one_line, plain_name, printable
 from partial_fc.folder_lock import FolderLock
+from partial_fc.head.named import source_of
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
+from partial_fc.study.plan import load_plan
 from partial_fc.train import the_only_one_in
-from tests.conftest import run_ranks
+from tests.conftest import REPOSITORY, run_ranks
 from tests.test_checkpoint import CLASSES, NAMES, load_here, save_here, trained
 from tests.test_train import config_for, rows, train_here
 
@@ -77,6 +81,25 @@ def save_at(run: Path, step: int, owner: Owner | None = None, **options) -> None
 
 def steps(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())
+
+
+def test_every_promise_names_a_test_that_is_there():
+    """`test_file.py -k "word or word"`: each word is in the name of a test of that file, or of its parameters."""
+    text = (REPOSITORY / "SECURITY.md").read_text()
+    promises = text.partition("## Promised")[2].partition("## Not promised")[0]
+    named = re.findall(r"`(test_\w+\.py) -k (\w+|\"[\w ]+\")`", promises)
+    assert len(named) >= promises.count("\n- ") > 10
+    for file, words in named:
+        source = (REPOSITORY / "tests" / file).read_text()
+        tests = " ".join(re.findall(r"def (test_\w+)", source)) + str(re.findall(r"DOORS = \{.*?\n\}", source, re.S))
+        assert all(word in tests for word in words.strip('"').split(" or ")), (file, words)
+
+
+def test_arrays_are_read_without_pickle_and_nothing_else_could_unpickle():
+    for path in (REPOSITORY / "partial_fc").rglob("*.py"):
+        text = path.read_text()
+        assert "torch.load(" not in text and "allow_pickle=True" not in text, path
+        assert all("allow_pickle=False" in call for call in re.findall(r"np\.load\([^)]*\)", text)), path
 
 
 # ---- names
@@ -224,7 +247,7 @@ def test_a_cut_manifest_names_its_file_under_together_too(run):
     file = folder_of(run) / "manifest.json"
     file.write_text(file.read_text()[:100])
     with pytest.raises(distributed.RunError, match=f"{file} is damaged: it is no JSON .*there is no other checkpoint"):
-        checkpoint.find_for_all(run)
+        checkpoint.find_for_all(run, "reading it")
 
 
 def test_what_the_trainer_keeps_is_checked_where_it_is_read(run):
@@ -549,7 +572,7 @@ def looks_later(run: Path) -> int:
     with pytest.MonkeyPatch.context() as patch:
         if distributed.rank() == 1:
             patch.setattr(checkpoint, "find_checkpoint", lambda path: checkpoint.open_checkpoint(folder_of(run, 3)))
-        return checkpoint.find_for_all(run).step
+        return checkpoint.find_for_all(run, "reading it").step
 
 
 @pytest.mark.slow
@@ -643,6 +666,22 @@ def test_no_command_but_training_imports_what_a_config_names(evil, tmp_path, cap
     assert not (evil / "ran").exists()
     assert command("benchmark", "sampler", evil, "--batches", 1, "--trust-code") is None
     assert (evil / "ran").exists()
+
+
+def test_the_table_of_a_study_imports_nothing(evil, tmp_path):
+    (tmp_path / "base.yaml").write_text((REPOSITORY / "configs" / "glyphs_ci.yaml").read_text())
+    (tmp_path / "plan.yaml").write_text("base: base.yaml\nseeds: [1]\nrows: {mine: {head.margin.name: evil.Mine}}\n")
+    (row,) = load_plan(tmp_path / "plan.yaml").rows
+    assert source_of(row.overrides["head.margin.name"]) == evil / "evil.py" and not (evil / "ran").exists()
+    load_plan(tmp_path / "plan.yaml", trust_code=True)
+    assert (evil / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["hf-hub:owner/name", "hf_hub:owner/name", "local-dir:/tmp"])
+def test_a_timm_model_is_one_that_timm_registers(name):
+    pytest.importorskip("timm", reason="not run: no timm")
+    with pytest.raises(ValueError, match="has no model"):
+        build_seeded(f"timm/{name}", 8, (32, 32), seed=0)
 
 
 def glyph_images(run: Path) -> str:

@@ -38,7 +38,7 @@ def evaluate_run(
     nothing to evaluate on.
     """
     path = storage.place(path)
-    found = find_for_all(storage.place(checkpoints or path))
+    found = find_for_all(storage.place(checkpoints or path), f"evaluating {path}")
     with distributed.together(f"evaluating {path}"):
         config = found.config()
         settings = config.evaluate if settings is None else settings

@@ -50,7 +50,7 @@ def embed_images(
     source, out = Path(source), Path(out)
     files = _Files(out, out.with_suffix(".jsonl"), out.with_suffix(".left_out.jsonl"))
     rank, world_size = distributed.rank(), distributed.world_size()
-    found = find_for_all(storage.place(model)) if is_run(model) else None
+    found = find_for_all(storage.place(model), f"embedding {source}") if is_run(model) else None
     with distributed.together(f"embedding {source}"):
         if out.suffix not in KINDS or batch_size < 1:
             raise ValueError(
