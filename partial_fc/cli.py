@@ -18,6 +18,7 @@ from partial_fc.prepare.pairs import prepare_bin, prepare_pairs
 from partial_fc.prepare.recordio import prepare_recordio
 from partial_fc.storage import place
 
+KEEP_DAMAGED = "take JPEGs that have lost data, too: some of their pixels are made up"
 RUN = "run folder, folder of one checkpoint, or the URL of either"
 
 
@@ -75,8 +76,11 @@ def _parser() -> argparse.ArgumentParser:
         if of_identities:
             images.add_argument("--min-samples", type=int, default=1, help="leave out identities with fewer images")
             images.add_argument("--seed", type=int, default=0, help="of the samples' order")
+        images.add_argument("--keep-damaged", action="store_true", help=KEEP_DAMAGED)
         images.set_defaults(
-            run=commands.prepare_images, kind=kind, options=["size"] + ["min_samples", "seed"] * of_identities
+            run=commands.prepare_images,
+            kind=kind,
+            options=["size", "keep_damaged"] + ["min_samples", "seed"] * of_identities,
         )
 
     glyphs = kinds.add_parser("glyphs", help="characters as identities, fonts as photos")
@@ -155,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     embed.add_argument("--batch", type=int, default=256, help="images embedded at once by a rank; unset: 256")
     embed.add_argument("--workers", type=int, default=2, help="reader processes of a rank, for a data set; unset: 2")
+    embed.add_argument("--keep-damaged", action="store_true", help=KEEP_DAMAGED)
     embed.set_defaults(run=commands.embed)
 
     benchmark = subcommands.add_parser("benchmark", help="what a part costs, beside what it replaces")

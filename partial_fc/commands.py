@@ -114,6 +114,7 @@ def embed(arguments: argparse.Namespace) -> None:
             device,
             batch_size=arguments.batch,
             workers=arguments.workers,
+            keep_damaged=arguments.keep_damaged,
         )
 
 

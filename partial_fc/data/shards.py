@@ -76,6 +76,7 @@ class Index:
     extra: dict[str, np.ndarray]  # further arrays, (N, …) each
     prepared: dict[str, Any]  # how the data set was made: kind, source, image_size, what was dropped and why
     fingerprint: str  # sha256 over the checksums of the arrays and shards: the identity of the data set
+    version: int = VERSION  # of its index.json
     pairs: np.ndarray | None = None  # (P, 3) int64 of a list of pairs
     # of index version 3
     crc32: np.ndarray | None = None  # (N,) uint32
@@ -264,6 +265,7 @@ def load_index(path: Path | str, *, check_labels: bool = True) -> Index:
         names=names,
         prepared=description.prepared,
         fingerprint=hashlib.sha256(json.dumps(checksums).encode()).hexdigest(),
+        version=description.version,
     )
     _check_samples(index, np.array([shard.bytes for shard in shards], dtype=np.int64))
     got, wanted = index.samples_per_shard.tolist(), [shard.samples for shard in shards]

@@ -26,7 +26,7 @@ class Read(NamedTuple):
 
 class Images(Protocol):
     path: Path
-    others: list[str]  # files that are not named like images
+    others: list[str]  # names of the files that are not named like images
 
     def __len__(self) -> int: ...
 
@@ -40,9 +40,10 @@ class Images(Protocol):
 class Folder:
     """Every image file below a folder, in the order of `images_below`, cut and resized as `prepare folder` does."""
 
-    def __init__(self, path: Path, size: tuple[int, int]):
-        self.path, self.size = path, size
-        self.files, self.others = images_below(os.fspath(path))
+    def __init__(self, path: Path, size: tuple[int, int], keep_damaged: bool = False):
+        self.path, self.size, self.keep_damaged = path, size, keep_damaged
+        self.files, others = images_below(os.fspath(path))
+        self.others = [self.name(file) for file in others]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -58,7 +59,7 @@ class Folder:
 
     def batches(self, positions: np.ndarray, batch_size: int, workers: int) -> Iterator[Read]:
         def pixels(file: str) -> np.ndarray | str:
-            read = read_image(file)
+            read = read_image(file, keep_damaged=self.keep_damaged)
             return read if isinstance(read, str) else fit(read[1], self.size)
 
         files = [self.files[position] for position in positions]
@@ -102,10 +103,11 @@ class DataSet:
             yield Read(batch.images, rows, [])
 
 
-def open_images(path: Path, size: tuple[int, int]) -> Images:
+def open_images(path: Path, size: tuple[int, int], *, keep_damaged: bool = False) -> Images:
     """A data set's samples if `path` has an index.json, else every image file below the folder.
 
-    Raises ValueError for a data set of another size than (H, W) `size`, and where there is no image.
+    keep_damaged: of a folder. Raises ValueError for a data set of another size than (H, W) `size`, and where there is
+    no image.
     """
     if (path / "index.json").exists():
         index = load_index(path)
@@ -117,7 +119,7 @@ def open_images(path: Path, size: tuple[int, int]) -> Images:
         return DataSet(index)
     if not path.is_dir():
         raise NotADirectoryError(f"{path} is no folder, wanted one of images, or a data set of `partial-fc prepare`")
-    folder = Folder(path, size)
+    folder = Folder(path, size, keep_damaged)
     if not folder.files:
         raise ValueError(f"{path} has no image in it or below; {len(folder.others)} files of other kinds")
     return folder

@@ -10,6 +10,7 @@ Every image is decoded once. What is left out is counted by its reason, and name
     unreadable           cannot be opened: no permission, a link to nothing, no regular file
     empty                has no bytes
     undecodable          OpenCV cannot decode it
+    damaged              a JPEG that has lost data: some of its pixels are made up; `keep_damaged` takes it
     two_identities       the same bytes are in another identity's folder as well: label noise, all copies go
     duplicate            the same bytes are in this identity's folder already
     too_few_samples      its identity has fewer than `min_samples` of what is left
@@ -38,13 +39,14 @@ REASONS = (
     "unreadable",
     "empty",
     "undecodable",
+    "damaged",
     "two_identities",
     "duplicate",
     "too_few_samples",
 )
 
-_JPEG = {"jpg", "jpeg", "jpe"}
-_EXTENSIONS = _JPEG | {"png", "webp", "bmp", "tif", "tiff", "ppm", "pgm"}
+_JPEG = {"jpg", "jpeg", "jpe", "jfif"}
+_EXTENSIONS = _JPEG | {"avif", "bmp", "dib", "gif", "jp2", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"}
 
 
 def prepare_folder(
@@ -55,6 +57,7 @@ def prepare_folder(
     min_samples: int = 1,
     seed: int = 0,
     quality: int = 95,
+    keep_damaged: bool = False,
 ) -> Index:
     """Write the images of the folder `source` to the new data set `out`, in a random order drawn from `seed`.
 
@@ -74,7 +77,9 @@ def prepare_folder(
     left_out = LeftOut(REASONS)
     where = Source(read_file, lambda path, data: _kind(path), lambda path: os.path.relpath(path, source))
     files = _list(source, where, left_out)
-    images = drop_repeated(examine_all(files, where, left_out, digests=True), where, left_out)
+    images = drop_repeated(
+        examine_all(files, where, left_out, digests=True, keep_damaged=keep_damaged), where, left_out
+    )
     return write_images(
         out,
         files,
@@ -88,6 +93,7 @@ def prepare_folder(
         min_samples=min_samples,
         seed=seed,
         quality=quality,
+        keep_damaged=keep_damaged,
     )
 
 

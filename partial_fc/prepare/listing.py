@@ -23,7 +23,7 @@ from partial_fc.prepare.images import (
     write_images,
 )
 
-REASONS = ("unreadable", "empty", "undecodable", "two_identities", "duplicate", "too_few_samples")
+REASONS = ("unreadable", "empty", "undecodable", "damaged", "two_identities", "duplicate", "too_few_samples")
 
 
 def prepare_list(
@@ -34,6 +34,7 @@ def prepare_list(
     min_samples: int = 1,
     seed: int = 0,
     quality: int = 95,
+    keep_damaged: bool = False,
 ) -> Index:
     """Write the images that the text file `source` lists to the new data set `out`, in a random order by `seed`.
 
@@ -49,7 +50,9 @@ def prepare_list(
     rows = read_rows(source, "image, identity")
     files = [File(identity, str(source.parent / image)) for _, (image, identity) in rows]
     where = Source(read_file, lambda _, data: kind_of(data), lambda path: os.path.relpath(path, source.parent))
-    images = drop_repeated(examine_all(files, where, left_out, digests=True), where, left_out)
+    images = drop_repeated(
+        examine_all(files, where, left_out, digests=True, keep_damaged=keep_damaged), where, left_out
+    )
     return write_images(
         out,
         files,
@@ -63,6 +66,7 @@ def prepare_list(
         min_samples=min_samples,
         seed=seed,
         quality=quality,
+        keep_damaged=keep_damaged,
     )
 
 

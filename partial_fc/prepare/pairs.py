@@ -21,6 +21,7 @@ from partial_fc.prepare.images import (
     examine_all,
     in_threads,
     kind_of,
+    made_of,
     only_size,
     printable,
     read_file,
@@ -29,7 +30,9 @@ from partial_fc.prepare.images import (
 from partial_fc.prepare.listing import read_rows
 
 
-def prepare_bin(source: Path, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95) -> Index:
+def prepare_bin(
+    source: Path, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95, keep_damaged: bool = False
+) -> Index:
     """Write the pairs of InsightFace's file `source` to the new data set `out`; size and quality as `prepare_folder`'s.
 
     Raises FileNotFoundError without the file, FileExistsError if `out` exists, and ValueError for a damaged file, an
@@ -41,10 +44,12 @@ def prepare_bin(source: Path, out: Path, *, size: tuple[int, int] | None = None,
     require_new(out)
     images, same = read_bin(source)
     where = Source(lambda data: data, lambda _, data: kind_of(data), lambda _: source.name)
-    return _write(out, source, where, images, same, "bin", size, quality)
+    return _write(out, source, where, images, same, "bin", size, quality, keep_damaged)
 
 
-def prepare_pairs(source: Path, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95) -> Index:
+def prepare_pairs(
+    source: Path, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95, keep_damaged: bool = False
+) -> Index:
     """Write the pairs that the text file `source` lists to the new data set `out`. Otherwise as `prepare_bin`."""
     source, out = Path(source), Path(out)
     require_new(out)
@@ -55,7 +60,7 @@ def prepare_pairs(source: Path, out: Path, *, size: tuple[int, int] | None = Non
         files += [str(source.parent / first), str(source.parent / second)]
         same.append(one == "1")
     where = Source(read_file, lambda _, data: kind_of(data), lambda path: os.path.relpath(path, source.parent))
-    return _write(out, source, where, files, same, "pairs", size, quality)
+    return _write(out, source, where, files, same, "pairs", size, quality, keep_damaged)
 
 
 def _write(
@@ -67,6 +72,7 @@ def _write(
     kind: str,
     size: tuple[int, int] | None,
     quality: int,
+    keep_damaged: bool,
 ) -> Index:
     """keys: of the images in `source`, two for each pair; a .bin's are the images themselves."""
     check_options(1, quality, size)
@@ -80,7 +86,8 @@ def _write(
     names = [key if isinstance(key, str) else f"image {first[i]}" for key, i in sample.items()]
     sources = [source.name(key) if isinstance(key, str) else name for key, name in zip(sample, names, strict=True)]
     left_out = LeftOut()
-    images = examine_all([File(i, key) for key, i in sample.items()], source, left_out, digests=False)
+    files = [File(i, key) for key, i in sample.items()]
+    images = examine_all(files, source, left_out, digests=False, keep_damaged=keep_damaged)
     if left_out.counts:
         there = {image.identity for image in images}
         missing = next(i for i in range(len(sample)) if i not in there)
@@ -102,8 +109,7 @@ def _write(
             "kind": kind,
             "source": printable(str(place)),
             "image_size": list(size),
-            "encoded_anew": sum(image.size != size for image in images),
-            "quality": quality,
+            **made_of(images, size, quality, keep_damaged),
         },
     )
     print(
