@@ -120,6 +120,7 @@ def test_what_is_dropped_is_counted_by_its_reason(tmp_path, capsys):
     index = prepare_folder(source, tmp_path / "out", size=SIZE, min_samples=2)
     counts = {
         "outside_identity": 2,
+        "no_image": 1,
         "not_an_image": 1,
         "unreadable": 2,
         "empty": 1,
@@ -141,6 +142,7 @@ def test_what_is_dropped_is_counted_by_its_reason(tmp_path, capsys):
     named = {row["name"]: row for row in rows}
     assert named["a/text.png"] == {"name": "a/text.png", "reason": "undecodable"}
     assert named["a/same.png"]["other"] == "a/0.png" and named["a/noise.png"]["other"] == "b/noise.png"
+    assert named["nothing"] == {"name": "nothing", "reason": "no_image"}
     assert named["b/noise2.png"]["other"] == "a/noise.png" and "a/notes.txt" in named
     assert sorted(index.name(i).split("/")[0] for i in range(index.num_samples)) == [*"aaa", *"bb"]
     assert all((source / index.name(i)).is_file() for i in range(index.num_samples))
@@ -200,7 +202,9 @@ def test_without_a_size_all_images_must_have_one(tmp_path):
 
 def test_a_source_without_images_is_an_error(tmp_path):
     (tmp_path / "source" / "a").mkdir(parents=True)
-    with pytest.raises(ValueError, match="has no image to use; left out: nothing. Wanted source/<identity>/<image>"):
+    with pytest.raises(
+        ValueError, match="has no image to use; left out: 1 no_image .a.. Wanted source/<identity>/<image>"
+    ):
         prepare_folder(tmp_path / "source", tmp_path / "out", size=SIZE)
     put(tmp_path / "source" / "a" / "0.png", 0)
     with pytest.raises(ValueError, match="left out: 1 too_few_samples.* at least 2 of an identity"):
@@ -257,7 +261,9 @@ def test_transparent_images_are_stored_on_white(tmp_path, size, capsys):
         image.save(tmp_path / "source" / kind / f"0.{kind}", **options)
     index = prepare_folder(tmp_path / "source", tmp_path / "out", size=size)
     assert index.prepared["transparent"] == 3 and index.prepared["encoded_anew"] == 3 + (size != SIZE)
-    assert "4 images of 4 identities; 3 are transparent and stored on white; left out: nothing" in capsys.readouterr().out
+    assert (
+        "4 images of 4 identities; 3 are transparent and stored on white; left out: nothing" in capsys.readouterr().out
+    )
     images = {
         name: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) for data, name in stored(index).items()
     }
@@ -303,3 +309,28 @@ def test_kinds_of_files(tmp_path):
     assert index.num_samples == 8 and index.prepared["encoded_anew"] == 1 and dropped(index) == {}
     (tmp_path / "list.txt").write_text("".join(f"source/a/{name}\ta\n" for name in [*names, "7.avif"]))
     assert set(stored(prepare_list(tmp_path / "list.txt", tmp_path / "listed"))) == set(stored(index))
+
+
+def test_a_folder_one_level_too_high(tmp_path, capsys):
+    for i, identity in enumerate("abc"):
+        put(tmp_path / "all" / "photos" / "faces" / identity / f"{i}.png", i)
+    for source in ("all", "all/photos"):
+        with pytest.raises(
+            ValueError,
+            match="has one identity: .*/all/photos/faces has no image itself, but the folders "
+            "a, b, c. .* give .*/all/photos/faces; or, if",
+        ):
+            prepare_folder(tmp_path / source, tmp_path / "out", size=SIZE)
+    for i, split in enumerate(("train", "test")):
+        for identity in "abc":
+            put(tmp_path / "splits" / split / f"{identity}{i}" / "0.png", 10 * i + ord(identity))
+    assert prepare_folder(tmp_path / "splits", tmp_path / "splits_out", size=SIZE).num_classes == 2
+    said = capsys.readouterr().out
+    assert "warning: no image is right in an identity's folder: test has the folders a1, b1, c1; if these" in said
+    assert f"prepare {tmp_path}/splits/test\n" in said
+    put(tmp_path / "albums" / "a" / "0.png", 0)  # one image in its place, and folders are albums
+    for i in (1, 2):
+        put(tmp_path / "albums" / "a" / f"album {i}" / "0.png", i)
+    assert prepare_folder(tmp_path / "albums", tmp_path / "albums_out", size=SIZE).num_samples == 3
+    said = capsys.readouterr().out
+    assert "warning" in said and "albums_out has one identity, a; training wants two or more" in said

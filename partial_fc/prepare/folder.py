@@ -6,6 +6,7 @@ in circles. Hidden files and folders are left alone.
 
 Every image is decoded once. What is left out is counted by its reason, and named in left_out.jsonl:
     outside_identity     lies in SOURCE itself
+    no_image             an identity's folder without a file that is named like an image
     not_an_image         its name does not end like an image's
     unreadable           cannot be opened: no permission, a link to nothing, no regular file
     empty                has no bytes
@@ -29,12 +30,14 @@ from partial_fc.prepare.images import (
     check_options,
     drop_repeated,
     examine_all,
+    printable,
     read_file,
     write_images,
 )
 
 REASONS = (
     "outside_identity",
+    "no_image",
     "not_an_image",
     "unreadable",
     "empty",
@@ -45,6 +48,7 @@ REASONS = (
     "too_few_samples",
 )
 
+_SHOWN = 5  # folders that a message names
 _JPEG = {"jpg", "jpeg", "jpe", "jfif"}
 _EXTENSIONS = _JPEG | {"avif", "bmp", "dib", "gif", "jp2", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"}
 
@@ -67,7 +71,7 @@ def prepare_folder(
     What was left out and why is counted in the result's `prepared["dropped"]` and printed; left_out.jsonl names it.
 
     Raises NotADirectoryError if `source` is no folder, FileExistsError if `out` exists, and ValueError if no image
-    is left, if sizes differ or an option is out of range.
+    is left, if the identities seem to be further down, if sizes differ or an option is out of range.
     """
     source, out = Path(source), Path(out)
     if not source.is_dir():
@@ -77,6 +81,7 @@ def prepare_folder(
     left_out = LeftOut(REASONS)
     where = Source(read_file, lambda path, data: _kind(path), lambda path: os.path.relpath(path, source))
     files = _list(source, where, left_out)
+    _check_level(source, files)
     images = drop_repeated(
         examine_all(files, where, left_out, digests=True, keep_damaged=keep_damaged), where, left_out
     )
@@ -107,10 +112,45 @@ def _list(source: Path, where: Source, left_out: LeftOut) -> list[File]:
             left_out.add(where.name(entry.path), "outside_identity")
             continue
         paths, others = images_below(entry.path)
+        if not paths:
+            left_out.add(where.name(entry.path), "no_image")
         files += [File(entry.name, path) for path in paths]
         for path in others:
             left_out.add(where.name(path), "not_an_image")
     return files
+
+
+def _check_level(source: Path, files: list[File]) -> None:
+    """Raises ValueError if all images are in folders below the only identity; warns if none is right in an identity's.
+
+    A data set one level too high trains all too well: of one class the loss is 0.
+    """
+    inside: dict[str, set[str]] = {}  # folders in those of the identities
+    for file in files:
+        folder, *rest = os.path.relpath(file.key, os.path.join(source, file.identity)).split(os.sep)
+        if not rest:
+            return
+        inside.setdefault(file.identity, set()).add(folder)
+    if len(inside) == 1:
+        folders = {os.path.dirname(file.key) for file in files}
+        top = os.path.commonpath(folders)
+        if top not in folders:
+            names = _some({os.path.relpath(folder, top).split(os.sep)[0] for folder in folders})
+            raise ValueError(
+                f"{printable(str(source))} has one identity: {printable(top)} has no image itself, but the folders "
+                f"{names}. Identities are the folders right under the source: give {printable(top)}; or, if these "
+                "images are of one identity, move them into its folder"
+            )
+    several = next((identity for identity, folders in inside.items() if len(folders) > 1), None)
+    if several is not None:
+        print(
+            f"warning: no image is right in an identity's folder: {printable(several)} has the folders "
+            f"{_some(inside[several])}; if these are the identities, prepare {printable(str(source / several))}"
+        )
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(map(printable, sorted(names)[:_SHOWN])) + ", …" * (len(names) > _SHOWN)
 
 
 def images_below(top: str) -> tuple[list[str], list[str]]:

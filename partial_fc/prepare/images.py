@@ -187,6 +187,8 @@ def write_images(
         f"{out}: {len(enough)} images of {len(identities)} identities{on_white}; left out: "
         f"{left_out.said() or 'nothing'}{see}"
     )
+    if len(identities) == 1:
+        print(f"warning: {out} has one identity, {index.classes()[0]}; training wants two or more")
     return index
 
 
