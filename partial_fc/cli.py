@@ -77,10 +77,19 @@ def _parser() -> argparse.ArgumentParser:
             images.add_argument("--min-samples", type=int, default=1, help="leave out identities with fewer images")
             images.add_argument("--seed", type=int, default=0, help="of the samples' order")
         images.add_argument("--keep-damaged", action="store_true", help=KEEP_DAMAGED)
+        of_columns = kind in (prepare_list, prepare_pairs)
+        if of_columns:
+            held = "image,identity" if kind is prepare_list else "image,image,same"
+            images.add_argument(
+                "--columns",
+                type=_names,
+                metavar="NAME,...",
+                help=f"what the columns hold; other names are skipped; unset: {held}, or what the first line says",
+            )
         images.set_defaults(
             run=commands.prepare_images,
             kind=kind,
-            options=["size", "keep_damaged"] + ["min_samples", "seed"] * of_identities,
+            options=["size", "keep_damaged"] + ["min_samples", "seed"] * of_identities + ["columns"] * of_columns,
         )
 
     glyphs = kinds.add_parser("glyphs", help="characters as identities, fonts as photos")

@@ -1,6 +1,6 @@
 """A verification set from a list of pairs: InsightFace's .bin files, or a text of one's own.
 
-The text has a pair a line, two image files and 1 for one identity or 0 for two, as `prepare.listing` reads it. An image
+The text has a pair a line, two image files and 1 for one identity or 0 for two, as `prepare.columns` reads it. An image
 that is in several pairs, with the same bytes in a .bin, the same name in a text, is stored once. Samples are in the
 order in which the list has them first.
 """
@@ -13,6 +13,7 @@ import numpy as np
 
 from partial_fc.data.shards import Index, Sample, require_new, write_shards
 from partial_fc.prepare.bin_file import read_bin
+from partial_fc.prepare.columns import read_rows
 from partial_fc.prepare.images import (
     File,
     LeftOut,
@@ -27,7 +28,8 @@ from partial_fc.prepare.images import (
     read_file,
     stored,
 )
-from partial_fc.prepare.listing import read_rows
+
+_SHOWN = 10  # images that an error names
 
 
 def prepare_bin(
@@ -48,16 +50,29 @@ def prepare_bin(
 
 
 def prepare_pairs(
-    source: Path, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95, keep_damaged: bool = False
+    source: Path,
+    out: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    quality: int = 95,
+    keep_damaged: bool = False,
+    columns: Sequence[str] | None = None,
 ) -> Index:
-    """Write the pairs that the text file `source` lists to the new data set `out`. Otherwise as `prepare_bin`."""
+    """Write the pairs that the text file `source` lists to the new data set `out`. Otherwise as `prepare_bin`.
+
+    columns: what each column holds, "image" twice, "same", or another name for one that is skipped; None: in this
+    order, or what the first line says.
+    """
     source, out = Path(source), Path(out)
     require_new(out)
     files, same = [], []
-    for number, (first, second, one) in read_rows(source, "image, image, 1 for one identity or 0"):
+    for number, (first, second, one) in read_rows(source, ("image", "image", "same"), columns):
         if one not in ("0", "1"):
-            raise ValueError(f"{source}, line {number}: got {one!r} behind two images, wanted 1 for one identity or 0")
-        files += [str(source.parent / first), str(source.parent / second)]
+            raise ValueError(
+                f"{source}, line {number}: got {one!r} behind two images, wanted 1 for one identity or 0; columns in "
+                "another order are said with --columns, as --columns same,image,image"
+            )
+        files += [str(source.parent / str(first)), str(source.parent / str(second))]
         same.append(one == "1")
     where = Source(read_file, lambda _, data: kind_of(data), lambda path: os.path.relpath(path, source.parent))
     return _write(out, source, where, files, same, "pairs", size, quality, keep_damaged)
@@ -88,13 +103,14 @@ def _write(
     left_out = LeftOut()
     files = [File(i, key) for key, i in sample.items()]
     images = examine_all(files, source, left_out, digests=False, keep_damaged=keep_damaged)
-    if left_out.counts:
+    if left_out.rows:
         there = {image.identity for image in images}
-        missing = next(i for i in range(len(sample)) if i not in there)
+        missing = (printable(name) for i, name in enumerate(names) if i not in there)
+        said = [f"{name} ({row['reason']})" for name, row in zip(missing, left_out.rows, strict=True)]
         counts = ", ".join(f"{count} {why}" for why, count in left_out.counts.items())
         raise ValueError(
-            f"{place}: {names[missing]} cannot be used; in all {counts}. Mend them, or take their pairs out of the "
-            "list: left out here, the result would be one over other pairs"
+            f"{place}: {', '.join(said[:_SHOWN])}{', …' * (len(said) > _SHOWN)} cannot be used; in all {counts}. Mend "
+            "them, or take their pairs out of the list: left out here, the result would be one over other pairs"
         )
     size = size or only_size(images)
     index = write_shards(
