@@ -248,12 +248,10 @@ def test_lists_that_cannot_be_used(tmp_path):
     text.write_text("0.jpg 1.png 0\n0.jpg 7.png 1\ncut.jpg 7.png 1\n")
     wanted = "pairs.txt: .*7.png .unreadable., .*cut.jpg .damaged. cannot be used; in all 1 unreadable, 1 damaged. Mend"
     refused(text, wanted, prepare_pairs)
-    for lines, columns in (
-        ("left_image,image2,same\n0.jpg,1.png,0\n", None),
-        ("image1,image2,same\n0.jpg,1.png,yes\n", None),
-    ):
-        text.write_text(lines)
-        refused(text, "wanted (image, image, )?1 for one identity or 0", prepare_pairs, columns=columns)
+    text.write_text("left_image,image2,same\n0.jpg,1.png,0\n")
+    refused(text, "names the columns left_image, image2, same .* --columns index,image,image,same", prepare_pairs)
+    text.write_text("image1,image2,same\n0.jpg,1.png,yes\n")
+    refused(text, "line 2: got 'yes' behind two images, wanted 1 .* --columns same,image,image", prepare_pairs)
     out.mkdir()
     with pytest.raises(FileExistsError, match="delete it, or choose another"):
         prepare_pairs(text, out)

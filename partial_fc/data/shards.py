@@ -182,9 +182,7 @@ def write_shards(
             of_samples["pairs"] = pairs.astype(np.int64)
         for name, values in (columns | of_samples).items():
             np.save(partial / "index" / f"{name}.npy", values, allow_pickle=False)
-        if left_out:
-            lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in left_out)
-            (partial / LEFT_OUT).write_text("".join(lines), encoding="utf-8")
+        write_left_out(partial, left_out)
 
         (partial / "classes.txt").write_bytes("".join(name + "\n" for name in classes).encode("utf-8"))
         counts = np.bincount(columns["shard"], minlength=len(shard_names))
@@ -213,6 +211,13 @@ def write_shards(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return load_index(out)
+
+
+def write_left_out(folder: Path, left_out: Sequence[dict[str, Any]]) -> None:
+    """left_out.jsonl, where something was left out: a line each with its name and the reason."""
+    if left_out:
+        lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in left_out)
+        (folder / LEFT_OUT).write_text("".join(lines), encoding="utf-8")
 
 
 def load_index(path: Path | str, *, check_labels: bool = True) -> Index:

@@ -48,7 +48,7 @@ def read_rows(
                 print(f"{source}: line {number} names the columns; taken: {', '.join(taken)}")
                 continue
         if len(fields) != len(columns) or not all(fields[place] for place in places):
-            more = "; which of more columns to take is said by --columns, as --columns index,image,identity"
+            more = f"; which of more columns to take is said by --columns, as --columns index,{','.join(wanted)}"
             raise ValueError(
                 f"{source}, line {number}: got {line!r}, wanted {', '.join(columns) if given else text}, with a tab or "
                 f"comma between them{more if len(fields) > len(columns) else ''}"
@@ -90,7 +90,7 @@ def _named_columns(
     if sorted(name for name in columns if name) != sorted(wanted):
         raise ValueError(
             f"{source} names the columns {', '.join(fields)} in its first line, wanted one each for "
-            f"{', '.join(wanted)}: say which with --columns, as --columns index,image,identity"
+            f"{', '.join(wanted)}: say which with --columns, as --columns index,{','.join(wanted)}"
         )
     return columns
 
