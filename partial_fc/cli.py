@@ -21,6 +21,7 @@ from partial_fc.prepare.pairs import prepare_bin, prepare_pairs
 from partial_fc.prepare.recordio import prepare_recordio
 from partial_fc.storage import local_path, place
 
+KEEP_DAMAGED = "take JPEGs that have lost data, too: some of their pixels are made up"
 RUN = "run folder, folder of one checkpoint, or the URL of either"
 
 
@@ -79,8 +80,20 @@ def _parser() -> argparse.ArgumentParser:
         if of_identities:
             images.add_argument("--min-samples", type=int, default=1, help="leave out identities with fewer images")
             images.add_argument("--seed", type=int, default=0, help="of the samples' order")
+        images.add_argument("--keep-damaged", action="store_true", help=KEEP_DAMAGED)
+        of_columns = kind in (prepare_list, prepare_pairs)
+        if of_columns:
+            held = "image,identity" if kind is prepare_list else "image,image,same"
+            images.add_argument(
+                "--columns",
+                type=_names,
+                metavar="NAME,...",
+                help=f"what the columns hold; other names are skipped; unset: {held}, or what the first line says",
+            )
         images.set_defaults(
-            run=commands.prepare_images, kind=kind, options=["size"] + ["min_samples", "seed"] * of_identities
+            run=commands.prepare_images,
+            kind=kind,
+            options=["size", "keep_damaged"] + ["min_samples", "seed"] * of_identities + ["columns"] * of_columns,
         )
 
     tars = kinds.add_parser("index", help="WebDataset shards that someone else wrote, where they lie")
@@ -177,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     embed.add_argument("--batch", type=int, default=256, help="images embedded at once by a rank; unset: 256")
     embed.add_argument("--workers", type=int, default=2, help="reader processes of a rank, for a data set; unset: 2")
+    embed.add_argument("--keep-damaged", action="store_true", help=KEEP_DAMAGED)
     embed.set_defaults(run=commands.embed)
 
     benchmark = subcommands.add_parser("benchmark", help="what a part costs, beside what it replaces")

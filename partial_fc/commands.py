@@ -11,7 +11,7 @@ from partial_fc import storage
 from partial_fc.benchmark import backbone, backbone_steps, head, sampler
 from partial_fc.benchmark.compare import Measuring
 from partial_fc.config import EvaluationSet
-from partial_fc.data.shards import load_index, verify
+from partial_fc.data.shards import LEFT_OUT, load_index, verify
 from partial_fc.doctor import run as doctor_run
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.export.embed import embed_images
@@ -50,9 +50,9 @@ def prepare_glyphs(arguments: argparse.Namespace) -> None:
     for name, index in indexes.items():
         print(f"{arguments.out / name}: {index.num_samples:,} samples of {index.num_classes:,} identities")
     dropped = next(iter(indexes.values())).prepared["dropped"]
-    print(
-        "left out: " + ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
-    )
+    counts = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
+    see = f"; all are named in {arguments.out / LEFT_OUT}" if counts else ""
+    print(f"left out: {counts}{see}")
 
 
 def verify_data(arguments: argparse.Namespace) -> None:
@@ -129,6 +129,7 @@ def embed(arguments: argparse.Namespace) -> None:
             device,
             batch_size=arguments.batch,
             workers=arguments.workers,
+            keep_damaged=arguments.keep_damaged,
         )
 
 

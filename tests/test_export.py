@@ -489,9 +489,25 @@ def test_what_cannot_be_read_is_left_out_counted_and_named(exported, photos, tmp
         {"name": "03/empty.jpg", "reason": "empty"},
         {"name": "04/a_broken.png", "reason": "undecodable"},
         {"name": "04/gone.png", "reason": "unreadable"},
+        {"name": "notes.txt", "reason": "not_an_image"},
     ]
     said = capsys.readouterr().out
-    assert "left out: 1 empty, 1 undecodable, 1 unreadable, see " in said and "; 1 files are not named like" in said
+    assert "left out: 1 empty, 1 undecodable, 1 unreadable, 1 not_an_image, see " in said
+
+
+def test_damaged_jpegs_are_left_out_unless_they_are_kept(exported, tmp_path):
+    whole = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))[1].tobytes()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "whole.jfif").write_bytes(whole)
+    (tmp_path / "photos" / "cut.jpg").write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")
+    for keep, count in ((False, 1), (True, 2)):
+        out = tmp_path / f"{count}.npy"
+        assert embed_images(exported, tmp_path / "photos", out, CPU, workers=0, keep_damaged=keep) == count
+        assert out.with_suffix(".left_out.jsonl").exists() != keep
+    assert json.loads((tmp_path / "1.left_out.jsonl").read_text()) == {"name": "cut.jpg", "reason": "damaged"}
+    with pytest.raises(ValueError, match="cut.jpg is damaged: wanted a whole image file, or keep_damaged=True"):
+        load_image(tmp_path / "photos" / "cut.jpg", (32, 32))
+    assert load_image(tmp_path / "photos" / "cut.jpg", (32, 32), keep_damaged=True).shape == (3, 32, 32)
 
 
 @pytest.mark.slow
@@ -520,7 +536,9 @@ def test_run_checkpoint_and_folder_give_what_an_evaluation_sees(run, exported, g
     assert torch.equal(got, of_the_run(run, data))
     index, rows = load_index(data), rows_of(tmp_path / "out.safetensors")
     assert [row["label"] for row in rows] == index.label.tolist()
-    assert rows[5] == {"name": index.key(5), "label": int(index.label[5]), "class": index.classes()[index.label[5]]}
+    label = int(index.label[5])
+    named = {"name": index.key(5), "label": label, "class": index.classes()[label], "source": index.name(5)}
+    assert rows[5] == named and " in " in named["source"]
     assert not (tmp_path / "out.left_out.jsonl").exists()
 
 

@@ -1,5 +1,6 @@
 """Real fonts (those in matplotlib's wheel), really drawn: selection, splits, pens, errors; no network."""
 
+import json
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -138,6 +139,12 @@ def test_every_claimed_glyph_is_accounted_for(letters):
     written = sum(index.num_samples for index in letters.values())
     assert written + sum(prepared["dropped"].values()) == prepared["claimed"]
     assert prepared["dropped"]["shared_bitmap"] > 0 and prepared["dropped"]["held_out_face"] > 0
+    lines = (letters["train"].path.parent / "left_out.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert Counter(row["reason"] for row in rows) == prepared["dropped"]
+    assert len({row["name"] for row in rows}) == len(rows)
+    of_latin_a = [row["other"] for row in rows if row["name"] == "U+0041 in DejaVuSans"]
+    assert of_latin_a == ["U+0391 in DejaVuSans"]  # Greek Alpha
 
 
 def test_samples_are_in_a_random_order(letters):
@@ -230,6 +237,10 @@ def test_poorer_images_are_of_the_same_glyphs(latin, tmp_path):
         prepare_glyphs("letters", tmp_path / "none", **options, detail=33)
 
 
+def reasons(dropped) -> Counter:
+    return Counter(one.reason for one in dropped)
+
+
 def test_select_drops_bitmaps_that_a_face_uses_more_than_once():
     boxes = [glyph(code_point, 0, "box") for code_point in range(5)]
     shared = [glyph(10, 0, "same"), glyph(11, 0, "same")]
@@ -237,7 +248,9 @@ def test_select_drops_bitmaps_that_a_face_uses_more_than_once():
     splits, dropped = select(boxes + shared + fine, set(), min_samples=1, seed=0)
     kept = [glyph for split in splits.values() for glyph in split]
     assert Counter(kept) == Counter(fine)
-    assert dropped == Counter(placeholder=5, shared_bitmap=2)
+    assert reasons(dropped) == Counter(placeholder=5, shared_bitmap=2)
+    other = {one.code_point: one.other.code_point for one in dropped}
+    assert other[0] == 1 and other[1] == 0 and other[10] == 11 and other[11] == 10
 
 
 def test_select_counts_distinct_samples_of_seen_faces_only():
@@ -252,8 +265,8 @@ def test_select_counts_distinct_samples_of_seen_faces_only():
     ):
         splits, dropped = select(glyphs, {2, 3}, min_samples=2, seed=0)
         assert [name for name in SPLITS if splits[name]] == [split]
-        assert dropped["held_out_face"] == 2 and not splits["test_unseen"]
-        assert sum(map(len, splits.values())) + dropped.total() == len(glyphs)
+        assert reasons(dropped)["held_out_face"] == 2 and not splits["test_unseen"]
+        assert sum(map(len, splits.values())) + len(dropped) == len(glyphs)
 
 
 def test_select_keeps_the_seen_one_of_two_equal_drawings():
@@ -261,7 +274,8 @@ def test_select_keeps_the_seen_one_of_two_equal_drawings():
     glyphs = [glyph(test, 0, "a"), glyph(test, 1, "a"), glyph(test, 0 + 2, "b")]
     splits, dropped = select(glyphs, {0}, min_samples=2, seed=0)
     assert [sample.face for sample in splits["test_seen"]] == [1, 2]
-    assert splits["test_unseen"] == [] and dropped == Counter(duplicate=1)
+    assert splits["test_unseen"] == [] and reasons(dropped) == Counter(duplicate=1)
+    assert dropped[0].face == 0 and dropped[0].other.face == 1
 
 
 def test_pen_makes_reference_characters_fill_the_canvas_and_centers_them():
@@ -313,7 +327,7 @@ def test_glyphs_without_ink_or_with_a_damaged_outline_are_counted(tmp_path):
     (face,) = read_faces(tmp_path / "damaged.ttf", [(0x20, 0x20), (0x41, 0x43)])
     glyphs, dropped = draw_many(face, 7, Pen(24, 4, 26), SIZE, face.code_points)
     assert [(glyph.code_point, glyph.face) for glyph in glyphs] == [(0x41, 7), (0x43, 7)]
-    assert dropped == Counter(blank=1, error=1)
+    assert dropped == [(0x20, 7, "blank", None), (0x42, 7, "error", None)]
 
 
 def test_a_collection_has_several_faces(tmp_path):

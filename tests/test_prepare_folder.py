@@ -6,11 +6,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
-from partial_fc.data.reader import decode, images_in_order
+from partial_fc.data.pixels import decode
+from partial_fc.data.reader import images_in_order
 from partial_fc.data.shards import Index, verify
 from partial_fc.prepare import folder
 from partial_fc.prepare.folder import REASONS, prepare_folder
+from partial_fc.prepare.listing import prepare_list
 
 SIZE = (16, 12)
 
@@ -117,6 +120,7 @@ def test_what_is_dropped_is_counted_by_its_reason(tmp_path, capsys):
     index = prepare_folder(source, tmp_path / "out", size=SIZE, min_samples=2)
     counts = {
         "outside_identity": 2,
+        "no_image": 1,
         "not_an_image": 1,
         "unreadable": 2,
         "empty": 1,
@@ -131,13 +135,14 @@ def test_what_is_dropped_is_counted_by_its_reason(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "5 images of 2 identities" in printed and "3 two_identities" in printed
     on_disk = json.loads((tmp_path / "out" / "index.json").read_text(encoding="utf-8"))
-    assert on_disk["prepared"]["dropped"] == counts
+    assert on_disk["prepared"]["dropped"] == counts | {"damaged": 0}
 
     rows = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {reason: sum(row["reason"] == reason for row in rows) for reason in counts} == counts
     named = {row["name"]: row for row in rows}
     assert named["a/text.png"] == {"name": "a/text.png", "reason": "undecodable"}
     assert named["a/same.png"]["other"] == "a/0.png" and named["a/noise.png"]["other"] == "b/noise.png"
+    assert named["nothing"] == {"name": "nothing", "reason": "no_image"}
     assert named["b/noise2.png"]["other"] == "a/noise.png" and "a/notes.txt" in named
     assert sorted(index.name(i).split("/")[0] for i in range(index.num_samples)) == [*"aaa", *"bb"]
     assert all((source / index.name(i)).is_file() for i in range(index.num_samples))
@@ -199,7 +204,9 @@ def test_without_a_size_all_images_must_have_one(tmp_path):
 
 def test_a_source_without_images_is_an_error(tmp_path):
     (tmp_path / "source" / "a").mkdir(parents=True)
-    with pytest.raises(ValueError, match="has no image to use; left out: nothing. Wanted source/<identity>/<image>"):
+    with pytest.raises(
+        ValueError, match="has no image to use; left out: 1 no_image .a.. Wanted source/<identity>/<image>"
+    ):
         prepare_folder(tmp_path / "source", tmp_path / "out", size=SIZE)
     put(tmp_path / "source" / "a" / "0.png", 0)
     with pytest.raises(ValueError, match="left out: 1 too_few_samples.* at least 2 of an identity"):
@@ -241,3 +248,91 @@ def test_wrong_arguments_are_errors(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             prepare_folder(tmp_path / "source", tmp_path / "out", **{"size": SIZE} | wrong)
+
+
+@pytest.mark.parametrize("size", [SIZE, (8, 6)])
+def test_transparent_images_are_stored_on_white(tmp_path, size, capsys):
+    """A reader that knows nothing of transparency, of another program, sees what ours does."""
+    opaque = put(tmp_path / "source" / "a" / "opaque.png", 9)
+    alpha = np.full(SIZE, 255, np.uint8)
+    alpha[:, :6], alpha[:, 6:8] = 0, 128
+    kinds = {"png": {}, "tif": {}, "webp": {"lossless": True, "exact": True}}
+    for seed, (kind, options) in enumerate(kinds.items()):
+        (tmp_path / "source" / kind).mkdir()
+        image = Image.fromarray(np.dstack([pixels(seed), alpha]))
+        image.save(tmp_path / "source" / kind / f"0.{kind}", **options)
+    index = prepare_folder(tmp_path / "source", tmp_path / "out", size=size)
+    assert index.prepared["transparent"] == 3 and index.prepared["encoded_anew"] == 3 + (size != SIZE)
+    assert (
+        "4 images of 4 identities; 3 are transparent and stored on white; left out: nothing" in capsys.readouterr().out
+    )
+    images = {
+        name: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) for data, name in stored(index).items()
+    }
+    assert all(image.shape == (*size, 3) for image in images.values())
+    if size != SIZE:
+        return
+    assert opaque in stored(index)
+    for seed, kind in enumerate(kinds):
+        image, hidden = images[kind][..., ::-1], pixels(seed)
+        assert (image[:, :6] == 255).all() and (image[:, 8:] == hidden[:, 8:]).all()
+        np.testing.assert_allclose(image[:, 6:8], hidden[:, 6:8] * (128 / 255) + 127, rtol=0, atol=1)
+
+
+def test_damaged_jpegs_are_named_and_can_be_kept(tmp_path, capsys):
+    noise = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
+    jpeg = cv2.imencode(".jpg", noise)[1].tobytes()
+    (tmp_path / "source" / "a").mkdir(parents=True)
+    half = len(jpeg) // 2
+    broken = {"end": jpeg[:half] + b"\xff\xd9", "zeros": jpeg[:half] + bytes(len(jpeg)) + b"\xff\xd9"}
+    for name, data in ({"whole": jpeg} | broken).items():
+        (tmp_path / "source" / "a" / f"{name}.jpg").write_bytes(data)
+    index = prepare_folder(tmp_path / "source", tmp_path / "out", size=None)
+    assert list(stored(index)) == [jpeg] and dropped(index) == {"damaged": 2}
+    assert "left out: 2 damaged (a/end.jpg, …)" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
+    assert rows == [{"name": f"a/{name}.jpg", "reason": "damaged"} for name in broken]
+    kept = prepare_folder(tmp_path / "source", tmp_path / "kept", size=None, keep_damaged=True)
+    assert set(stored(kept)) == {jpeg, *broken.values()} and kept.prepared["keep_damaged"] and dropped(kept) == {}
+
+
+def test_kinds_of_files(tmp_path):
+    """By their names; what is inside decides how they are read."""
+    image = Image.fromarray(pixels(0))
+    names = ["0.jfif", "1.GIF", "2.avif", "3.jp2", "4.tiff", "5.pnm", "6.dib"]
+    kinds = ["JPEG", "GIF", "AVIF", "JPEG2000", "TIFF", "PPM", "BMP"]
+    (tmp_path / "source" / "a").mkdir(parents=True)
+    for name, kind in zip(names, kinds, strict=True):
+        image.save(tmp_path / "source" / "a" / name, kind)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image.rotate(90, expand=True).save(tmp_path / "source" / "a" / "7.avif", "AVIF", exif=turned)
+    index = prepare_folder(tmp_path / "source", tmp_path / "out", size=None)
+    assert index.num_samples == 8 and index.prepared["encoded_anew"] == 1 and dropped(index) == {}
+    (tmp_path / "list.txt").write_text("".join(f"source/a/{name}\ta\n" for name in [*names, "7.avif"]))
+    assert set(stored(prepare_list(tmp_path / "list.txt", tmp_path / "listed"))) == set(stored(index))
+
+
+def test_a_folder_one_level_too_high(tmp_path, capsys):
+    for i, identity in enumerate("abc"):
+        put(tmp_path / "all" / "photos" / "faces" / identity / f"{i}.png", i)
+    for source in ("all", "all/photos"):
+        with pytest.raises(
+            ValueError,
+            match="has one identity: .*/all/photos/faces has no image itself, but the folders "
+            "a, b, c. .* give .*/all/photos/faces; or, if",
+        ):
+            prepare_folder(tmp_path / source, tmp_path / "out", size=SIZE)
+    for i, split in enumerate(("train", "test")):
+        for identity in "abc":
+            put(tmp_path / "splits" / split / f"{identity}{i}" / "0.png", 10 * i + ord(identity))
+    assert prepare_folder(tmp_path / "splits", tmp_path / "splits_out", size=SIZE).num_classes == 2
+    said = capsys.readouterr().out
+    assert "warning: no image is right in an identity's folder: test has the folders a1, b1, c1; if these" in said
+    assert f"prepare {tmp_path}/splits/test\n" in said
+    put(tmp_path / "albums" / "a" / "0.png", 0)  # one image in its place, and folders are albums
+    for i in (1, 2):
+        put(tmp_path / "albums" / "a" / f"album {i}" / "0.png", i)
+    assert prepare_folder(tmp_path / "albums", tmp_path / "albums_out", size=SIZE).num_samples == 3
+    said = capsys.readouterr().out
+    assert "warning" in said and "albums_out has one identity, a; training wants two or more" in said

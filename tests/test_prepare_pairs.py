@@ -251,7 +251,9 @@ def test_lists_that_cannot_be_used(tmp_path):
     path.write_bytes(pickle.dumps((images, [True, True])))
     refused(path, "2 pairs of one identity and 0 of two, wanted some of both")
     path.write_bytes(pickle.dumps(([*images[:3], b"no image"], [True, False])))
-    refused(path, "lfw.bin: image 3 cannot be used; in all 1 undecodable. Mend them")
+    refused(path, "lfw.bin: image 3 .undecodable. cannot be used; in all 1 undecodable. Mend them")
+    path.write_bytes(pickle.dumps(([*images[:3], images[2][:-2]], [True, False])))
+    refused(path, "lfw.bin: image 3 .(damaged|undecodable). cannot be used")
     path.write_bytes(pickle.dumps(([*images[:3], put(tmp_path / "large.png", 9, (20, 20))], [True, False])))
     refused(path, "images of 2 sizes")
     refused(path, "got quality=0, wanted 1 to 100", size=(8, 8), quality=0)
@@ -264,11 +266,36 @@ def test_lists_that_cannot_be_used(tmp_path):
         refused(text, f"line 2: got '{line}', wanted image, image, 1 for one identity or 0, with a tab", prepare_pairs)
     text.write_text("\n0.jpg 1.png yes\n")
     refused(text, "line 2: got 'yes' behind two images, wanted 1 for one identity or 0", prepare_pairs)
-    text.write_text("0.jpg 1.png 0\n0.jpg 7.png 1\n")
-    refused(text, "pairs.txt: .*7.png cannot be used; in all 1 unreadable. Mend them", prepare_pairs)
+    (tmp_path / "cut.jpg").write_bytes(images[0][:-20] + b"\xff\xd9")
+    text.write_text("0.jpg 1.png 0\n0.jpg 7.png 1\ncut.jpg 7.png 1\n")
+    wanted = "pairs.txt: .*7.png .unreadable., .*cut.jpg .damaged. cannot be used; in all 1 unreadable, 1 damaged. Mend"
+    refused(text, wanted, prepare_pairs)
+    text.write_text("left_image,image2,same\n0.jpg,1.png,0\n")
+    refused(text, "names the columns left_image, image2, same .* --columns index,image,image,same", prepare_pairs)
+    text.write_text("image1,image2,same\n0.jpg,1.png,yes\n")
+    refused(text, "line 2: got 'yes' behind two images, wanted 1 .* --columns same,image,image", prepare_pairs)
     out.mkdir()
     with pytest.raises(FileExistsError, match="delete it, or choose another"):
         prepare_pairs(text, out)
+
+
+def test_columns_of_pairs_and_damaged_images_that_are_kept(tmp_path):
+    encoded(tmp_path, 3)
+    jpeg = tmp_path / "0.jpg"
+    jpeg.write_bytes(jpeg.read_bytes()[:-20] + b"\xff\xd9")
+    text = tmp_path / "pairs.csv"
+    pairs = []
+    for number, (lines, columns) in enumerate(
+        [
+            ("Image_1,image_2,is same\n0.jpg,1.png,0\n0.jpg,2.jpg,1\n", None),
+            ("file_a\tlabel\tfile_b\n0.jpg\t0\t1.png\n0.jpg\t1\t2.jpg\n", None),
+            ("0,0.jpg,1.png\n1,0.jpg,2.jpg\n", ["same", "image", "image"]),
+        ]
+    ):
+        text.write_text(lines)
+        index = prepare_pairs(text, tmp_path / str(number), keep_damaged=True, columns=columns)
+        pairs.append((index.pairs.tolist(), [index.name(i) for i in range(3)]))
+    assert pairs == [([[0, 1, 0], [0, 2, 1]], ["0.jpg", "1.png", "2.jpg"])] * 3
 
 
 @pytest.fixture(scope="module")

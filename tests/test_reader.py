@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,7 +12,8 @@ import torch
 from partial_fc.config import Affine
 from partial_fc.data import reader
 from partial_fc.data.order import Order
-from partial_fc.data.reader import Batch, ReadError, decode, images_in_order, loader
+from partial_fc.data.pixels import decode
+from partial_fc.data.reader import Batch, ReadError, images_in_order, loader
 from partial_fc.data.shards import Index, load_index, write_shards
 
 H, W = 12, 10
@@ -277,5 +279,11 @@ def test_decode_gives_rgb():
     gray = image[..., 0]
     np.testing.assert_array_equal(decode(encoded(image)), image)
     np.testing.assert_array_equal(decode(encoded(gray)), np.repeat(gray[..., None], 3, axis=2))
-    with_alpha = cv2.imencode(".png", np.dstack([image[..., ::-1], gray]))[1].tobytes()
-    np.testing.assert_array_equal(decode(with_alpha), image)
+
+
+def test_transparency_is_white_but_in_data_sets_that_were_prepared_before(tmp_path):
+    hidden = np.dstack([pixels(0), np.zeros(pixels(0).shape[:2], np.uint8)])
+    index = make_index(tmp_path, {3: cv2.imencode(".png", hidden[..., [2, 1, 0, 3]])[1].tobytes()})
+    for version, wanted in ((3, np.full_like(pixels(0), 255)), (2, pixels(0))):
+        (batch,) = images_in_order(replace(index, version=version), np.array([3]), 1, 0)
+        np.testing.assert_array_equal(batch.images[0].permute(1, 2, 0).numpy(), wanted)

@@ -24,6 +24,7 @@ from partial_fc.config import Affine
 from partial_fc.data.augment import augment
 from partial_fc.data.groups import Groups
 from partial_fc.data.order import Order
+from partial_fc.data.pixels import decode, decode_by_opencv
 from partial_fc.data.shards import Index
 from partial_fc.opencv import cv2
 from partial_fc.parallel.distributed import part
@@ -111,14 +112,6 @@ def normalize(images: Tensor, mean: float | Sequence[float], std: float | Sequen
     return (images.float() - mean) / std
 
 
-def decode(data: bytes) -> np.ndarray | None:
-    """(H, W, 3) uint8 RGB, turned as its EXIF data say; gray becomes RGB. None if it is no (whole) image."""
-    try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    except cv2.error:  # empty, or larger than OpenCV's limit
-        return None
-
-
 class _Request(NamedTuple):
     """What one item of the data set is asked for: a rank's part of a batch."""
 
@@ -167,9 +160,11 @@ class _Samples:
         images = np.empty((planned, 3, height, width), np.uint8)
         good: list[int] = []
         bad: list[str] = []
+        # What a run on an older data set saw stays: until then transparency was dropped.
+        pixels_of = decode if self.index.version >= 3 else decode_by_opencv
         for row, sample in enumerate(request.samples.tolist()):
             data = self._read(sample)
-            image = decode(data) if self.index.intact(sample, data) else None
+            image = pixels_of(data) if self.index.intact(sample, data) else None
             if image is None or image.shape != (height, width, 3):
                 bad.append(self._fault(sample, data))
                 continue

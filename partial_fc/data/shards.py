@@ -76,6 +76,7 @@ class Index:
     extra: dict[str, np.ndarray]  # further arrays, (N, …) each
     prepared: dict[str, Any]  # how the data set was made: kind, source, image_size, what was dropped and why
     fingerprint: str  # sha256 over the checksums of the arrays and shards: the identity of the data set
+    version: int = VERSION  # of its index.json
     pairs: np.ndarray | None = None  # (P, 3) int64 of a list of pairs
     # of index version 3
     crc32: np.ndarray | None = None  # (N,) uint32
@@ -207,9 +208,7 @@ def write_index(
     (folder / "index").mkdir(exist_ok=True)
     for name, values in (columns | of_samples).items():
         np.save(folder / "index" / f"{name}.npy", values, allow_pickle=False)
-    if left_out:
-        lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in left_out)
-        (folder / LEFT_OUT).write_text("".join(lines), encoding="utf-8")
+    write_left_out(folder, left_out)
     (folder / "classes.txt").write_bytes("".join(name + "\n" for name in classes).encode("utf-8"))
     counts = np.bincount(columns["shard"], minlength=len(shards)).tolist()
     description = {
@@ -224,6 +223,13 @@ def write_index(
         "prepared": prepared,
     }
     (folder / "index.json").write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def write_left_out(folder: Path, left_out: Sequence[dict[str, Any]]) -> None:
+    """left_out.jsonl, where something was left out: a line each with its name and the reason."""
+    if left_out:
+        lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in left_out)
+        (folder / LEFT_OUT).write_text("".join(lines), encoding="utf-8")
 
 
 def load_index(path: Path | str, *, check_labels: bool = True) -> Index:
@@ -276,6 +282,7 @@ def load_index(path: Path | str, *, check_labels: bool = True) -> Index:
         names=names,
         prepared=description.prepared.model_dump(exclude_unset=True),
         fingerprint=hashlib.sha256(json.dumps(checksums).encode()).hexdigest(),
+        version=description.version,
     )
     _check_samples(index, np.array([shard.bytes for shard in shards], dtype=np.int64))
     got, wanted = index.samples_per_shard.tolist(), [shard.samples for shard in shards]

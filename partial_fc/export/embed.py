@@ -34,7 +34,14 @@ class _Files(NamedTuple):
 
 
 def embed_images(
-    model: str | Path, source: Path, out: Path, device: torch.device, *, batch_size: int = 256, workers: int = 2
+    model: str | Path,
+    source: Path,
+    out: Path,
+    device: torch.device,
+    *,
+    batch_size: int = 256,
+    workers: int = 2,
+    keep_damaged: bool = False,
 ) -> int:
     """Writes the normalized embeddings of all images of `source` to `out` (.safetensors or .npy). A collective.
 
@@ -44,8 +51,9 @@ def embed_images(
     class. The files are the same at any number of ranks, which share a file system, and appear when they are complete.
     No rank keeps more than a batch. workers: reader processes a rank, of a data set.
 
-    Files of a folder that cannot be read are left out, counted and named, in a .left_out.jsonl; a sample of a data set
-    that is no image is an error. Returns n. Raises RunError on all ranks, also where an embedding is NaN or 0.
+    Files of a folder that are no images, cannot be read or are damaged (JPEGs that have lost data: keep_damaged takes
+    them) are left out, counted and named, in a .left_out.jsonl; a sample of a data set that is no image is an error.
+    Returns n. Raises RunError on all ranks, also where an embedding is NaN or 0.
     """
     source, out = Path(source), Path(out)
     files = _Files(out, out.with_suffix(".jsonl"), out.with_suffix(".left_out.jsonl"))
@@ -60,7 +68,7 @@ def embed_images(
             if file.exists():
                 raise FileExistsError(f"{file} exists: delete it, or choose another name to write to")
         net = open_model(model, found).to(device)
-        images = open_images(source, net.image_size)
+        images = open_images(source, net.image_size, keep_damaged=keep_damaged)
         out.parent.mkdir(parents=True, exist_ok=True)
     seen = (images.fingerprint(), net.config)
     if any(other != seen for other in distributed.gather_objects(seen)):
@@ -74,6 +82,7 @@ def embed_images(
             ours, left_out = _embed_part(net, images, files.part(rank), batch_size, workers, device)
         counts = distributed.gather_objects(ours)
         missing = [row for rows in distributed.gather_objects(left_out) for row in rows]
+        missing += [{"name": name, "reason": "not_an_image"} for name in images.others]
         with distributed.together(f"writing {out}"):
             if not sum(counts):
                 raise ValueError(f"none of the {len(images)} images of {source} could be read, {_reasons(missing)}")
@@ -84,8 +93,7 @@ def embed_images(
                 if missing:
                     text = f"left out: {_reasons(missing)}, see {files.left_out}; {_some(missing)}"
                     print(printable(text), flush=True)
-                others = f"; {len(images.others)} files are not named like images" if images.others else ""
-                print(f"{out}: {sum(counts):,} embeddings of {net.embedding_dim} numbers{others}", flush=True)
+                print(f"{out}: {sum(counts):,} embeddings of {net.embedding_dim} numbers", flush=True)
     finally:
         for path in files.part(rank):
             path.unlink(missing_ok=True)

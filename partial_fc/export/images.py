@@ -26,7 +26,7 @@ class Read(NamedTuple):
 
 class Images(Protocol):
     path: Path
-    others: list[str]  # files that are not named like images
+    others: list[str]  # names of the files that are not named like images
 
     def __len__(self) -> int: ...
 
@@ -43,12 +43,14 @@ class Folder:
     Or one file, however it is named.
     """
 
-    def __init__(self, path: Path, size: tuple[int, int]):
-        self.path, self.size = path, size
+    def __init__(self, path: Path, size: tuple[int, int], keep_damaged: bool = False):
+        self.path, self.size, self.keep_damaged = path, size, keep_damaged
+        others: list[str] = []
         if path.is_dir():
-            self.files, self.others = images_below(os.fspath(path))
+            self.files, others = images_below(os.fspath(path))
         else:
-            self.path, self.files, self.others = path.parent, [os.fspath(path)], 0
+            self.path, self.files = path.parent, [os.fspath(path)]
+        self.others = [self.name(file) for file in others]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -64,7 +66,7 @@ class Folder:
 
     def batches(self, positions: np.ndarray, batch_size: int, workers: int) -> Iterator[Read]:
         def pixels(file: str) -> np.ndarray | str:
-            read = read_image(file)
+            read = read_image(file, keep_damaged=self.keep_damaged)
             return read if isinstance(read, str) else fit(read[1], self.size)
 
         files = [self.files[position] for position in positions]
@@ -108,10 +110,11 @@ class DataSet:
             yield Read(batch.images, rows, [])
 
 
-def open_images(path: Path, size: tuple[int, int]) -> Images:
+def open_images(path: Path, size: tuple[int, int], *, keep_damaged: bool = False) -> Images:
     """A data set's samples if `path` has an index.json, else every image file below the folder, or the one file.
 
-    Raises ValueError for a data set of another size than (H, W) `size`, and where there is no image.
+    keep_damaged: of a folder. Raises ValueError for a data set of another size than (H, W) `size`, and where there is
+    no image.
     """
     if (path / "index.json").exists():
         index = load_index(path)
@@ -125,7 +128,7 @@ def open_images(path: Path, size: tuple[int, int]) -> Images:
         raise FileNotFoundError(
             f"{path} does not exist, wanted an image, a folder of images, or a data set of `partial-fc prepare`"
         )
-    folder = Folder(path, size)
+    folder = Folder(path, size, keep_damaged)
     if not folder.files:
         raise ValueError(f"{path} has no image in it or below; {len(folder.others)} files of other kinds")
     return folder

@@ -152,14 +152,16 @@ def save_backbone(model: Embedder, folder: Path) -> None:
     weights.chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read it
 
 
-def load_image(path: str | os.PathLike, size: tuple[int, int]) -> Tensor:
+def load_image(path: str | os.PathLike, size: tuple[int, int], *, keep_damaged: bool = False) -> Tensor:
     """(3, H, W) uint8 RGB of an image file, as `partial-fc prepare folder` makes it: cut to the shape, resized.
 
-    size: (H, W), the model's `image_size`. Raises ValueError for a file that is no image.
+    size: (H, W), the model's `image_size`. Raises ValueError for a file that is no image, and for a JPEG that has lost
+    data, unless keep_damaged.
     """
-    read = read_image(path)
+    read = read_image(path, keep_damaged=keep_damaged)
     if isinstance(read, str):
-        raise ValueError(f"{os.fspath(path)} is {read}: wanted an image file")
+        more = ", or keep_damaged=True" if read == "damaged" else ""
+        raise ValueError(f"{os.fspath(path)} is {read}: wanted a whole image file{more}")
     return torch.from_numpy(fit(read[1], size)).permute(2, 0, 1).contiguous()
 
 

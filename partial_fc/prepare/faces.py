@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 from fontTools.ttLib import TTFont
@@ -65,6 +66,15 @@ class Glyph:
     """Sum and sum of squares of the pixels (0 to 255): for the mean and deviation of a data set."""
 
 
+class Dropped(NamedTuple):
+    """A glyph that a character map claims and no data set has."""
+
+    code_point: int
+    face: int
+    reason: str
+    other: Glyph | None = None  # that looks the same
+
+
 def read_fonts(
     pool: Executor, files: Sequence[Path], ranges: Sequence[tuple[int, int]]
 ) -> tuple[list[Face], dict[str, str]]:
@@ -98,16 +108,15 @@ def fit_faces(
     return [(face, pen) for face, pen, _ in kept], dict(sorted(dropped.items()))
 
 
-def draw_faces(pool: Executor, faces: Sequence[tuple[Face, Pen]], size: int) -> tuple[list[Glyph], Counter]:
-    """All glyphs that the faces claim: those with ink, and the number of others by reason (see draw_many)."""
+def draw_faces(pool: Executor, faces: Sequence[tuple[Face, Pen]], size: int) -> tuple[list[Glyph], list[Dropped]]:
+    """All glyphs that the faces claim: those with ink, and the others (see draw_many)."""
     tasks = [
         (face, number, pen, size, face.code_points[start : start + GLYPHS_PER_TASK])
         for number, (face, pen) in enumerate(faces)
         for start in range(0, len(face.code_points), GLYPHS_PER_TASK)
     ]
     parts = _gather(pool, "drawing", " glyphs", draw_many, tasks, [len(task[-1]) for task in tasks])
-    dropped = sum((dropped for _, dropped in parts), Counter())
-    return [glyph for glyphs, _ in parts for glyph in glyphs], dropped
+    return [glyph for glyphs, _ in parts for glyph in glyphs], [one for _, dropped in parts for one in dropped]
 
 
 def read_faces(path: Path, ranges: Sequence[tuple[int, int]]) -> list[Face]:
@@ -191,23 +200,25 @@ def draw(canvas: Image.Image, face: Face, pen: Pen, code_point: int) -> np.ndarr
     return np.asarray(canvas)
 
 
-def draw_many(face: Face, face_id: int, pen: Pen, size: int, code_points: Sequence[int]) -> tuple[list[Glyph], Counter]:
-    """The glyphs with ink, and how many gave an `error` or were `blank` (mean pixel below 1 of 255)."""
+def draw_many(
+    face: Face, face_id: int, pen: Pen, size: int, code_points: Sequence[int]
+) -> tuple[list[Glyph], list[Dropped]]:
+    """The glyphs with ink, and those that gave an `error` or were `blank` (mean pixel below 1 of 255)."""
     cv2.setNumThreads(1)
     canvas, large = Image.new("L", (size, size)), Image.new("L", (2 * size, 2 * size))
     same_for_all = Pen(size, size / 2, 3 * size / 2)
-    glyphs, dropped = [], Counter()
+    glyphs, dropped = [], []
     for code_point in code_points:
         try:
             draw(large, face, same_for_all, code_point)
             bitmap = draw(canvas, face, pen, code_point)
         except (OSError, ValueError):
-            dropped["error"] += 1
+            dropped.append(Dropped(code_point, face_id, "error"))
             continue
         values = bitmap.astype(np.int64)
         ink = int(values.sum()), int((values * values).sum())
         if ink[0] < size * size:
-            dropped["blank"] += 1
+            dropped.append(Dropped(code_point, face_id, "blank"))
             continue
         shape = large.crop(large.getbbox())
         digests = _digest(bitmap.tobytes()), _digest(repr(shape.size).encode() + shape.tobytes())

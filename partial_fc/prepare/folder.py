@@ -6,10 +6,12 @@ in circles. Hidden files and folders are left alone.
 
 Every image is decoded once. What is left out is counted by its reason, and named in left_out.jsonl:
     outside_identity     lies in SOURCE itself
+    no_image             an identity's folder without a file that is named like an image
     not_an_image         its name does not end like an image's
     unreadable           cannot be opened: no permission, a link to nothing, no regular file
     empty                has no bytes
     undecodable          OpenCV cannot decode it
+    damaged              a JPEG that has lost data: some of its pixels are made up; `keep_damaged` takes it
     two_identities       the same bytes are in another identity's folder as well: label noise, all copies go
     duplicate            the same bytes are in this identity's folder already
     too_few_samples      its identity has fewer than `min_samples` of what is left
@@ -35,18 +37,21 @@ from partial_fc.prepare.images import (
 
 REASONS = (
     "outside_identity",
+    "no_image",
     "not_an_image",
     "unreadable",
     "empty",
     "undecodable",
+    "damaged",
     "two_identities",
     "duplicate",
     "too_few_samples",
 )
 
 DEEPEST = 100  # levels of folders below an identity's
-_JPEG = {"jpg", "jpeg", "jpe"}
-_EXTENSIONS = _JPEG | {"png", "webp", "bmp", "tif", "tiff", "ppm", "pgm"}
+_SHOWN = 5  # folders that a message names
+_JPEG = {"jpg", "jpeg", "jpe", "jfif"}
+_EXTENSIONS = _JPEG | {"avif", "bmp", "dib", "gif", "jp2", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"}
 
 
 def prepare_folder(
@@ -57,6 +62,7 @@ def prepare_folder(
     min_samples: int = 1,
     seed: int = 0,
     quality: int = 95,
+    keep_damaged: bool = False,
 ) -> Index:
     """Write the images of the folder `source` to the new data set `out`, in a random order drawn from `seed`.
 
@@ -66,7 +72,7 @@ def prepare_folder(
     What was left out and why is counted in the result's `prepared["dropped"]` and printed; left_out.jsonl names it.
 
     Raises NotADirectoryError if `source` is no folder, FileExistsError if `out` exists, and ValueError if no image
-    is left, if sizes differ or an option is out of range.
+    is left, if the identities seem to be further down, if sizes differ or an option is out of range.
     """
     source, out = Path(source), Path(out)
     if not source.is_dir():
@@ -76,7 +82,10 @@ def prepare_folder(
     left_out = LeftOut(REASONS)
     where = Source(read_file, lambda path, data: _kind(path), lambda path: os.path.relpath(path, source))
     files = _list(source, where, left_out)
-    images = drop_repeated(examine_all(files, where, left_out, digests=True), where, left_out)
+    _check_level(source, files)
+    images = drop_repeated(
+        examine_all(files, where, left_out, digests=True, keep_damaged=keep_damaged), where, left_out
+    )
     return write_images(
         out,
         files,
@@ -90,6 +99,7 @@ def prepare_folder(
         min_samples=min_samples,
         seed=seed,
         quality=quality,
+        keep_damaged=keep_damaged,
     )
 
 
@@ -103,10 +113,45 @@ def _list(source: Path, where: Source, left_out: LeftOut) -> list[File]:
             left_out.add(where.name(entry.path), "outside_identity")
             continue
         paths, others = images_below(entry.path)
+        if not paths:
+            left_out.add(where.name(entry.path), "no_image")
         files += [File(entry.name, path) for path in paths]
         for path in others:
             left_out.add(where.name(path), "not_an_image")
     return files
+
+
+def _check_level(source: Path, files: list[File]) -> None:
+    """Raises ValueError if all images are in folders below the only identity; warns if none is right in an identity's.
+
+    A data set one level too high trains all too well: of one class the loss is 0.
+    """
+    inside: dict[str, set[str]] = {}  # folders in those of the identities
+    for file in files:
+        folder, *rest = os.path.relpath(file.key, os.path.join(source, file.identity)).split(os.sep)
+        if not rest:
+            return
+        inside.setdefault(file.identity, set()).add(folder)
+    if len(inside) == 1:
+        folders = {os.path.dirname(file.key) for file in files}
+        top = os.path.commonpath(folders)
+        if top not in folders:
+            names = _some({os.path.relpath(folder, top).split(os.sep)[0] for folder in folders})
+            raise ValueError(
+                f"{printable(str(source))} has one identity: {printable(top)} has no image itself, but the folders "
+                f"{names}. Identities are the folders right under the source: give {printable(top)}; or, if these "
+                "images are of one identity, move them into its folder"
+            )
+    several = next((identity for identity, folders in inside.items() if len(folders) > 1), None)
+    if several is not None:
+        print(
+            f"warning: no image is right in an identity's folder: {printable(several)} has the folders "
+            f"{_some(inside[several])}; if these are the identities, prepare {printable(str(source / several))}"
+        )
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(map(printable, sorted(names)[:_SHOWN])) + ", …" * (len(names) > _SHOWN)
 
 
 def images_below(top: str) -> tuple[list[str], list[str]]:

@@ -31,9 +31,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from partial_fc.data.shards import Index, Sample, load_index, write_shards
-from partial_fc.prepare.faces import Glyph, degraded, draw_faces, fit_faces, read_fonts
+from partial_fc.data.shards import Index, Sample, load_index, write_left_out, write_shards
+from partial_fc.prepare.faces import Dropped, Glyph, degraded, draw_faces, fit_faces, read_fonts
 from partial_fc.prepare.fonts import FONT_SETS, fetch_fonts, font_cache
+from partial_fc.prepare.images import LeftOut
 from partial_fc.seeds import seed_for
 
 SPLITS = ("train", "test_seen", "test_unseen", "distractors")
@@ -99,8 +100,8 @@ def prepare_glyphs(
 
     Returns the data sets by the name of their split; `distractors` is missing where nothing is left for it.
     Each has an array `face` (N,) int32 of indices into `prepared["faces"]`. `prepared["dropped"]` counts,
-    by reason, the glyphs that a character map claims and no data set has; `prepared["mean"]` and `["std"]`
-    are those of the pixels of train (RGB, 0 to 255).
+    by reason, the glyphs that a character map claims and no data set has; `out`/left_out.jsonl names them, and
+    the glyph that looks the same. `prepared["mean"]` and `["std"]` are those of the pixels of train (RGB, 0 to 255).
 
     Raises FileExistsError if `out` exists; ValueError if the source has no fonts or leaves a data set empty.
     """
@@ -146,7 +147,7 @@ def prepare_glyphs(
             )
         glyphs, dropped = draw_faces(pool, fitted, size)
 
-    claimed = len(glyphs) + dropped.total()
+    claimed = len(glyphs) + len(dropped)
     splits, unused = select(
         glyphs, held_out, min_samples=min_samples, seed=seed, validation=validation, identities=identities
     )
@@ -175,13 +176,18 @@ def prepare_glyphs(
         "held_out_faces": [faces[i].name for i in sorted(held_out)],
         "dropped_faces": dropped_faces | useless,
         "claimed": claimed,
-        "dropped": dict(sorted((dropped + unused).items())),
+        "dropped": dict(sorted(Counter(one.reason for one in dropped + unused).items())),
     }
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
     for split in splits:
         if splits[split]:
             _write(partial / split, splits[split], prepared | {"split": split}, seed)
+    left_out, names = LeftOut(), prepared["faces"]
+    for one in sorted(dropped + unused, key=lambda one: (one.code_point, one.face)):
+        more = {} if one.other is None else {"other": _name(one.other.code_point, one.other.face, names)}
+        left_out.add(_name(one.code_point, one.face, names), one.reason, **more)
+    write_left_out(partial, left_out.rows)
     partial.rename(out)
     return {split: load_index(out / split) for split in splits if splits[split]}
 
@@ -234,8 +240,8 @@ def select(
     seed: int,
     validation: float = 0.0,
     identities: int | None = None,
-) -> tuple[dict[str, list[Glyph]], Counter]:
-    """Sort glyphs into SPLITS, each in the order of (code point, face); count the dropped ones by reason.
+) -> tuple[dict[str, list[Glyph]], list[Dropped]]:
+    """Sort glyphs into SPLITS, each in the order of (code point, face); and those that are dropped, with the reason.
 
     With a share for `validation` also into VALIDATION_SPLITS. `placeholder`: at least PLACEHOLDER code points look
     alike in that face: its box for a missing glyph. `shared_bitmap`: fewer do, which is label noise. `duplicate`:
@@ -243,16 +249,24 @@ def select(
     in test or validation. `spare_identity`: train has its `identities` without this one.
     """
     glyphs = sorted(glyphs, key=lambda glyph: (glyph.code_point, glyph.face in held_out, glyph.face))
-    alike = Counter((glyph.face, glyph.digest) for glyph in glyphs)
-    dropped: Counter = Counter()
+    alike: dict[tuple[int, bytes], list[Glyph]] = {}
+    for glyph in glyphs:
+        alike.setdefault((glyph.face, glyph.digest), []).append(glyph)
+    dropped: list[Dropped] = []
+
+    def drop(glyphs: Iterable[Glyph], reason: str, other: Glyph | None = None) -> None:
+        dropped.extend(Dropped(glyph.code_point, glyph.face, reason, other) for glyph in glyphs)
+
     drawn: dict[int, list[Glyph]] = {}
     for glyph in glyphs:
         identity = drawn.setdefault(glyph.code_point, [])
         copies = alike[glyph.face, glyph.digest]
-        if copies > 1:
-            dropped["placeholder" if copies >= PLACEHOLDER else "shared_bitmap"] += 1
-        elif any(glyph.digest == other.digest or glyph.shape == other.shape for other in identity):
-            dropped["duplicate"] += 1
+        same = next((one for one in identity if glyph.digest == one.digest or glyph.shape == one.shape), None)
+        if len(copies) > 1:
+            reason = "placeholder" if len(copies) >= PLACEHOLDER else "shared_bitmap"
+            drop([glyph], reason, copies[0] if glyph is not copies[0] else copies[1])
+        elif same is not None:
+            drop([glyph], "duplicate", same)
         else:
             identity.append(glyph)
 
@@ -269,7 +283,7 @@ def select(
             splits["validation_seen"] += seen
             splits["validation_unseen"] += unseen
         else:
-            dropped["held_out_face"] += len(unseen)
+            drop(unseen, "held_out_face")
             if enough:
                 training[code_point] = seen
             else:
@@ -280,7 +294,7 @@ def select(
         if code_point in kept:
             splits["train"] += seen
         else:
-            dropped["spare_identity"] += len(seen)
+            drop(seen, "spare_identity")
     return splits, dropped
 
 
@@ -296,11 +310,10 @@ def _write(out: Path, glyphs: Sequence[Glyph], prepared: dict, seed: int) -> Non
     label = {code_point: number for number, code_point in enumerate(code_points)}
     random = np.random.Generator(np.random.Philox(seed_for("glyph order", seed, prepared["split"])))
     shuffled = [glyphs[i] for i in random.permutation(len(glyphs))]
-    faces = prepared["faces"]
     write_shards(
         out,
         (
-            Sample(glyph.png, "png", label[glyph.code_point], f"U+{glyph.code_point:04X} in {faces[glyph.face]}")
+            Sample(glyph.png, "png", label[glyph.code_point], _name(glyph.code_point, glyph.face, prepared["faces"]))
             for glyph in shuffled
         ),
         [f"U+{code_point:04X}" for code_point in code_points],
@@ -308,6 +321,10 @@ def _write(out: Path, glyphs: Sequence[Glyph], prepared: dict, seed: int) -> Non
         total=len(shuffled),
         arrays={"face": np.array([glyph.face for glyph in shuffled], np.int32)},
     )
+
+
+def _name(code_point: int, face: int, faces: Sequence[str]) -> str:
+    return f"U+{code_point:04X} in {faces[face]}"
 
 
 def _plain(name: str) -> str:

@@ -12,11 +12,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from partial_fc.data.reader import decode
+from partial_fc.data.pixels import damaged, decode, decode_pixels
 from partial_fc.data.shards import LEFT_OUT, Index, Sample, write_shards
 from partial_fc.opencv import MAX_PIXELS, cv2
 from partial_fc.seeds import seed_for
 
+_STARTS = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"BM": "bmp", b"RIFF": "webp", b"GIF8": "gif", b"II*\0": "tif"}
+_STARTS |= {b"MM\0*": "tif", b"\0\0\0\x0cjP": "jp2"}
 _AT_ONCE = 1024  # images that the threads have in hand: bounds what is in memory
 
 T = TypeVar("T")
@@ -33,6 +35,8 @@ class Image(NamedTuple):
     key: str | int
     size: tuple[int, int]  # (H, W)
     digest: bytes | None  # of its bytes, where it is wanted
+    transparent: bool  # in part: stored on white
+    by_opencv: bool  # a reader that knows OpenCV only sees the same: its bytes can be stored
 
 
 class Source(NamedTuple):
@@ -73,18 +77,22 @@ def check_options(min_samples: int, quality: int, size: tuple[int, int] | None) 
         raise ValueError(f"got the size {size[0]} x {size[1]}, wanted at most {MAX_PIXELS:,} pixels")
 
 
-def examine_all(files: list[File], source: Source, left_out: LeftOut, *, digests: bool) -> list[Image]:
-    """Those that can be decoded. digests: of their bytes, too."""
+def examine_all(
+    files: list[File], source: Source, left_out: LeftOut, *, digests: bool, keep_damaged: bool
+) -> list[Image]:
+    """Those that can be decoded, and are not damaged. digests: of their bytes, too."""
 
     def examine(file: File) -> Image | str:
         data = source.read(file.key)
         if isinstance(data, str):
             return data
-        image = decode(data)
-        if image is None:
+        pixels = decode_pixels(data)
+        if pixels is None:
             return "undecodable"
+        if not keep_damaged and damaged(data):
+            return "damaged"
         digest = hashlib.blake2b(data, digest_size=16).digest() if digests else None
-        return Image(*file, image.shape[:2], digest)
+        return Image(*file, pixels.rgb.shape[:2], digest, pixels.transparent, pixels.by_opencv)
 
     images = []
     results = tqdm(in_threads(examine, files), desc="decoding", unit=" images", total=len(files), mininterval=1)
@@ -130,6 +138,7 @@ def write_images(
     min_samples: int,
     seed: int,
     quality: int,
+    keep_damaged: bool,
 ) -> Index:
     """Writes `images`, which are what is left of `files`, to the data set `out`, and says what was dropped.
 
@@ -167,15 +176,21 @@ def write_images(
             "image_size": list(size),
             "min_samples": min_samples,
             "seed": seed,
-            "encoded_anew": sum(image.size != size for image in enough),
-            "quality": quality,
+            **made_of(enough, size, quality, keep_damaged),
             "dropped": dict(left_out.counts),
             "dropped_identities": len({file.identity for file in files}) - len(identities),
         },
         left_out=left_out.rows,
     )
     see = f"; all are named in {out / LEFT_OUT}" if left_out.rows else ""
-    print(f"{out}: {len(enough)} images of {len(identities)} identities; left out: {left_out.said() or 'nothing'}{see}")
+    transparent = index.prepared["transparent"]
+    on_white = f"; {transparent} are transparent and stored on white" if transparent else ""
+    print(
+        f"{out}: {len(enough)} images of {len(identities)} identities{on_white}; left out: "
+        f"{left_out.said() or 'nothing'}{see}"
+    )
+    if len(identities) == 1:
+        print(f"warning: {out} has one identity, {index.classes()[0]}; training wants two or more")
     return index
 
 
@@ -189,13 +204,25 @@ def read_file(path: str | os.PathLike) -> bytes | str:
         return "unreadable"
 
 
-def read_image(path: str | os.PathLike) -> tuple[bytes, np.ndarray] | str:
-    """A file's bytes and pixels (h, w, 3) uint8 RGB, or the reason why it has none: unreadable, empty, undecodable."""
+def read_image(path: str | os.PathLike, *, keep_damaged: bool = False) -> tuple[bytes, np.ndarray] | str:
+    """A file's bytes and pixels (h, w, 3) uint8 RGB, or why there are none: unreadable, empty, undecodable, damaged."""
     data = read_file(path)
     if isinstance(data, str):
         return data
     image = decode(data)
-    return "undecodable" if image is None else (data, image)
+    if image is None:
+        return "undecodable"
+    return "damaged" if not keep_damaged and damaged(data) else (data, image)
+
+
+def made_of(images: list[Image], size: tuple[int, int], quality: int, keep_damaged: bool) -> dict[str, int | bool]:
+    """How images of (H, W) `size` were made of these, for the index."""
+    return {
+        "encoded_anew": sum(image.size != size or not image.by_opencv for image in images),
+        "transparent": sum(image.transparent for image in images),
+        "quality": quality,
+        "keep_damaged": keep_damaged,
+    }
 
 
 def only_size(images: list[Image]) -> tuple[int, int]:
@@ -212,7 +239,7 @@ def only_size(images: list[Image]) -> tuple[int, int]:
 def stored(image: Image, source: Source, size: tuple[int, int], quality: int) -> tuple[bytes, str]:
     """The bytes and the extension that go into the shard."""
     data = source.read(image.key)
-    same = image.size == size
+    same = image.size == size and image.by_opencv
     pixels = None if same or isinstance(data, str) else decode(data)
     if isinstance(data, str) or not same and pixels is None:
         raise OSError(
@@ -243,10 +270,9 @@ def fit(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def kind_of(data: bytes) -> str:
     """The extension for an image's bytes."""
-    for extension, start in (("jpg", b"\xff\xd8"), ("png", b"\x89PNG"), ("bmp", b"BM"), ("webp", b"RIFF")):
-        if data.startswith(start):
-            return extension
-    return "img"
+    if data[4:12] in (b"ftypavif", b"ftypavis"):
+        return "avif"
+    return next((extension for start, extension in _STARTS.items() if data.startswith(start)), "img")
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -1,6 +1,6 @@
 """A verification set from a list of pairs: InsightFace's .bin files, or a text of one's own.
 
-The text has a pair a line, two image files and 1 for one identity or 0 for two, as `prepare.listing` reads it. An image
+The text has a pair a line, two image files and 1 for one identity or 0 for two, as `prepare.columns` reads it. An image
 that is in several pairs, with the same bytes in a .bin, the same name in a text, is stored once. Samples are in the
 order in which the list has them first.
 """
@@ -13,6 +13,7 @@ import numpy as np
 
 from partial_fc.data.shards import Index, Sample, require_new, write_shards
 from partial_fc.prepare.bin_file import read_bin
+from partial_fc.prepare.columns import read_rows
 from partial_fc.prepare.images import (
     File,
     LeftOut,
@@ -21,15 +22,19 @@ from partial_fc.prepare.images import (
     examine_all,
     in_threads,
     kind_of,
+    made_of,
     only_size,
     printable,
     read_file,
     stored,
 )
-from partial_fc.prepare.listing import read_rows
+
+_SHOWN = 10  # images that an error names
 
 
-def prepare_bin(source: Path, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95) -> Index:
+def prepare_bin(
+    source: Path, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95, keep_damaged: bool = False
+) -> Index:
     """Write the pairs of InsightFace's file `source` to the new data set `out`; size and quality as `prepare_folder`'s.
 
     Raises FileNotFoundError without the file, FileExistsError if `out` exists, and ValueError for a damaged file, an
@@ -41,21 +46,36 @@ def prepare_bin(source: Path, out: Path, *, size: tuple[int, int] | None = None,
     require_new(out)
     images, same = read_bin(source)
     where = Source(lambda data: data, lambda _, data: kind_of(data), lambda _: source.name)
-    return _write(out, source, where, images, same, "bin", size, quality)
+    return _write(out, source, where, images, same, "bin", size, quality, keep_damaged)
 
 
-def prepare_pairs(source: Path, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95) -> Index:
-    """Write the pairs that the text file `source` lists to the new data set `out`. Otherwise as `prepare_bin`."""
+def prepare_pairs(
+    source: Path,
+    out: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    quality: int = 95,
+    keep_damaged: bool = False,
+    columns: Sequence[str] | None = None,
+) -> Index:
+    """Write the pairs that the text file `source` lists to the new data set `out`. Otherwise as `prepare_bin`.
+
+    columns: what each column holds, "image" twice, "same", or another name for one that is skipped; None: in this
+    order, or what the first line says.
+    """
     source, out = Path(source), Path(out)
     require_new(out)
     files, same = [], []
-    for number, (first, second, one) in read_rows(source, "image, image, 1 for one identity or 0"):
+    for number, (first, second, one) in read_rows(source, ("image", "image", "same"), columns):
         if one not in ("0", "1"):
-            raise ValueError(f"{source}, line {number}: got {one!r} behind two images, wanted 1 for one identity or 0")
-        files += [str(source.parent / first), str(source.parent / second)]
+            raise ValueError(
+                f"{source}, line {number}: got {one!r} behind two images, wanted 1 for one identity or 0; columns in "
+                "another order are said with --columns, as --columns same,image,image"
+            )
+        files += [str(source.parent / str(first)), str(source.parent / str(second))]
         same.append(one == "1")
     where = Source(read_file, lambda _, data: kind_of(data), lambda path: os.path.relpath(path, source.parent))
-    return _write(out, source, where, files, same, "pairs", size, quality)
+    return _write(out, source, where, files, same, "pairs", size, quality, keep_damaged)
 
 
 def _write(
@@ -67,6 +87,7 @@ def _write(
     kind: str,
     size: tuple[int, int] | None,
     quality: int,
+    keep_damaged: bool,
 ) -> Index:
     """keys: of the images in `source`, two for each pair; a .bin's are the images themselves."""
     check_options(1, quality, size)
@@ -80,14 +101,16 @@ def _write(
     names = [key if isinstance(key, str) else f"image {first[i]}" for key, i in sample.items()]
     sources = [source.name(key) if isinstance(key, str) else name for key, name in zip(sample, names, strict=True)]
     left_out = LeftOut()
-    images = examine_all([File(i, key) for key, i in sample.items()], source, left_out, digests=False)
-    if left_out.counts:
+    files = [File(i, key) for key, i in sample.items()]
+    images = examine_all(files, source, left_out, digests=False, keep_damaged=keep_damaged)
+    if left_out.rows:
         there = {image.identity for image in images}
-        missing = next(i for i in range(len(sample)) if i not in there)
+        missing = (printable(name) for i, name in enumerate(names) if i not in there)
+        said = [f"{name} ({row['reason']})" for name, row in zip(missing, left_out.rows, strict=True)]
         counts = ", ".join(f"{count} {why}" for why, count in left_out.counts.items())
         raise ValueError(
-            f"{place}: {names[missing]} cannot be used; in all {counts}. Mend them, or take their pairs out of the "
-            "list: left out here, the result would be one over other pairs"
+            f"{place}: {', '.join(said[:_SHOWN])}{', …' * (len(said) > _SHOWN)} cannot be used; in all {counts}. Mend "
+            "them, or take their pairs out of the list: left out here, the result would be one over other pairs"
         )
     size = size or only_size(images)
     index = write_shards(
@@ -102,8 +125,7 @@ def _write(
             "kind": kind,
             "source": printable(str(place)),
             "image_size": list(size),
-            "encoded_anew": sum(image.size != size for image in images),
-            "quality": quality,
+            **made_of(images, size, quality, keep_damaged),
         },
     )
     print(

@@ -10,6 +10,7 @@ Images are taken as they were published: repeated ones stay. Every image is deco
 is counted, and named by the byte where its record begins in left_out.jsonl:
     not_an_image         a record without image bytes
     undecodable          OpenCV cannot decode it
+    damaged              a JPEG that has lost data: some of its pixels are made up; `keep_damaged` takes it
     too_few_samples      its identity has fewer than `min_samples` of what is left
 """
 
@@ -31,7 +32,7 @@ from partial_fc.prepare.images import (
     write_images,
 )
 
-REASONS = ("not_an_image", "undecodable", "too_few_samples")
+REASONS = ("not_an_image", "undecodable", "damaged", "too_few_samples")
 MAGIC = struct.pack("<I", 0xCED7230A)
 WHOLE, FIRST, FURTHER, LAST = range(4)
 MOST = 1 << 24  # class numbers are float32: from here on they are not all different
@@ -48,6 +49,7 @@ def prepare_recordio(
     min_samples: int = 1,
     seed: int = 0,
     quality: int = 95,
+    keep_damaged: bool = False,
 ) -> Index:
     """Write the images of a RecordIO file to the new data set `out`, in a random order drawn from `seed`.
 
@@ -71,7 +73,7 @@ def prepare_recordio(
         return write_images(
             out,
             files,
-            examine_all(files, where, left_out, digests=False),
+            examine_all(files, where, left_out, digests=False, keep_damaged=keep_damaged),
             where,
             left_out,
             kind="recordio",
@@ -81,6 +83,7 @@ def prepare_recordio(
             min_samples=min_samples,
             seed=seed,
             quality=quality,
+            keep_damaged=keep_damaged,
         )
 
 

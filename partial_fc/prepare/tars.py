@@ -38,7 +38,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
-from partial_fc.data.reader import decode
+from partial_fc.data.pixels import decode
 from partial_fc.data.shards import LEFT_OUT, Index, load_index, require_new, write_index
 from partial_fc.documents import MIB, got, parse_json, read_bytes
 from partial_fc.prepare.images import LeftOut, printable
