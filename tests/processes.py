@@ -54,15 +54,23 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, out: st
             sys.path[0] = str(Path(arguments[0]).resolve().parent)
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
-        code = end.code
+        code, sys.last_value = end.code, end  # held until the end with all that its frames hold
         if not isinstance(code, int | None):
             print(code, file=sys.stderr)
             code = 1
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
-        code = 1
+        code, sys.last_value = 1, error  # as the interpreter does
     atexit._run_exitfuncs()
     sys.exit(code)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is that process, and not only an exit code that nobody has asked for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 class Program:
