@@ -112,12 +112,18 @@ def run_program(*arguments: object, timeout: float = 200, **options) -> Program:
 
 
 class Job:
-    """`world_size` ranks of launch/train.py, with the store and the environment that torchrun gives them.
+    """`world_size` ranks of launch/train.py (`script`), with the store and the environment that torchrun gives them.
 
     Like its agent, `communicate` ends the others with SIGTERM as soon as one rank has failed.
     """
 
-    def __init__(self, world_size: int, *arguments: object, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        world_size: int,
+        *arguments: object,
+        env: dict[str, str] | None = None,
+        script: str | Path = "launch/train.py",
+    ):
         self._folder = tempfile.TemporaryDirectory(prefix="partial_fc_job_")
         self._output = Path(self._folder.name) / "output"
         self._output.touch()
@@ -125,7 +131,7 @@ class Job:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.ranks = [
             Program(
-                "launch/train.py",
+                script,
                 *arguments,
                 env={
                     "RANK": str(rank),

@@ -341,8 +341,11 @@ def _little_shared_memory(what: str) -> str:
 
 def _why(error: Exception, readers: list) -> str | None:
     """What to do about an error of torch's loader: None where no reader has died and there is no more to say."""
-    if isinstance(error, ConnectionError | EOFError):  # the sockets of a process that dies are closed a moment before
-        multiprocessing.connection.wait([reader.sentinel for reader in readers], timeout=5)
+    if isinstance(error, ConnectionError | EOFError):  # a process that dies closes its sockets, and then it is dead
+        ended = multiprocessing.connection.wait([reader.sentinel for reader in readers], timeout=5)
+        for reader in readers:
+            if reader.sentinel in ended:
+                reader.join(5)
     if isinstance(error, OSError) and not readers:
         text = f"reader processes cannot be started: {error}"
         return _little_shared_memory(text) if error.errno == errno.ENOSPC else f"{text}: lower data.workers"
