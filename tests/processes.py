@@ -42,8 +42,9 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, out: st
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    # as the interpreter has them at its start; the server ignores SIGINT
+    # as the interpreter has them at its start; the server ignores SIGINT, and nohup SIGHUP
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.argv, code = arguments, 0
     try:
         if arguments[0] == "partial-fc":

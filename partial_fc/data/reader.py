@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -38,7 +39,7 @@ from partial_fc.seeds import seed_for
 
 RETRY_SECONDS = (0.1, 1.0, 5.0)  # pauses before another try to read: network file systems have short outages
 MAX_OPEN_SHARDS = 64  # a worker; common limits are 1,024 files a process
-SHARED_MEMORY = "/dev/shm"  # where readers put their batches
+SHARED_MEMORY = Path("/dev/shm")  # where readers put their batches
 MORE_SHARED_MEMORY = "docker run --shm-size, or an emptyDir of medium Memory in Kubernetes"
 
 
