@@ -5,6 +5,13 @@ import argparse
 import os
 import sys
 
+from partial_fc.parallel import process
+
+if __name__ == "__main__":  # before torch is imported: that takes seconds, in which torchrun may end
+    process.end_with_torchrun()
+    process.end_without_traceback_on_sigint()
+    process.outlive_terminal()
+
 import partial_fc
 from partial_fc.config_file import describe, load_config, without_dashes
 from partial_fc.evaluate.runs import evaluate_run
@@ -40,4 +47,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with process.ended_where_nobody_reads("error: nobody reads the output any more. The same command resumes the run"):
+        main()

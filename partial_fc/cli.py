@@ -1,13 +1,16 @@
 """partial-fc: one subcommand a task, what each takes."""
 
 import argparse
-import os
-import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import partial_fc
+from partial_fc.parallel.process import end_with_torchrun, ended_where_nobody_reads, nobody_reads
+
+if __name__ == "__main__":  # before torch is imported: that takes seconds, in which torchrun may end
+    end_with_torchrun()
+
 from partial_fc import commands
 from partial_fc.benchmark import backbone_steps
 from partial_fc.benchmark.head_steps import LABELS
@@ -26,24 +29,14 @@ RUN = "run folder, folder of one checkpoint, or the URL of either"
 
 
 def main() -> None:
-    try:
-        arguments = _parser().parse_args(without_dashes(sys.argv[1:]))
-        arguments.run(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(1 if isinstance(error, BrokenPipeError) and _reader_is_gone() else printable(f"error: {error}"))
-    finally:
-        if _reader_is_gone():  # the interpreter flushes stdout at its end, and would complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more, as of `| head -1`."""
-    poll = select.poll()
-    try:
-        poll.register(sys.stdout.fileno(), select.POLLOUT)
-    except (AttributeError, ValueError):  # no stdout, or one without a descriptor
-        return False
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    with ended_where_nobody_reads():
+        try:
+            arguments = _parser().parse_args(without_dashes(sys.argv[1:]))
+            arguments.run(arguments)
+        except (ValueError, OSError) as error:
+            if isinstance(error, BrokenPipeError) and nobody_reads():
+                raise
+            sys.exit(printable(f"error: {error}"))
 
 
 def _parser() -> argparse.ArgumentParser:

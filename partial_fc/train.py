@@ -1,9 +1,10 @@
 """Training: one loop."""
 
 import math
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -245,14 +246,25 @@ def metrics_of(config: Config, run: Path, parts: Parts) -> Iterator[Metrics | No
 
 @contextmanager
 def preemption() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGUSR1 only set a flag, which the steps share: all ranks then save the same step and stop."""
+    """Signals that ask to stop only set a flag, which the steps share: all ranks then save the same step and stop.
+
+    They are SIGTERM, SIGUSR1, SIGINT and SIGHUP. The last two stay ignored where they are, by nohup or in a shell's
+    background. After a SIGINT another one ends the process at once; so does SIGTERM, into which torchrun turns it.
+    """
     asked = False
 
     def ask(number: int, frame: object) -> None:
         nonlocal asked
         asked = True
+        if number == signal.SIGINT:
+            for other in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(other, signal.SIG_DFL)
+            if distributed.rank() == 0:  # no print: it may be what was interrupted
+                with suppress(OSError):
+                    os.write(2, b"stopping: the run saves after this step; interrupt again to end it at once\n")
 
-    signals = (signal.SIGTERM, signal.SIGUSR1)
+    signals = [signal.SIGTERM, signal.SIGUSR1]
+    signals += [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     before = [signal.signal(number, ask) for number in signals]
     try:
         yield lambda: asked

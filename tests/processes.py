@@ -42,8 +42,9 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, out: st
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    # as the interpreter has them at its start; the server ignores SIGINT
+    # as the interpreter has them at its start; the server ignores SIGINT, and nohup SIGHUP
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.argv, code = arguments, 0
     try:
         if arguments[0] == "partial-fc":
@@ -54,15 +55,23 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, out: st
             sys.path[0] = str(Path(arguments[0]).resolve().parent)
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
-        code = end.code
+        code, sys.last_value = end.code, end  # held until the end with all that its frames hold
         if not isinstance(code, int | None):
             print(code, file=sys.stderr)
             code = 1
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
-        code = 1
+        code, sys.last_value = 1, error  # as the interpreter does
     atexit._run_exitfuncs()
     sys.exit(code)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is that process, and not only an exit code that nobody has asked for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 class Program:
@@ -104,12 +113,18 @@ def run_program(*arguments: object, timeout: float = 200, **options) -> Program:
 
 
 class Job:
-    """`world_size` ranks of launch/train.py, with the store and the environment that torchrun gives them.
+    """`world_size` ranks of launch/train.py (`script`), with the store and the environment that torchrun gives them.
 
     Like its agent, `communicate` ends the others with SIGTERM as soon as one rank has failed.
     """
 
-    def __init__(self, world_size: int, *arguments: object, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        world_size: int,
+        *arguments: object,
+        env: dict[str, str] | None = None,
+        script: str | Path = "launch/train.py",
+    ):
         self._folder = tempfile.TemporaryDirectory(prefix="partial_fc_job_")
         self._output = Path(self._folder.name) / "output"
         self._output.touch()
@@ -117,7 +132,7 @@ class Job:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.ranks = [
             Program(
-                "launch/train.py",
+                script,
                 *arguments,
                 env={
                     "RANK": str(rank),

@@ -150,7 +150,34 @@ def test_importing_does_nothing():
     assert done.stdout == "partial_fc/cli.py set()\nlaunch/train.py set()\n", done.stdout
 
 
+LAZY = """
+import sys
+import partial_fc
+import partial_fc.parallel.process
+assert not {"torch", "numpy"} & set(sys.modules)
+assert set(partial_fc.__all__) <= set(dir(partial_fc))
+assert not hasattr(partial_fc, "CosFaze")
+"""
+
+
+@pytest.mark.slow
+def test_the_package_imports_nothing_by_itself():
+    """A rank's first call comes before torch, whose import takes seconds."""
+    subprocess.run([sys.executable, "-c", LAZY], cwd=REPOSITORY, check=True, timeout=60)
+
+
+def test_every_name_of_the_package_is_found_and_typed():
+    import partial_fc
+
+    (types,) = [node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If)]
+    typed = {name.name: node.module for node in types.body for name in node.names}
+    assert sorted(typed) == sorted(partial_fc.__all__)
+    for name, module in typed.items():
+        assert getattr(partial_fc, name) is getattr(sys.modules[module], name)
+
+
 PAGES = [REPOSITORY / folder / "README.md" for folder in (".", "configs/study", "figures", "launch")]
+PAGES.append(REPOSITORY / "docs" / "signals.md")
 
 
 def anchors(page: Path) -> set[str]:

@@ -31,7 +31,7 @@ from partial_fc.parallel.engine import DDPEngine
 from partial_fc.phases import ALONE, NAMES
 from partial_fc.train import read_batches, share, the_only_one_in, train
 from tests.conftest import REPOSITORY, run_ranks
-from tests.processes import Job, run_program
+from tests.processes import Job, is_running, run_program
 
 pytestmark = pytest.mark.slow
 
@@ -540,13 +540,6 @@ def test_a_preempted_run_saves_at_once_and_goes_on(glyphs_ci, tmp_path, number):
     assert not (run / "preempted").exists() and checkpoint.find_latest(run).step == saved.step + 3
 
 
-def _stat(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return " Z "
-
-
 HOLDER = """
 import os, signal, sys, time
 from pathlib import Path
@@ -584,7 +577,7 @@ def test_two_jobs_in_one_folder_are_an_error_and_a_killed_agent_takes_its_worker
     first.kill()
     first.communicate(timeout=60)
     deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() and " Z " not in _stat(pid) for pid in orphans):
+    while any(is_running(pid) for pid in orphans):
         assert time.monotonic() < deadline, "workers train on as orphans"
         time.sleep(0.1)
 

@@ -41,11 +41,12 @@ done
 
 echo "node $NODE of $NODES, node 0 is $RENDEZVOUS: $*"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# GRACE: seconds that torchrun leaves its workers after SIGTERM, for a checkpoint
+# GRACE: seconds that torchrun leaves its workers after SIGTERM, for a checkpoint. Of USR1 it would die, and they with it.
 torchrun \
   --nnodes="$NODES" \
   --nproc_per_node="${PROCESSES:-gpu}" \
   --shutdown-timeout="${GRACE:-270}" \
+  --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 \
   --rdzv-id=partial_fc \
   --rdzv-backend=c10d \
   --rdzv-endpoint="$RENDEZVOUS" \

@@ -6,19 +6,27 @@ the next. So the number of workers changes nothing, and a run resumes at any ste
     b samples of this rank in a batch; H, W height and width of the images
 """
 
+import atexit
+import errno
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from partial_fc.config import Affine
 from partial_fc.data.augment import augment
@@ -32,10 +40,12 @@ from partial_fc.seeds import seed_for
 
 RETRY_SECONDS = (0.1, 1.0, 5.0)  # pauses before another try to read: network file systems have short outages
 MAX_OPEN_SHARDS = 64  # a worker; common limits are 1,024 files a process
+SHARED_MEMORY = Path("/dev/shm")  # where readers put their batches
+MORE_SHARED_MEMORY = "docker run --shm-size, or an emptyDir of medium Memory in Kubernetes"
 
 
 class ReadError(RuntimeError):
-    """The stored bytes of a sample cannot be read."""
+    """A batch cannot be read, or not be handed over by a reader process."""
 
 
 class Batch(NamedTuple):
@@ -68,8 +78,8 @@ def loader(
     """This rank's part of the global batches of steps [start_step, stop_step), in turn.
 
     workers: processes that read ahead; 0 reads in this process. prefetch: batches that a worker has ready.
-    Iterating raises ReadError naming shard and offset if a sample cannot be read, and RuntimeError if a worker
-    dies.
+    Iterating raises ReadError naming shard and offset if a sample cannot be read; and if a worker dies or a batch
+    does not fit into shared memory, saying what to change. Workers leave signals to this process and end with it.
     """
     positions = part(order.global_batch_size, rank, world_size)
     if order.global_batch_size < world_size:
@@ -149,7 +159,8 @@ class _Samples:
     def __getitem__(self, request: _Request) -> Batch | ReadError:
         """The batch, or the error that ends the run: torch would put a raised one into a traceback's text."""
         try:
-            return self._batch(request)
+            batch = self._batch(request)
+            return batch if get_worker_info() is None else _in_shared_memory(batch)
         except ReadError as error:
             return error
 
@@ -231,21 +242,10 @@ class _Batches:
     loader: DataLoader
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self.loader)
-        try:
-            for batch in batches:
-                if isinstance(batch, ReadError):
-                    raise batch
-                yield batch
-        except (ConnectionError, EOFError) as error:  # other deaths of a worker torch names itself
-            raise RuntimeError(
-                "a reader process died while it handed over a batch; it may have run out of memory: "
-                "lower data.workers or data.prefetch"
-            ) from error
-        finally:
-            # Now, not when the error's traceback is collected: in a reference cycle the queues go first, and
-            # torch waits 5 s for workers that it cannot tell to stop any more.
-            del batches
+        for batch in _of_readers(self.loader) if self.loader.num_workers else self.loader:
+            if isinstance(batch, ReadError):
+                raise batch
+            yield batch
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -260,7 +260,6 @@ def _loader(dataset: _Samples, requests: Iterable[_Request], workers: int, prefe
         collate_fn=_as_it_is,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        worker_init_fn=_leave_stopping_to_the_rank,
         # Python 3.14 starts processes anew, each with a copy of the index: 24 bytes a sample
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         pin_memory=pin_memory,
@@ -269,10 +268,103 @@ def _loader(dataset: _Samples, requests: Iterable[_Request], workers: int, prefe
     return _Batches(loader)
 
 
-def _leave_stopping_to_the_rank(worker: int) -> None:
-    """torchrun and Slurm send their signals to readers too; a reader that died of one would take its rank along."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+# ---- the life of reader processes
+
+# torchrun, Slurm and terminals send these to readers, too. A reader that died of one would take its rank along while
+# that is about to save.
+_FOR_THE_RANK = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+def _of_readers(loader: DataLoader) -> Iterator[Batch | ReadError]:
+    """The batches of a loader with workers, which end with this process or with this iterator."""
+    others = multiprocessing.active_children()
+    readers: list = []
+    theirs, ours = multiprocessing.Pipe(duplex=False)
+    loader.worker_init_fn = partial(_end_with_the_rank, theirs, ours)
+    try:
+        with _signals_kept_from_readers():
+            batches = iter(loader)
+        readers = [process for process in multiprocessing.active_children() if process not in others]
+        # At its end the interpreter waits for child processes. What was registered last is called first.
+        atexit.register(ours.close)
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        if text := _why(error, readers):
+            raise ReadError(text) from error
+        raise
+    finally:
+        # Now, not when the error's traceback is collected: in a reference cycle the queues go first, and
+        # torch waits 5 s for workers that it cannot tell to stop any more.
+        batches = None
+        ours.close()
+        atexit.unregister(ours.close)
+
+
+@contextmanager
+def _signals_kept_from_readers() -> Iterator[None]:
+    """Has the processes that the body starts inherit blocked signals."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_RANK)
+    at_death_of_a_child = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # torch's handler raises in the midst of whatever runs. Its loader looks for dead workers as well, every 5 s.
+        if threading.current_thread() is threading.main_thread() and at_death_of_a_child is not None:
+            signal.signal(signal.SIGCHLD, at_death_of_a_child)
+
+
+def _end_with_the_rank(theirs: Connection, ours: Connection, worker: int) -> None:
+    """Ends this reader as soon as the rank has closed its end of the pipe, or has ended itself, in whatever way."""
+    ours.close()  # the copy that came with the fork
+
+    def wait() -> None:
+        with suppress(EOFError, OSError):
+            theirs.recv_bytes()
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _in_shared_memory(batch: Batch) -> Batch:
+    """Put there now: later, in the queue's own thread, an error would drop the batch and leave the rank waiting."""
+    try:
+        return batch._replace(images=batch.images.share_memory_(), labels=batch.labels.share_memory_())
+    except RuntimeError as error:
+        size = f"{batch.images.nbytes / 2**20:.1f} MiB of images"
+        raise ReadError(_little_shared_memory(f"a reader cannot hand over {size}: {error}")) from error
+
+
+def _little_shared_memory(what: str) -> str:
+    with suppress(OSError):
+        stat = os.statvfs(SHARED_MEMORY)
+        free, total = (blocks * stat.f_frsize / 2**20 for blocks in (stat.f_bavail, stat.f_blocks))
+        what += f"; {free:.1f} of {total:.1f} MiB are free in {SHARED_MEMORY}"
+    return f"{what}. Readers need more shared memory ({MORE_SHARED_MEMORY}), or lower data.workers or data.prefetch"
+
+
+def _why(error: Exception, readers: list) -> str | None:
+    """What to do about an error of torch's loader: None where no reader has died and there is no more to say."""
+    if isinstance(error, ConnectionError | EOFError):  # a process that dies closes its sockets, and then it is dead
+        ended = multiprocessing.connection.wait([reader.sentinel for reader in readers], timeout=5)
+        for reader in readers:
+            if reader.sentinel in ended:
+                reader.join(5)
+    if isinstance(error, OSError) and not readers:
+        text = f"reader processes cannot be started: {error}"
+        return _little_shared_memory(text) if error.errno == errno.ENOSPC else f"{text}: lower data.workers"
+    codes = [reader.exitcode for reader in readers if reader.exitcode]
+    if not codes:
+        return None
+    if -signal.SIGBUS in codes:
+        return _little_shared_memory("a reader process was ended by SIGBUS")
+    if -signal.SIGKILL in codes:
+        return (
+            "a reader process was killed (SIGKILL), as the kernel does where memory runs out: lower data.workers or "
+            "data.prefetch, or give the machine or the container more memory"
+        )
+    how = signal.Signals(-codes[0]).name if codes[0] < 0 else f"exit code {codes[0]}"
+    return f"a reader process ended with {how}: {error}"
 
 
 def _as_it_is(batch: Batch | ReadError) -> Batch | ReadError:

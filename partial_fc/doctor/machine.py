@@ -9,12 +9,12 @@ import torch
 from packaging.requirements import Requirement
 
 from partial_fc.config import Config
+from partial_fc.data.reader import MORE_SHARED_MEMORY, SHARED_MEMORY
 from partial_fc.doctor.sheet import Found
 from partial_fc.environment import environment
 from partial_fc.memory import size_text
 
 DEVICES = Path("/dev")
-SHARED_MEMORY = Path("/dev/shm")
 DOCKERS_DEFAULT = 64 * 2**20  # of /dev/shm in a container
 
 
@@ -104,13 +104,14 @@ def shared_memory(ranks_here: int, config: Config | None, batch_bytes: int) -> F
     stat = os.statvfs(SHARED_MEMORY)
     free, total = stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize
     text = f"{size_text(free)} of {size_text(total)} are free in {SHARED_MEMORY}"
-    raise_it = "docker run --shm-size, or an emptyDir of medium Memory in Kubernetes"
     if config is None or not batch_bytes:
         little = total <= DOCKERS_DEFAULT
-        return Found(f"{text}: little for readers; {raise_it}" if little else text, "warning" if little else "ok")
+        return Found(
+            f"{text}: little for readers; {MORE_SHARED_MEMORY}" if little else text, "warning" if little else "ok"
+        )
     batches = config.data.workers * (config.data.prefetch + 1)  # ahead, and one that is being written
     needed = ranks_here * batches * batch_bytes
     text += f", batches that are read ahead take up to {size_text(needed)}"
     if needed > free:
-        return Found(f"{text}: {raise_it}, or lower data.workers or data.prefetch", "problem")
+        return Found(f"{text}: {MORE_SHARED_MEMORY}, or lower data.workers or data.prefetch", "problem")
     return Found(text)

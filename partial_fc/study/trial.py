@@ -1,6 +1,5 @@
 """One trial as a process of its own: launch/train.py on one core, resumable like any run."""
 
-import ctypes
 import fcntl
 import json
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from partial_fc.config_file import read_config_yaml, save_config
 from partial_fc.environment import environment, read_environment
 from partial_fc.evaluate.evaluation_file import read_evaluation
+from partial_fc.parallel.process import signal_at_end_of_parent
 from partial_fc.progress import DIVERGED
 from partial_fc.study import ledger
 from partial_fc.study.plan import TUNING, Trial, config_of
@@ -61,7 +61,8 @@ class Process:
                 stderr=subprocess.STDOUT,
                 env=_environment(),
                 start_new_session=True,
-                preexec_fn=_stop_with_parent(),
+                # of a study that is killed the trials are asked to save and stop, and do not train on as orphans
+                preexec_fn=signal_at_end_of_parent(signal.SIGTERM, os.getpid()),
             )
 
     def poll(self) -> bool:
@@ -200,13 +201,3 @@ def _environment() -> dict[str, str]:
     given = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     return given | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-
-
-def _stop_with_parent():
-    """For a study that is killed: its trials are then asked to save and stop, and do not train on as orphans."""
-    try:
-        prctl = ctypes.CDLL(None).prctl  # loaded before the fork
-    except (OSError, AttributeError):  # not Linux
-        return None
-    pr_set_pdeathsig = 1
-    return lambda: prctl(pr_set_pdeathsig, signal.SIGTERM)
