@@ -91,7 +91,7 @@ def damaged(data: bytes) -> bool:
                 image.load()
         except UnidentifiedImageError:
             return False
-        except OSError:
+        except Exception:  # as above
             return True
     return False
 

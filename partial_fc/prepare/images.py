@@ -249,7 +249,7 @@ def stored(image: Image, source: Source, size: tuple[int, int], quality: int) ->
     if same:
         return data, extension
     pixels = cv2.cvtColor(fit(pixels, size), cv2.COLOR_RGB2BGR)
-    extension = "jpg" if extension == "jpg" else "png"
+    extension = "jpg" if extension == "jpg" and image.by_opencv else "png"  # a PNG may be called .jpg
     options = [cv2.IMWRITE_JPEG_QUALITY, quality] if extension == "jpg" else []
     return cv2.imencode(f".{extension}", pixels, options)[1].tobytes(), extension
 

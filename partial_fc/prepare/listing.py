@@ -20,6 +20,7 @@ from partial_fc.prepare.images import (
     drop_repeated,
     examine_all,
     kind_of,
+    printable,
     read_file,
     write_images,
 )
@@ -103,7 +104,8 @@ def _warn_of_roots(source: Path, rows: Iterable[tuple[int, list[str | int]]]) ->
             f"{identity} under {' and '.join(place or '.' for place in places[:2])}"
             for identity, places in list(several.items())[:_SHOWN]
         )
-        print(
+        warning = (
             f"warning: {source}: {len(several)} identities have folders of their name in several places: {named}"
             f"{'; …' * (len(several) > _SHOWN)}. If these are not the same, give them names of their own, as A/0001"
         )
+        print(printable(warning))
