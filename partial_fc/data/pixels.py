@@ -10,10 +10,11 @@ these. Transparent pixels are composited on white.
 import io
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from partial_fc.opencv import cv2
 
 _ORIENTATION = 0x0112  # EXIF
 _JPEG = b"\xff\xd8"
