@@ -120,8 +120,12 @@ class Index:
         return self.crc32 is None or zlib.crc32(image) == self.crc32[sample]
 
     def classes(self) -> list[str]:
-        """The names of the C classes. Raises ValueError if classes.txt has another number of lines."""
-        names = (self.path / "classes.txt").read_bytes().decode("utf-8").split("\n")[:-1]
+        """The names of the C classes. Raises ValueError if classes.txt is no UTF-8 or has another number of lines."""
+        file = self.path / "classes.txt"
+        try:
+            names = file.read_bytes().decode("utf-8").split("\n")[:-1]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no text in UTF-8: {error.reason} at byte {error.start}: {AGAIN}") from None
         if len(names) != self.num_classes:
             raise ValueError(
                 f"{self.path / 'classes.txt'} names {len(names)} classes, index.json says {self.num_classes}: {AGAIN}"
