@@ -51,6 +51,7 @@ from partial_fc.prepare.folder import prepare_folder
 from partial_fc.prepare.listing import prepare_list
 from partial_fc.prepare.pairs import prepare_bin, prepare_pairs
 from partial_fc.prepare.recordio import prepare_recordio
+from partial_fc.prepare.tars import prepare_index
 from partial_fc.report.page import write_report
 from partial_fc.report.runs import load_run
 from partial_fc.study.table import study_table
@@ -305,9 +306,7 @@ def seal_checkpoint(folder: Path) -> None:
 
 
 RECORDS = REPOSITORY / "tests" / "insightface.rec"
-ARRAYS = tuple(
-    f"set/index/{name}.npy" for name in ("shard", "offset", "size", "label", "crc32", "name", "name_offset")
-)
+ARRAYS = tuple(f"set/index/{name}.npy" for name in ("shard", "offset", "size", "label", "crc32", "name", "name_offset"))
 
 FORMATS = [
     Format("a config", write_config, ("config.yaml",), config_of, 2),
@@ -328,6 +327,8 @@ FORMATS = [
     Format("Fashion-MNIST", write_fashion, ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte"),
         load_fashion_mnist),
     Format("shards", write_set, ("set/shard-000000.tar",), samples_of, 2),
+    Format("shards of others", write_set, ("set/shard-000000.tar",),
+        lambda f: prepare_index(str(f / "set" / "shard-000000.tar"), f / "out", workers=1), 2),
     Format("index.json", write_set, ("set/index.json",), samples_of, 2),
     Format("index arrays", write_set, (*ARRAYS, "set/classes.txt"), samples_of, 2, seal_set),
     Format("pairs of a data set", write_list_of_pairs, ("set/index/pairs.npy",), verified_of, 1, seal_set),
