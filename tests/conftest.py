@@ -215,6 +215,7 @@ def pytest_runtest_call(item) -> Iterator:
 @pytest.fixture(scope="session")
 def glyphs_ci() -> Path:
     """The shards of configs/glyphs_ci.yaml, made once and left there: letters in the fonts that matplotlib brings."""
+    from partial_fc.data.description import VERSION
     from partial_fc.data.shards import load_index
     from partial_fc.prepare.glyphs import prepare_glyphs
 
@@ -223,8 +224,10 @@ def glyphs_ci() -> Path:
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers of pytest-xdist one makes them
         try:
-            load_index(path / "train")
-        except (OSError, ValueError):  # not there, or of an older version
+            found = load_index(path / "train").version
+        except (OSError, ValueError):
+            found = None
+        if found != VERSION:  # not there, or of an older version
             shutil.rmtree(path, ignore_errors=True)
             prepare_glyphs("letters", path, size=32)
     return path

@@ -143,7 +143,7 @@ def test_a_label_out_of_range(folder):
     labels = np.load(folder / "index" / "label.npy")
     labels[7] = 764
     np.save(folder / "index" / "label.npy", labels)
-    assert "sample 000000007 has the label 764, wanted 0 <= label < 764" in problems(f"data.train={folder}")
+    assert "has the label 764, wanted 0 <= label < 764" in problems(f"data.train={folder}")
 
 
 def test_a_sample_that_does_not_decode(folder):
@@ -152,7 +152,7 @@ def test_a_sample_that_does_not_decode(folder):
         shard.seek(offset)
         shard.write(b"\0" * 64)
     said = problems(f"data.train={folder}")
-    assert "problem  images: " in said and "sample 000000000 is no image of (height, width) (32, 32)" in said
+    assert "problem  images: " in said and "sample 000000000 (U+" in said
 
 
 def test_other_classes_than_the_checkpoint_has(run, glyphs_ci):

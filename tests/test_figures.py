@@ -14,6 +14,7 @@ import torch
 
 from partial_fc import ArcFace, CosFace, NormSoftmax, SoftMarginSoftmax, Softmax, SphereFace, checkpoint, cli
 from partial_fc.build import build
+from partial_fc.evaluate.protocol import FARS
 from partial_fc.figures import NAMES, boundaries, checkpoints, features, gradient, psi, quality, style, verification
 from partial_fc.figures.cosines import BINS, EDGES, ROWS, Counts, count_cosines, draw_cosines, thinned
 from partial_fc.figures.draw import FIGURES, draw_figures
@@ -492,7 +493,18 @@ def test_quality_can_be_drawn(saved):
 
 def result_of(rank1: float) -> dict:
     roc = [[0.0, 0.1], [1e-4, 0.5], [1e-2, 0.9], [1.0, 1.0]]
-    return {"roc": roc, "cmc": [rank1, 0.9, 1.0], "data": "somewhere", "num_genuine": 10, "num_impostor": 90}
+    counts = {"num_samples": 20, "num_identities": 5, "num_distractors": 0, "num_genuine": 10, "num_impostor": 90}
+    shown = {"right": [], "wrong": [], "hardest": []}
+    return counts | {
+        "data": "somewhere",
+        "roc": roc,
+        "cmc": [rank1, 0.9, 1.0],
+        "rank1": rank1,
+        "fold_accuracy": None,
+        "tar_at_far": dict.fromkeys(FARS),
+        "histogram": {"edges": [-1.0, 0.0, 1.0], "genuine": [0, 10], "impostor": [90, 0]},
+        "examples": shown,
+    }
 
 
 def run_of(name: str, **sets: dict) -> Run:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from partial_fc import checkpoint
@@ -69,7 +70,7 @@ def curve(run: Path, name: str = "loss") -> list[float]:
 
 def states(found: checkpoint.Checkpoint) -> dict[str, torch.Tensor]:
     """Backbone and class centers."""
-    centers = [checkpoint.load_file(found.path / e["name"])["weight"] for e in found.files() if "classes" in e]
+    centers = [load_file(found.path / e["name"])["weight"] for e in found.files() if "classes" in e]
     return checkpoint.read_backbone(found) | {"centers": torch.cat(centers)}
 
 
@@ -337,7 +338,7 @@ def test_checkpoints_on_a_disk_of_each_machine_are_an_error_at_the_start(tmp_pat
     assert not list((tmp_path / "one").iterdir())
     (tmp_path / "file").touch()
     messages = run_ranks(see_another_disk, 2, tmp_path, ("file", "file"))
-    assert messages[0] == messages[1] and "preparing the run failed on rank 0: FileExistsError" in messages[0]
+    assert messages[0] == messages[1] and "preparing the run failed on rank 0: [Errno 17] File exists" in messages[0]
 
 
 def lose_a_step(run: Path, data: Path, *overrides: str) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from partial_fc import backbone, checkpoint
@@ -119,10 +120,10 @@ def test_head_and_backbone_skip_together(glyphs_ci, tmp_path, optimizer):
     last = rows(tmp_path / "run")[-1]
     assert 4 < last["skipped_steps"] < 13 and last["engine.loss_scale"] == 2.0 ** (22 - last["skipped_steps"])
     found = checkpoint.find_latest(tmp_path / "run")
-    updates = checkpoint.load_file(found.path / "history.safetensors")["updates"].item()
+    updates = load_file(found.path / "history.safetensors")["updates"].item()
     assert updates == found.step - last["skipped_steps"]
     if optimizer == "adamw":
-        state = checkpoint.load_file(found.path / "optimizer.safetensors")
+        state = load_file(found.path / "optimizer.safetensors")
         assert {v.item() for name, v in state.items() if name.endswith(".step")} == {updates}
     skipped = [r["skipped_steps"] for r in rows(tmp_path / "run")]
     assert skipped[3] == 4 and len(set(skipped[-3:])) == 1  # skips first, then trains
