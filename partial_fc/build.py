@@ -30,6 +30,7 @@ from partial_fc.optim import build_optimizer, peak_rate
 from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
 from partial_fc.parallel.engine import build_engine, check_engine
+from partial_fc.parallel.watch import unlimited
 from partial_fc.progress import Progress
 from partial_fc.seeds import seed_for
 from partial_fc.storage import Place
@@ -87,9 +88,11 @@ def build(config: Config, device: torch.device) -> Parts:
     )
     # compiled code is made for a batch size
     images = micro_batch_size(config) if config.engine.compile else 2
-    engine.warm_up(torch.zeros(images, 3, *size, device=device))
+    with unlimited("the warm-up"):  # which compiles
+        engine.warm_up(torch.zeros(images, 3, *size, device=device))
     if found is not None:
-        checkpoint.load(found, head=head, engine=engine, near=run)
+        with unlimited("loading the checkpoint"):
+            checkpoint.load(found, head=head, engine=engine, near=run)
     start_step = 0 if found is None else found.step
     with distributed.together("preparing the run"):
         if distributed.rank() == 0:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from partial_fc.config_file import save_config
 from partial_fc.environment import environment, read_environment
+from partial_fc.parallel import launcher
 from partial_fc.progress import DIVERGED
 from partial_fc.study import ledger
 from partial_fc.study.plan import TUNING, Trial, config_of
@@ -189,9 +190,8 @@ def _add_seconds(run: Path, seconds: float) -> float:
 
 def _environment() -> dict[str, str]:
     """One thread, no process group, this checkout's package."""
-    given = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    return given | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return launcher.alone(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def _stop_with_parent():
