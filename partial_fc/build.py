@@ -37,6 +37,7 @@ from partial_fc.optim import build_optimizer, peak_rate
 from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
 from partial_fc.parallel.engine import build_engine, check_engine
+from partial_fc.parallel.watch import unlimited
 from partial_fc.progress import Progress
 from partial_fc.seeds import seed_for
 from partial_fc.storage import Place
@@ -99,10 +100,12 @@ def build(config: Config, device: torch.device) -> Parts:
     )
     # compiled code is made for a batch size
     images = max(batch_sizes) if config.engine.compile else 2
-    engine.warm_up(torch.zeros(images, 3, *size, device=device))
+    with unlimited("the warm-up"):  # which compiles
+        engine.warm_up(torch.zeros(images, 3, *size, device=device))
     while found is not None:
         try:
-            checkpoint.load(found, head=head, engine=engine, near=run)
+            with unlimited("loading the checkpoint"):
+                checkpoint.load(found, head=head, engine=engine, near=run)
             break
         except checkpoint.DamagedCheckpoint as error:
             go_back(found.path, error.what, str(error))

@@ -20,7 +20,8 @@ from partial_fc.metrics import KEPT, Metrics, RankTimes
 from partial_fc.optim import learning_rate
 from partial_fc.parallel import distributed
 from partial_fc.parallel.precision import make_deterministic
-from partial_fc.phases import Phases
+from partial_fc.parallel.watch import here, leave_time_to_compile, unlimited
+from partial_fc.phases import ALONE, Phases
 from partial_fc.profiler import Profiler
 from partial_fc.seeds import seed_for
 
@@ -54,13 +55,21 @@ def _train(config: Config, device: torch.device, run: Path, hold: Callable[[], N
         batches = read_batches(config, parts)
 
     phases = Phases(device)
-    phase = head.begin_phase = phases.begin
+
+    def phase(name: str) -> None:
+        here.begin(name, waits=name not in ALONE)
+        phases.begin(name)
+
+    head.begin_phase = phase
+    if config.engine.compile or head.compiled:
+        leave_time_to_compile()
     profiler = Profiler(config.track.profile, run / "profile", device, phases)
     profiler.check(parts.start_step, parts.total_steps)
 
     with preemption() as asked_to_stop, metrics_of(config, run, parts) as metrics, closing(profiler):
         for step in range(parts.start_step, parts.total_steps):
             # data: this rank's images (b, 3, H, W) uint8 and labels (b,)
+            here.step = step
             profiler.begin_step(step)
             phase("data")
             batch = next_batch(batches)
@@ -121,23 +130,25 @@ def _train(config: Config, device: torch.device, run: Path, hold: Callable[[], N
             owed = owed or preempted or done % config.checkpoint.every == 0
             if last or (owed and progress.skipped_in_a_row == 0):  # else the state may be what makes the loss NaN
                 phase("save")
-                checkpoint.save(
-                    run,
-                    done,
-                    head=head,
-                    engine=engine,
-                    classes=index.path / "classes.txt",
-                    settings=settings(config, index, progress),
-                    keep=config.checkpoint.keep,
-                    where=checkpoints_of(config),
-                    beside=beside,
-                    owner=parts.owner,
-                    first=hold,
-                )
+                with unlimited("save"):
+                    checkpoint.save(
+                        run,
+                        done,
+                        head=head,
+                        engine=engine,
+                        classes=index.path / "classes.txt",
+                        settings=settings(config, index, progress),
+                        keep=config.checkpoint.keep,
+                        where=checkpoints_of(config),
+                        beside=beside,
+                        owner=parts.owner,
+                        first=hold,
+                    )
                 saved, owed = done, False
             if preempted and not owed:
                 break
 
+    here.step = None
     finished = done >= parts.total_steps
     with distributed.together("ending the run"):
         if rank == 0 and not finished:

@@ -6,6 +6,7 @@ In the docstrings, in is what each rank passes and out what each rank gets; W is
 
 import atexit
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,11 +22,17 @@ import torch.distributed.nn.functional
 from torch import Tensor
 
 from partial_fc.files import printable
+from partial_fc.parallel import launcher
+from partial_fc.parallel.addresses import check_addresses
 from partial_fc.parallel.process import end_with_torchrun
+from partial_fc.parallel.watch import Watch, here
 
 # torch 2.14 has new names for these two and warns of the old ones
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+_WATCHED = timedelta(days=1)  # a collective's timeout where a Watch ends what waits too long, but for a save
 
 
 class RunError(RuntimeError):
@@ -40,45 +47,38 @@ class RunError(RuntimeError):
 
 
 @contextmanager
-def job(timeout_seconds: float = 600.0) -> Iterator[torch.device]:
-    """Joins the process group that torchrun's environment describes, for the time of the body.
+def job(timeout_seconds: float = 600.0, watch_seconds: float | None = None) -> Iterator[torch.device]:
+    """Joins the process group that the environment describes (see `launcher`), for the time of the body.
 
-    Gives this rank's device: gloo runs on CPUs, NCCL on CUDA devices. Without RANK and WORLD_SIZE in the environment
-    nothing is joined and the world size is 1. A RunError in the body ends the process with its message, said by one
-    rank, and exit code 1. Workers of torchrun die with it: a killed agent would else leave them training as orphans.
+    Gives this rank's device: gloo runs on CPUs, NCCL on CUDA devices. Where the environment describes no group nothing
+    is joined and the world size is 1. Ranks wait timeout_seconds for each other, at the start and in a collective; with
+    watch_seconds as long as a `Watch` with this timeout lets them. A RunError in the body ends the process with its
+    message, said by one rank, and exit code 1. Workers of torchrun die with it: a killed agent would else leave them
+    training as orphans.
     """
+    try:
+        joins = launcher.join()
+    except ValueError as error:
+        launcher.end(str(error))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            sys.exit(
-                f"error: LOCAL_RANK {device.index} on a machine of {torch.cuda.device_count()} CUDA devices: start one "
-                "rank a device (--nproc_per_node)"
+        index = 0 if launcher.one_device_each() else int(os.environ.get("LOCAL_RANK", 0))
+        if index >= torch.cuda.device_count():
+            launcher.end(
+                f"LOCAL_RANK {index} on a machine of {torch.cuda.device_count()} CUDA devices: start one rank a device "
+                "(--nproc_per_node)"
             )
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    watch = None
+    if joins:
         end_with_torchrun()
-        try:
-            timeout = timedelta(seconds=timeout_seconds)
-            store, rank_here, ranks = next(dist.rendezvous("env://", timeout=timeout))
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=_of_this_attempt(store),
-                rank=rank_here,
-                world_size=ranks,
-                timeout=timeout,
-                device_id=device if device.type == "cuda" else None,
-            )
-        except dist.DistError as error:
-            sys.exit(
-                f"error: rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at "
-                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {timeout_seconds:.0f} s "
-                f"({error}): were all started, and is that port open between the machines?"
-            )
+        watch = _join_group(device, timeout_seconds, watch_seconds)
     try:
         yield device
         barrier()
     except RunError as error:
+        launcher.record(f"error: {error}")
         if rank() == 0 or not error.on_all_ranks:
             print(printable(f"error: {error}"), file=sys.stderr, flush=True)
         if error.on_all_ranks:  # rank 0 may have had a tracker to close, and torchrun kills it when another is gone
@@ -87,11 +87,61 @@ def job(timeout_seconds: float = 600.0) -> Iterator[torch.device]:
         _end_without_farewell()
         sys.exit(1)
     except Exception:
+        if watch is not None and watch.found:  # a collective that failed since another rank has ended for it
+            watch.end()
         _end_without_farewell()
         raise
+    if watch is not None:
+        watch.close()
     # every user of the group, DDP above all, is gone by now
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _join_group(device: torch.device, timeout_seconds: float, watch_seconds: float | None) -> Watch | None:
+    """Opens the process group, and starts the watch over it. Ends the process with a message where it cannot."""
+    timeout = timedelta(seconds=timeout_seconds)
+    watch = None
+    try:
+        store, rank_here, ranks = next(dist.rendezvous("env://", timeout=timeout))
+        store = _of_this_attempt(store)
+        check_addresses(store, rank_here, ranks)
+        if watch_seconds is not None and ranks > 1:
+            watch = Watch(dist.PrefixStore("watch", store.clone()), rank_here, ranks, watch_seconds)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank_here,
+            world_size=ranks,
+            timeout=timeout if watch is None else _WATCHED,
+            device_id=device if device.type == "cuda" else None,
+        )
+        here.begin("the start", waits=False)
+    except RuntimeError as error:  # of the store, the network, gloo or NCCL: some of torch's have a class of their own
+        rank_here = os.environ["RANK"]
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).partition("\n")[0]
+        if "EADDRINUSE" in reason:
+            text = (
+                f"rank {rank_here} cannot listen at {where}, where another program does: another job on this machine? "
+                "Give another MASTER_PORT, to torchrun another --master-port, or --standalone on one machine"
+            )
+        elif isinstance(error, dist.DistError):
+            text = (
+                f"rank {rank_here} of {os.environ['WORLD_SIZE']} did not meet the others at {where} within "
+                f"{timeout_seconds:.0f} s ({reason}): were all started, and is that port open between the machines?"
+            )
+        else:
+            text = (
+                f"rank {rank_here} on {socket.gethostname()} does not reach the others ({reason}): check the network "
+                "between the machines, and that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where set, name an "
+                "interface of this one"
+            )
+        launcher.record(f"error: {text}")
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # what is half joined may wait for others as it is taken down
+    return watch
 
 
 def _end_without_farewell() -> None:
@@ -241,10 +291,12 @@ def together(what: str) -> Iterator[None]:
     names the first rank that failed and why; so no rank waits in a later collective for one that is gone.
     """
     error: Exception | None = None
+    here.begin(what, waits=False)
     try:
         yield
     except Exception as caught:
         error = caught
+    here.begin(what, waits=True)
     messages = gather_objects(None if error is None else message(error))
     failed = [(r, text) for r, text in enumerate(messages) if text is not None]
     if failed:

@@ -16,6 +16,7 @@ from pathlib import Path
 from partial_fc.config_file import read_config_yaml, save_config
 from partial_fc.environment import environment, read_environment
 from partial_fc.evaluate.evaluation_file import read_evaluation
+from partial_fc.parallel import launcher
 from partial_fc.parallel.process import signal_at_end_of_parent
 from partial_fc.progress import DIVERGED
 from partial_fc.study import ledger
@@ -198,6 +199,5 @@ def _add_seconds(run: Path, seconds: float) -> float:
 
 def _environment() -> dict[str, str]:
     """One thread, no process group, this checkout's package."""
-    given = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    return given | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return launcher.alone(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
