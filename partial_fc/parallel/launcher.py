@@ -52,7 +52,7 @@ def join(environ: MutableMapping[str, str] = os.environ) -> bool:
     rank, ranks, port = (_number(environ, name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     if not 0 <= rank < ranks:
         raise ValueError(f"RANK is {rank} and WORLD_SIZE is {ranks}: wanted ranks from 0 to WORLD_SIZE - 1")
-    if not 0 < port < 2**16:
+    if not (ranks > 1) <= port < 2**16:  # a rank that is alone may take any that is free
         raise ValueError(f"MASTER_PORT is {port}: wanted a port from 1 to {2**16 - 1}")
     if environ.get("LOCAL_RANK") and _number(environ, "LOCAL_RANK") < 0:
         raise ValueError(f"LOCAL_RANK is {environ['LOCAL_RANK']}: wanted 0 or more")
