@@ -34,6 +34,12 @@ from torch.distributed.run import main
 main(["--run-path", "--start-method=fork", *words])
 """
 
+RANK = """
+import runpy
+sys.argv = words
+runpy.run_path(words[0], run_name="__main__")
+"""
+
 
 class Agent(Program):
     """torchrun in a forked process, and forked workers."""
@@ -202,6 +208,22 @@ def test_two_nodes_are_the_same_run_as_one(hosts, whole, tmp_path, start, proces
     outputs = [finish(agent) for agent in agents]
     assert f"{2 * processes} ranks on cpu" in outputs[0]
     assert checksums(run) == checksums(whole[2 * processes]) and curve(run) == curve(whole[2 * processes])
+
+
+@pytest.mark.slow
+def test_a_name_that_leads_nowhere_is_told(hosts, tmp_path):
+    """Without GLOO_SOCKET_IFNAME: each host's name resolves to an address that only means itself."""
+    run = tmp_path / "run"
+    ranks = []
+    for rank, name in enumerate(hosts.names):
+        where = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "10.99.0.1", "MASTER_PORT": "29501"}
+        script = tmp_path / f"rank{rank}.py"
+        script.write_text(AGENT.partition("from torch")[0] + RANK)
+        words = (script, name, "launch/train.py", CONFIG, *OPTIONS, f"run.dir={run}")
+        ranks.append(Program(*words, env=where, cwd=REPOSITORY))
+    for rank in ranks:
+        assert rank.wait(60).returncode == 1
+        assert "error: rank 1 is on " in rank.stderr and "set GLOO_SOCKET_IFNAME" in rank.stderr, rank.stderr
 
 
 @pytest.mark.soak("launch")

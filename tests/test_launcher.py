@@ -3,8 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -175,6 +179,43 @@ def test_torchruns_summary_has_the_error(glyphs_ci, tmp_path, override, wanted):
     assert agent.returncode == 1
     summary = agent.stderr.partition("Root Cause (first observed failure):")[2]
     assert re.search(wanted, summary), agent.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["cloud/node.sh", "slurm/train.sbatch"])
+def test_the_run_folder_is_told_from_what_a_loss_prints(tmp_path, script):
+    """By the line of the scripts that reads it: with more in it no marker of a preemption is found."""
+    (tmp_path / "mine.py").write_text(MINE + 'import os\nos.system("echo imported by a child")\n')
+    line = re.search(r"^run=\$\(.*?\)", (REPOSITORY / "launch" / script).read_text(), re.MULTILINE | re.DOTALL).group()
+    words = (CONFIG, "run.dir=runs/x y", "head.margin={name: mine.Mine}")
+    environ = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"}
+    environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", "-c", f'{line}; echo "[$run]"', "_", *map(str, words)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[runs/x y]\n" and "imported by a child" in done.stderr, done.stderr
+
+
+MPIRUN = """
+import importlib.util, os, sys
+spec = importlib.util.spec_from_file_location("launcher", sys.argv[1])  # without torch: 4 s of CPU each
+launcher = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(launcher)
+launcher.join()
+print(*(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")))
+"""
+
+
+@pytest.mark.slow
+def test_mpirun_starts_ranks(tmp_path):
+    if shutil.which("mpirun") is None:
+        pytest.skip("not run: mpirun is not installed")
+    (tmp_path / "rank.py").write_text(MPIRUN)
+    command = ["mpirun", "--oversubscribe", "-n", "2", sys.executable, tmp_path / "rank.py", launcher.__file__]
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    done = subprocess.run(command, env=os.environ | as_root, capture_output=True, text=True, timeout=60)
+    ports = {line.split()[-1] for line in done.stdout.splitlines()}
+    assert len(ports) == 1, done.stdout + done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"{rank} 2 {rank} 127.0.0.1 {min(ports)}" for rank in (0, 1)]
 
 
 # ---- a rank that does not come

@@ -108,6 +108,21 @@ def test_a_job_that_cannot_start_is_not_requeued(cluster, tmp_path):
 
 @needs_slurm
 @pytest.mark.soak("slurm")
+@pytest.mark.parametrize(
+    "start, ranks",
+    [
+        (("srun", "--nodes=1", "--ntasks=2"), 2),
+        (("srun", "--nodes=2", "--ntasks=2", "--export=ALL,MASTER_ADDR=127.0.0.1"), 2),  # n1 has no address here
+        (("salloc", "--ntasks=4"), 1),  # no step: a process alone
+    ],
+)
+def test_srun_starts_ranks(cluster, glyphs_ci, tmp_path, start, ranks):
+    train = (sys.executable, "launch/train.py", CONFIG, *OPTIONS, "run.steps=3", f"run.dir={tmp_path}/run")
+    assert f"; {ranks} ranks on cpu" in cluster.run(*start, *train, cwd=REPOSITORY, **ACTIVATED)
+
+
+@needs_slurm
+@pytest.mark.soak("slurm")
 def test_a_run_that_fails_is_not_requeued(cluster, glyphs_ci, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "preempted").write_text("step 7\n")

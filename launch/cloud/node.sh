@@ -13,20 +13,7 @@ trap 'exit 85' TERM # nothing runs yet
 : "${NODES:?how many nodes there are}" "${NODE:?the number of this one}" "${RENDEZVOUS:?HOST:PORT of node 0}"
 [ "$#" -ge 1 ] || { echo "error: no config: node.sh CONFIG.yaml [section.key=value ...]" >&2; exit 64; }
 
-run=$(
-  python - "$@" <<'END'
-import sys
-from partial_fc.build import build_losses
-from partial_fc.config_file import load_config
-try:
-    config = load_config(sys.argv[1], sys.argv[2:])
-    build_losses(config)
-    print(config.run.dir)
-except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(64)
-END
-) || { [ "$?" = 64 ] && exit 64; exit 1; }
+run=$(python launch/run_folder.py "$@") || { [ "$?" = 64 ] && exit 64; exit 1; }
 
 # The trainer's marker in the run folder, which pods share. One that was there before is not this attempt's.
 marker() { stat --format='%i %y' "$run/preempted" 2>/dev/null; }

@@ -105,7 +105,8 @@ def main() -> None:
     if not os.path.isfile("launch/train.py"):
         sys.exit(f"error: {os.getcwd()} has no launch/train.py: submit from the repository's folder")
     try:
-        grid = points(arguments.config, arguments.overrides)
+        with contextlib.redirect_stdout(sys.stderr):  # what a loss of one's own prints when it is imported
+            grid = points(arguments.config, arguments.overrides)
     except ValueError as error:
         sys.exit(f"error: {error}")
     processes = arguments.processes or max(arguments.gpus, 1)
