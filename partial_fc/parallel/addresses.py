@@ -25,8 +25,9 @@ def check_addresses(store: Any, rank_here: int, ranks: int) -> None:
     if first["machine"] != mine["machine"]:
         for rank_there, one in ((0, first), (rank_here, mine)):
             if one["address"] is not None and ipaddress.ip_address(str(one["address"]).partition("%")[0]).is_loopback:
-                store.set(
+                store.compare_set(  # the first one: all say the same
                     "what is wrong with addresses",
+                    "",
                     f"rank {rank_there} is on {one['name']}, a name that resolves to {one['address']} there, which "
                     "leads nowhere from another machine: set GLOO_SOCKET_IFNAME, on all machines, to the network card "
                     "between them, as GLOO_SOCKET_IFNAME=eth0 (NCCL_SOCKET_IFNAME is the same for NCCL), or correct "
