@@ -261,10 +261,10 @@ from partial_fc.parallel import distributed
 from partial_fc.parallel.watch import here, leave_time_to_compile, unlimited
 
 def slow(graph, inputs):
-    time.sleep(4 * rank)
+    time.sleep(6 * rank)
     return graph.forward
 
-with distributed.job(watch_seconds=2):
+with distributed.job(watch_seconds=4):
     rank = distributed.rank()
     leave_time_to_compile()
     here.begin("forward", waits=False)
@@ -272,7 +272,7 @@ with distributed.job(watch_seconds=2):
     here.begin("gather", waits=True)
     distributed.barrier()
     with unlimited("save"):
-        time.sleep(4 * rank)
+        time.sleep(6 * rank)
         distributed.barrier()
     print("exempt", flush=True)
     here.step = 7
@@ -289,9 +289,19 @@ with distributed.job(watch_seconds=2):
 @pytest.mark.parametrize(
     "rank, does, wanted",
     [
-        (1, "hangs", "rank 1 on .* did not come: it has been in phase 'data' of step 7 for [23] s"),
-        (1, "stops", "rank 1 on .* has not been heard of for [123] s .*, last in phase 'data' of step 7"),
-        (0, "stops", "rank 0 on .* holds the store .* has not answered for [23] s .*, last in phase 'data' of step 7"),
+        pytest.param(
+            1,
+            "hangs",
+            r"rank 1 on .* did not come: it has been in phase 'data' of step 7 for \d+ s",
+            marks=pytest.mark.soak("launch"),
+        ),
+        (1, "stops", r"rank 1 on .* has not been heard of for \d+ s .*, last in phase 'data' of step 7"),
+        pytest.param(
+            0,
+            "stops",
+            r"rank 0 on .* holds the store .* has not answered for \d+ s .*, last in phase 'data' of step 7",
+            marks=pytest.mark.soak("launch"),
+        ),
     ],
 )
 def test_a_rank_that_does_not_come_is_named(tmp_path, rank, does, wanted):
@@ -318,13 +328,13 @@ def test_a_rank_that_does_not_come_is_named(tmp_path, rank, does, wanted):
 
 @pytest.mark.slow
 def test_a_stopped_rank_ends_the_training(glyphs_ci, tmp_path):
-    job = begin(2, tmp_path / "run", "run.steps=5000", "run.timeout=4")
-    wait_for_step(tmp_path / "run", 3, job)
+    job = begin(2, tmp_path / "run", "run.steps=5000", "run.timeout=12")
+    wait_for_step(tmp_path / "run", 30, job)  # it tells where it is every 0.6 s
     os.kill(job.pids[1], signal.SIGSTOP)
     assert job.ranks[0].wait(60).returncode == 1
     os.kill(job.pids[1], signal.SIGKILL)  # as torchrun does, 30 s later
     output = finish(job, code=1)
     wanted = (
-        r"\nerror: rank 1 on .* has not been heard of for [2-5] s \(run.timeout is 4 s\), last in phase '.*' of step"
+        r"\nerror: rank 1 on .* has not been heard of for \d+ s \(run.timeout is 12 s\), last in phase '.*' of step"
     )
     assert re.search(wanted, output), output

@@ -56,7 +56,7 @@ def tracked(run: Path) -> list[dict]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.soak("train")
 def test_a_killed_run_goes_on_under_its_id_and_tracks_every_row_once(glyphs_ci, tmp_path):
     """kill -9 past a checkpoint: rows before it are lost on their way, rows past it are logged again."""
     run = tmp_path / "run"
