@@ -27,7 +27,7 @@ from partial_fc.doctor.sheet import Found, spans
 from partial_fc.memory import size_text
 from partial_fc.parallel import distributed
 from tests.conftest import REPOSITORY, run_ranks
-from tests.processes import Program, run_program
+from tests.processes import Job, Program, run_program
 from tests.test_train import CONFIG, TORCHRUN, config_for, train_here
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
@@ -112,6 +112,13 @@ def test_the_size_of_a_checkpoint_is_what_a_checkpoint_takes(run):
 
 
 @pytest.mark.slow
+def test_no_config_and_two_ranks():
+    job = Job(2, "doctor", script="partial-fc")
+    said, _ = job.communicate(timeout=100)
+    assert job.returncode == 0 and "ok       ranks: 2, gloo" in said and said.rstrip().endswith("nothing is wrong")
+
+
+@pytest.mark.soak("launch")
 def test_no_config_and_two_ranks_of_torchrun():
     command = [*TORCHRUN, "2", "--standalone", "-m", "partial_fc.cli", "doctor"]
     done = subprocess.run(command, env=ENVIRONMENT, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)

@@ -524,14 +524,21 @@ def test_killed_and_resumed_on_cuda_is_the_same_run_bit_for_bit(glyphs_ci, tmp_p
     assert curve(killed) == curve(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.soak("train"))])
-def test_a_preempted_run_saves_at_once_and_goes_on(glyphs_ci, tmp_path, number):
+@pytest.mark.parametrize(
+    "number, agent",
+    [
+        (signal.SIGTERM, False),
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.soak("train")),
+        pytest.param(signal.SIGUSR1, True, marks=pytest.mark.soak("train")),
+    ],
+)
+def test_a_preempted_run_saves_at_once_and_goes_on(glyphs_ci, tmp_path, number, agent):
     run = tmp_path / "run"
-    process = start(2, run, "run.steps=2000", "checkpoint.every=100000", "data.workers=1")
+    process = (start if agent else begin)(2, run, "run.steps=2000", "checkpoint.every=100000", "data.workers=1")
     wait_for_step(run, 5, process)
     if number == signal.SIGTERM:
-        process.send_signal(number)  # the agent hands it on; its own exit code is 1 whatever the workers return
-        finish(process, code=None)
+        process.send_signal(number)  # an agent hands it on; its own exit code is 1 whatever the workers return
+        finish(process, code=None if agent else 0)
     else:
         os.kill(workers(process.pid)[0], number)  # one rank hears of it, all stop at the same step
         finish(process, code=0)

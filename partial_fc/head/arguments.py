@@ -75,7 +75,7 @@ def check_arguments(
         raise ValueError(f"compile is {compile!r}; give True, False, or None for True where it pays")
     if compile and not elementwise.compiler_works(device.type):
         raise ValueError(
-            f"compile is True, but torch.compile finds no compiler for {device.type} here: install one (g++), or "
+            f"compile is True, but torch.compile finds no compiler for {device.type} here: install g++ and openssl, or "
             "give False"
         )
     check_precision(matmul_precision, dtype, device)
