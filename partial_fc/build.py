@@ -23,7 +23,7 @@ from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
 from partial_fc.evaluate.runs import open_sets
-from partial_fc.files import one_line
+from partial_fc.files import one_line, write_atomically
 from partial_fc.head.embedding_losses import EmbeddingLoss, build_embedding_loss
 from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.margins import build_margin
@@ -229,7 +229,7 @@ def restore_beside(found: checkpoint.Checkpoint, run: Path) -> None:
     for name in KEPT:
         data = found.read(name)
         if data is not None:
-            (run / name).write_bytes(data)
+            write_atomically(run / name, data)
 
 
 def order_of(config: Config, index: Index, *, trust_code: bool) -> Order | Groups:

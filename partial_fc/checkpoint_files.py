@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from partial_fc import manifest, storage
-from partial_fc.files import one_line
+from partial_fc.files import one_line, sha256_of, write_atomically
 from partial_fc.manifest import Damaged, Foreign, Missing
 from partial_fc.parallel import distributed
 from partial_fc.storage import Place
@@ -221,7 +221,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def settle(path: Path, folder: Place) -> dict:
     """Makes a file that was just written last in `folder`, where it is or which it is moved to; its manifest entry."""
-    entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+    entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
     if storage.remote(folder):
         storage.upload(path, storage.join(folder, path.name))
         path.unlink()
@@ -236,10 +236,10 @@ def finish(folder: Place, text: str, entries: list[dict]) -> None:
     where, latest = storage.parent(folder), folder_name(folder) + "\n"
     if not storage.remote(folder):
         with writing(folder / MANIFEST):
-            _write_atomically(folder / MANIFEST, text)
+            write_atomically(folder / MANIFEST, text, lasting=True)
         (folder / UNFINISHED).unlink(missing_ok=True)
         with writing(where / "latest"):
-            _write_atomically(where / "latest", latest)
+            write_atomically(where / "latest", latest, lasting=True)
         return
     there = storage.sizes(folder)
     missing = [entry["name"] for entry in entries if there.get(entry["name"]) != entry["bytes"]]
@@ -319,26 +319,9 @@ def _compare(path: Path, entry: dict, shown: Place) -> None:
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise Damaged(f"{shown} has {size} bytes, the manifest says {entry['bytes']}")
-        if _sha256(path) != entry["sha256"]:
+        if sha256_of(path) != entry["sha256"]:
             raise Damaged(f"{shown} is damaged: its SHA-256 is not the manifest's")
     except FileNotFoundError:
         raise Damaged(f"{shown} is missing") from None
     except (IsADirectoryError, NotADirectoryError):
         raise Damaged(f"{shown} is no file") from None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.config import Config
+from partial_fc.files import write_atomically
 from partial_fc.parallel import distributed
 from partial_fc.phases import NAMES, Phases, slowest_rank
 from partial_fc.progress import Progress
@@ -162,9 +163,7 @@ def cut_back(path: Path, step: int) -> None:
             break
         if wanted:
             kept.append(line + b"\n")
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_bytes(b"".join(kept))
-    temporary.rename(path)
+    write_atomically(path, b"".join(kept))
 
 
 def _finite(value: float) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from partial_fc.config import Config
 from partial_fc.environment import pip_install
+from partial_fc.files import one_line, write_atomically
 
 OLD_NAMES = {"dryrun": "offline", "run": "online"}  # what WANDB_MODE may say, too
 
@@ -105,14 +106,12 @@ def _wandb_id(run: Path) -> str:
         return kept
     # none, or what a full disk or a power loss left of it
     kept = secrets.token_hex(4)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(kept + "\n")
-    temporary.rename(path)
+    write_atomically(path, kept + "\n")
     return kept
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return one_line(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def start_tensorboard(config: Config, run: Path, start_step: int) -> Any | None:

@@ -28,7 +28,7 @@ from partial_fc.config import EvaluationSet
 from partial_fc.data.shards import load_index
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.export.gallery import write_gallery
-from partial_fc.files import one_line, plain_name, printable
+from partial_fc.files import one_line, plain_name, printable, sha256_of
 from partial_fc.folder_lock import FolderLock
 from partial_fc.head.named import source_of
 from partial_fc.parallel import distributed
@@ -266,7 +266,7 @@ def with_sum(folder: Path, name: str) -> None:
     entry = next(entry for entry in values["files"] if entry["name"] == name)
     data = (folder / name).read_bytes()
     entry |= {"bytes": max(len(data), 10**6), "sha256": "0" * 64}
-    entry |= {"bytes": len(data), "sha256": checkpoint_files._sha256(folder / name)}
+    entry |= {"bytes": len(data), "sha256": sha256_of(folder / name)}
     rewrite(folder, files=values["files"])
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 
 from partial_fc.documents import MIB, parse_json, read_bytes
-from partial_fc.files import plain_name
+from partial_fc.files import plain_name, shortened
 from partial_fc.schema import Document, fits
 
 FORMAT = "partial_fc-index"
@@ -88,9 +88,9 @@ def read_description(folder: Path) -> Description:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is no data set: it has no index.json (`partial-fc prepare` makes one)")
     values = parse_json(read_bytes(file, MOST_BYTES), file)
-    got = values.get("format") if isinstance(values, dict) else None
-    if got != FORMAT:
-        raise ValueError(f"{file} has the format {got!r:.60}, wanted {FORMAT!r}")
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{file} has the format {shortened(found)}, wanted {FORMAT!r}")
     version = values.get("version")
     if isinstance(version, int) and version > VERSION:
         raise ValueError(

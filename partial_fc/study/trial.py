@@ -16,6 +16,7 @@ from pathlib import Path
 from partial_fc.config_file import read_config_yaml, save_config
 from partial_fc.environment import environment, read_environment
 from partial_fc.evaluate.evaluation_file import read_evaluation
+from partial_fc.files import write_atomically
 from partial_fc.parallel import launcher
 from partial_fc.parallel.process import signal_at_end_of_parent
 from partial_fc.progress import DIVERGED
@@ -191,9 +192,7 @@ def _add_seconds(run: Path, seconds: float) -> float:
     """The wall time of all pieces of a trial so far."""
     file = run / "seconds"
     total = seconds + (float(file.read_text()) if file.exists() else 0.0)
-    temporary = run / "seconds.partial"
-    temporary.write_text(f"{total}\n")
-    temporary.rename(file)
+    write_atomically(file, f"{total}\n")
     return total
 
 
