@@ -40,7 +40,7 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from partial_fc.data.description import AGAIN, FORMAT, OF_SAMPLES, VERSION, read_description
-from partial_fc.files import sha256_of
+from partial_fc.files import sha256_of, shortened
 
 SHARD_BYTES = 256 * 2**20
 LEFT_OUT = "left_out.jsonl"
@@ -415,8 +415,11 @@ def _open_array(path: Path, name: str, rows: int | None = None) -> np.ndarray:
             size = os.fstat(stream.fileno()).st_size
     except Exception as error:  # numpy evaluates the header as Python: its errors are of every kind
         raise ValueError(f"{file} is damaged: it is no .npy file ({type(error).__name__}): {AGAIN}") from None
-    if dtype.kind not in "biuf" or fortran and len(shape) > 1 or not shape or min(shape) < 0:
-        raise ValueError(f"{file} is damaged: got {dtype} {shape}, wanted an array of numbers in C order: {AGAIN}")
+    wrong = dtype.kind not in "biuf" or fortran and len(shape) > 1 or not 0 < len(shape) <= 32 or min(shape) < 0
+    # numpy counts so, though nothing is in an array with a 0 in its shape
+    if wrong or dtype.itemsize * math.prod(max(length, 1) for length in shape) >= 2**63:
+        got = f"{dtype} {shortened(shape)}"
+        raise ValueError(f"{file} is damaged: got {got}, wanted an array of numbers in C order: {AGAIN}")
     if rows is not None and shape[0] != rows:
         raise ValueError(f"{file} has {shape[0]} rows, index.json says {rows}: {AGAIN}")
     if size != start + dtype.itemsize * math.prod(shape):
