@@ -112,7 +112,10 @@ def build(config: Config, device: torch.device) -> Parts:
             found = start_of(config, index, total_steps)
     start_step = 0 if found is None else found.step
     owner: Owner | None = None
+    progress = Progress()
     with distributed.together("preparing the run"):
+        if found is not None:
+            progress = Progress.restored(found.setting("progress"), found.path)
         if distributed.rank() == 0:
             run.mkdir(parents=True, exist_ok=True)
             (run / "preempted").unlink(missing_ok=True)
@@ -125,7 +128,6 @@ def build(config: Config, device: torch.device) -> Parts:
             print_summary(config, index, order, head, total_steps, found)
             for caution in (*schedule_cautions(config, total_steps), *data_cautions(config, index, sets)):
                 print(f"warning: {one_line(caution)}", flush=True)
-    progress = Progress() if found is None else Progress.restored(found.setting("progress"), found.path)
     peak, _ = peak_rate(config.optim, order.global_batch_size)
     head_rate = _first(config.head.optim.lr, config.optim.lr) / config.optim.lr
     return Parts(index, order, head, engine, total_steps, start_step, progress, peak, head_rate, owner)
