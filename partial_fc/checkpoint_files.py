@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from partial_fc import manifest, storage
 from partial_fc.documents import parse_json
-from partial_fc.files import one_line, sha256_of, write_atomically
+from partial_fc.files import NoFile, one_line, sha256_of, write_atomically
 from partial_fc.manifest import Damaged, Foreign, Missing
 from partial_fc.parallel import distributed
 from partial_fc.storage import Place
@@ -71,7 +71,7 @@ def read_manifest(folder: Place) -> dict:
         data = storage.read(file, manifest.MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise Missing(f"{folder} holds no {MANIFEST}, so it is no complete checkpoint; name another one") from None
-    except ValueError as error:  # no regular file
+    except NoFile as error:
         raise Damaged(str(error)) from None
     return manifest.parse(data, file)
 
@@ -327,11 +327,9 @@ def read(folder: Place, entry: dict) -> bytes:
         if not storage.remote(file):
             _check_size(file, entry, file)
         data = storage.read(file, entry["bytes"])
-    except Damaged:
-        raise
     except (FileNotFoundError, NotADirectoryError):
         raise Damaged(f"{file} is missing") from None
-    except ValueError as error:  # no regular file
+    except NoFile as error:
         raise Damaged(str(error)) from None
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise Damaged(f"{file} is damaged: its SHA-256 is not the manifest's")

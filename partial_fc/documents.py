@@ -4,11 +4,10 @@ Without pydantic: what the head alone reads is read by this module, too. `schema
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from partial_fc.files import open_regular
+from partial_fc.files import open_regular, read_at_most
 
 MIB = 1 << 20
 
@@ -19,8 +18,7 @@ def read_bytes(path: Path, most: int, *, pipes: bool = False) -> bytes:
     pipes: as `files.open_regular`.
     """
     with open_regular(path, pipes=pipes) as file:
-        # Python takes the memory that it is asked for first
-        data = file.read(most + 1 if pipes else min(most, os.fstat(file.fileno()).st_size) + 1)
+        data = read_at_most(file, most)
     if len(data) > most:
         raise ValueError(f"{path} has more than {most:,} bytes, which is the limit: is it the right file?")
     return data

@@ -7,17 +7,23 @@ import stat
 import unicodedata
 from io import BufferedReader
 from pathlib import Path
+from typing import IO
 
 MAX_PIXELS = 1 << 27  # of an image: 134 million, 400 MB decoded; the largest common cameras have 108 million
 MOST_NAME_BYTES = 255  # of a file, in every file system that we know
 _HARMLESS = "\n\t\u200c\u200d"  # the last two join letters in Persian, in Indian scripts, in emoji
+_AT_ONCE = 1 << 20  # bytes of a file
 _REPR = reprlib.Repr()  # does not write out what it then cuts
 _REPR.maxstring = _REPR.maxother = 100
 _REPR.maxlevel = 3
 
 
+class NoFile(ValueError):
+    """Something else than a regular file in a file's place."""
+
+
 def open_regular(path: str | os.PathLike, *, pipes: bool = False) -> BufferedReader:
-    """Opens a file to read. Raises ValueError, which names it, for a folder, and for a pipe or a device.
+    """Opens a file to read. Raises NoFile, a ValueError that names it, for a folder, and for a pipe or a device.
 
     pipes: opens those too, as of `<(command)`. In a folder from elsewhere a pipe would block, and a device has no end.
     """
@@ -26,17 +32,31 @@ def open_regular(path: str | os.PathLike, *, pipes: bool = False) -> BufferedRea
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
-            raise ValueError(f"{path} is a folder, wanted a file")
+            raise NoFile(f"{path} is a folder, wanted a file")
         if not (pipes or stat.S_ISREG(mode)):
-            raise ValueError(f"{path} is no regular file")
+            raise NoFile(f"{path} is no regular file")
         return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
 
 
+def read_at_most(file: IO[bytes], most: int | None) -> bytes:
+    """All bytes; of more than `most` the first most + 1.
+
+    Piece by piece: a server's answer may come in parts, and one large read takes its memory in advance.
+    """
+    data = bytearray()
+    while most is None or len(data) <= most:
+        piece = file.read(_AT_ONCE if most is None else min(_AT_ONCE, most + 1 - len(data)))
+        if not piece:
+            break
+        data += piece
+    return bytes(data)
+
+
 def sha256_of(path: Path) -> str:
-    """64 hexadecimal digits. Raises ValueError for what is no regular file."""
+    """64 hexadecimal digits. Raises NoFile for what is no regular file."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -9,17 +9,16 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
 from typing_extensions import TypeIs  # torch brings it
 
 from partial_fc.environment import pip_install
-from partial_fc.files import open_regular, shortened
+from partial_fc.files import open_regular, read_at_most, shortened
 
 Place = Path | str
 T = TypeVar("T")
-_AT_ONCE = 1 << 20  # bytes
 _PATTERN = "*?[]"
 WANTED_URL = f"wanted a URL without {' '.join(_PATTERN)}: give it another name"
 
@@ -71,28 +70,17 @@ def last_name(where: Place) -> str:
 def read(where: Place, most: int | None = None) -> bytes:
     """The file's bytes; of one larger than `most` the first most + 1.
 
-    Raises FileNotFoundError where there is none, and ValueError for a folder, a pipe or a device.
+    Raises FileNotFoundError where there is none, and NoFile, a ValueError, for a folder, a pipe or a device.
     """
 
     def some(files: Any, path: str) -> bytes:
         with files.open(path, "rb") as file:
-            return _read(file, most)
+            return read_at_most(file, most)
 
     if not remote(where):
         with open_regular(where) as file:
-            return _read(file, most)
+            return read_at_most(file, most)
     return _try("read", where, some)
-
-
-def _read(file: IO[bytes], most: int | None) -> bytes:
-    """Piece by piece: a server's answer may come in parts, and one large read takes its memory in advance."""
-    data = bytearray()
-    while most is None or len(data) <= most:
-        piece = file.read(_AT_ONCE if most is None else min(_AT_ONCE, most + 1 - len(data)))
-        if not piece:
-            break
-        data += piece
-    return bytes(data)
 
 
 def exists(where: Place) -> bool:
