@@ -23,7 +23,7 @@ from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
 from partial_fc.evaluate.runs import open_sets
-from partial_fc.files import one_line
+from partial_fc.files import one_line, write_atomically
 from partial_fc.head.embedding_losses import EmbeddingLoss, build_embedding_loss
 from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.margins import build_margin
@@ -112,7 +112,10 @@ def build(config: Config, device: torch.device) -> Parts:
             found = start_of(config, index, total_steps)
     start_step = 0 if found is None else found.step
     owner: Owner | None = None
+    progress = Progress()
     with distributed.together("preparing the run"):
+        if found is not None:
+            progress = Progress.restored(found.setting("progress"), found.path)
         if distributed.rank() == 0:
             run.mkdir(parents=True, exist_ok=True)
             (run / "preempted").unlink(missing_ok=True)
@@ -125,7 +128,6 @@ def build(config: Config, device: torch.device) -> Parts:
             print_summary(config, index, order, head, total_steps, found)
             for caution in (*schedule_cautions(config, total_steps), *data_cautions(config, index, sets)):
                 print(f"warning: {one_line(caution)}", flush=True)
-    progress = Progress() if found is None else Progress.restored(found.setting("progress"), found.path)
     peak, _ = peak_rate(config.optim, order.global_batch_size)
     head_rate = _first(config.head.optim.lr, config.optim.lr) / config.optim.lr
     return Parts(index, order, head, engine, total_steps, start_step, progress, peak, head_rate, owner)
@@ -229,7 +231,7 @@ def restore_beside(found: checkpoint.Checkpoint, run: Path) -> None:
     for name in KEPT:
         data = found.read(name)
         if data is not None:
-            (run / name).write_bytes(data)
+            write_atomically(run / name, data)
 
 
 def order_of(config: Config, index: Index, *, trust_code: bool) -> Order | Groups:

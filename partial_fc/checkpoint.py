@@ -37,7 +37,7 @@ from partial_fc.head.centers import MissedUpdates, catch_up
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.head.partition import class_range
 from partial_fc.head.sampling import tables
-from partial_fc.manifest import FORMAT, VERSION, Damaged, Foreign, Missing, step_name
+from partial_fc.manifest import FORMAT, VERSION, Damaged, Foreign, Missing, parse, step_name
 from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
 from partial_fc.progress import DIVERGED
@@ -45,6 +45,8 @@ from partial_fc.storage import Place
 from partial_fc.tensor_files import load_tensors
 
 STATISTICS = "statistics."  # before a name in history.safetensors: the margin's
+KINDS = {torch.float32: "F32", torch.float64: "F64", torch.int32: "I32"}  # of what is kept by class, in safetensors
+NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)  # of a statistic
 PART_BYTES = 1 << 30  # a part of the centers; a reader at another world size opens those that overlap its range
 
 
@@ -91,12 +93,8 @@ class Checkpoint:
         entry = self.entry(name)
         if entry is None:
             return None
-        file = storage.join(self.path, name)
         with _advice(self):
-            try:
-                return checkpoint_files.check(storage.read(file, entry["bytes"]), self.path, entry)
-            except FileNotFoundError:
-                raise Damaged(f"{file} is missing") from None
+            return checkpoint_files.read(self.path, entry)
 
     def config(self) -> Config:
         """The config of the run. Raises ValueError where it is none, as in a checkpoint of one's own loop."""
@@ -124,7 +122,10 @@ class Checkpoint:
 
 
 class DamagedCheckpoint(distributed.RunError):
-    """A checkpoint that cannot be read, on all ranks; head and engine are as they were. what: the damage."""
+    """A checkpoint of which a file is missing or is not what its checksum says, on all ranks. what: the damage.
+
+    Head and engine are as they were.
+    """
 
     def __init__(self, message: str, what: str):
         super().__init__(message)
@@ -257,8 +258,10 @@ def save(
     anything is written.
 
     A failure on any rank is raised on all of them, as RunError, and leaves the checkpoints that were there; so is state
-    that is not finite.
+    that is not finite. Raises ValueError for `keep` below 1.
     """
+    if keep < 1:
+        raise ValueError(f"keep: got {keep}, wanted 1 or more checkpoints that stay")
     where = run / "checkpoints" if where is None else where
     folder = storage.join(where, step_name(step))
     state = engine.state()
@@ -341,7 +344,9 @@ def _save(
                 "settings": settings,
                 "files": written,
             }
-            checkpoint_files.finish(folder, json.dumps(manifest, indent=1), written)
+            text = json.dumps(manifest, indent=1)
+            parse(text.encode(), storage.join(folder, checkpoint_files.MANIFEST))  # settings may be anything
+            checkpoint_files.finish(folder, text, written)
 
 
 def load(checkpoint: Checkpoint, *, head: PartialFC, engine: BaseEngine, near: Path | None = None) -> None:
@@ -350,8 +355,9 @@ def load(checkpoint: Checkpoint, *, head: PartialFC, engine: BaseEngine, near: P
     From a URL a rank fetches the parts that hold classes of its own, and what all ranks need, into `near` for the time
     of the call; None: where temporary files go.
 
-    Raises RunError on all ranks for another class count, embedding size or dtype; of a file that is missing or damaged
-    its kind DamagedCheckpoint, before anything is loaded.
+    Raises RunError on all ranks for another class count, embedding size or dtype; its kind DamagedCheckpoint for a file
+    that is missing or is not what its checksum says, before anything is loaded. A file that has its checksum and other
+    tensors than are wanted is a RunError while they are loaded: head and engine are of no use then.
     """
     manifest, path = checkpoint.manifest, checkpoint.path
     dtype = str(head.dtype).removeprefix("torch.")
@@ -455,9 +461,13 @@ def _read_history(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         got = None if history is None else f"{history.dtype} {tuple(history.shape)}"
         raise Damaged(f"{path}: history: got {got}, wanted float64 (updates, 3)")
     updates = values.get("updates")  # early checkpoints have none
-    for name, value in (*statistics.items(), *(() if updates is None else (("updates", updates),))):
-        if value.numel() != 1 or value.is_complex():
+    for name, value in statistics.items():
+        if value.numel() != 1 or value.dtype not in NUMBERS:
             raise Damaged(f"{path}: {name}: got {value.dtype} {tuple(value.shape)}, wanted one number")
+    if updates is not None and (updates.numel() != 1 or updates.dtype != torch.int64):
+        raise Damaged(f"{path}: updates: got {updates.dtype} {tuple(updates.shape)}, wanted one int64")
+    if updates is not None and int(updates) < 0:
+        raise Damaged(f"{path}: updates: got {int(updates)}, wanted 0 or more")
     return {name: value for name, value in (("history", history), ("updates", updates)) if value is not None}, {
         name: value.reshape(()) for name, value in statistics.items()
     }
@@ -585,6 +595,9 @@ def _read_rows(folder: Path, entries: list[dict], name: str, classes: range, out
                 shape = rows.get_shape()
                 if shape[1:] != list(out.shape[1:]):
                     return False
+                kind = rows.get_dtype()
+                if kind != KINDS.get(out.dtype):
+                    raise Damaged(f"{path}: {name}: got {kind}, wanted {KINDS.get(out.dtype)}")
                 if shape[:1] != [last - first]:
                     raise Damaged(f"{path}: {name}: got the shape {shape}, wanted {last - first} rows")
                 out[start - classes.start : stop - classes.start] = rows[start - first : stop - first].to(out)

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +22,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from partial_fc import manifest, storage
-from partial_fc.files import one_line
+from partial_fc.documents import parse_json
+from partial_fc.files import NoFile, one_line, sha256_of, write_atomically
 from partial_fc.manifest import Damaged, Foreign, Missing
 from partial_fc.parallel import distributed
 from partial_fc.storage import Place
@@ -65,12 +67,12 @@ def _step(folder: Place) -> int:
 def read_manifest(folder: Place) -> dict:
     """The manifest of a checkpoint, checked. Raises Missing without one, and what `manifest.parse` does."""
     file = storage.join(folder, MANIFEST)
-    if not storage.remote(file) and file.exists() and not file.is_file():
-        raise Damaged(f"{file} is no regular file")
     try:
         data = storage.read(file, manifest.MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise Missing(f"{folder} holds no {MANIFEST}, so it is no complete checkpoint; name another one") from None
+    except NoFile as error:
+        raise Damaged(str(error)) from None
     return manifest.parse(data, file)
 
 
@@ -126,9 +128,14 @@ def begin(folder: Place, owner: Owner) -> None:
 
 def _unfinished_by(folder: Place) -> str | None:
     """The id of the run that began to write the folder; None where that is not known."""
+    file = storage.join(folder, UNFINISHED)
     try:
-        values = json.loads(storage.read(storage.join(folder, UNFINISHED), 1000))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        values = parse_json(storage.read(file, 1000), file)
+    except (FileNotFoundError, ValueError):
+        return None
+    except OSError:
+        if storage.remote(folder):  # which may answer another time
+            raise
         return None
     return values.get("run") if isinstance(values, dict) and values.get("format") == manifest.FORMAT else None
 
@@ -211,8 +218,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        stat = os.statvfs(path.parent)
-        free = stat.f_bavail * stat.f_frsize / 2**20
+        disk = os.statvfs(path.parent)
+        free = disk.f_bavail * disk.f_frsize / 2**20
         raise OSError(
             f"cannot write {path} ({error}); {free:,.0f} MiB are free there: make room, or give another "
             "checkpoint.dir. The checkpoint before it stays the latest"
@@ -221,7 +228,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def settle(path: Path, folder: Place) -> dict:
     """Makes a file that was just written last in `folder`, where it is or which it is moved to; its manifest entry."""
-    entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+    entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
     if storage.remote(folder):
         storage.upload(path, storage.join(folder, path.name))
         path.unlink()
@@ -232,14 +239,18 @@ def settle(path: Path, folder: Place) -> dict:
 
 
 def finish(folder: Place, text: str, entries: list[dict]) -> None:
-    """Writes the manifest `text`, and so makes the checkpoint. Raises OSError where a store lacks some of its files."""
+    """Writes the manifest `text`, and so makes the checkpoint. Raises OSError where a store lacks some of its files.
+
+    What cannot be done after that, as to write `latest`, which is for people, is said and is no error.
+    """
     where, latest = storage.parent(folder), folder_name(folder) + "\n"
     if not storage.remote(folder):
         with writing(folder / MANIFEST):
-            _write_atomically(folder / MANIFEST, text)
-        (folder / UNFINISHED).unlink(missing_ok=True)
-        with writing(where / "latest"):
-            _write_atomically(where / "latest", latest)
+            write_atomically(folder / MANIFEST, text, lasting=True)
+        with _said():
+            (folder / UNFINISHED).unlink(missing_ok=True)
+        with _said():
+            write_atomically(where / "latest", latest, lasting=True)
         return
     there = storage.sizes(folder)
     missing = [entry["name"] for entry in entries if there.get(entry["name"]) != entry["bytes"]]
@@ -249,8 +260,19 @@ def finish(folder: Place, text: str, entries: list[dict]) -> None:
             "checkpoint before it stays the latest"
         )
     storage.write(storage.join(folder, MANIFEST), text.encode())
-    storage.remove(storage.join(folder, UNFINISHED))
-    storage.write(storage.join(where, "latest"), latest.encode())
+    with _said():
+        storage.remove(storage.join(folder, UNFINISHED))
+    with _said():
+        storage.write(storage.join(where, "latest"), latest.encode())
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Says of an error in its body that the checkpoint is complete without it."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {one_line(error)}; the checkpoint is complete without it", file=sys.stderr)
 
 
 def remove(folder: Place) -> None:
@@ -298,10 +320,19 @@ def verify(folder: Path, entry: dict) -> None:
     _compare(path, entry, path)
 
 
-def check(data: bytes, folder: Place, entry: dict) -> bytes:
-    """The same of a small file's bytes, which are returned."""
+def read(folder: Place, entry: dict) -> bytes:
+    """The bytes of a small file, verified."""
+    file = storage.join(folder, entry["name"])
+    try:
+        if not storage.remote(file):
+            _check_size(file, entry, file)
+        data = storage.read(file, entry["bytes"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(f"{file} is missing") from None
+    except NoFile as error:
+        raise Damaged(str(error)) from None
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise Damaged(f"{storage.join(folder, entry['name'])} is damaged: its SHA-256 is not the manifest's")
+        raise Damaged(f"{file} is damaged: its SHA-256 is not the manifest's")
     return data
 
 
@@ -316,29 +347,16 @@ def _fetch(folder: str, entry: dict, to: Path) -> None:
 
 def _compare(path: Path, entry: dict, shown: Place) -> None:
     try:
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise Damaged(f"{shown} has {size} bytes, the manifest says {entry['bytes']}")
-        if _sha256(path) != entry["sha256"]:
+        _check_size(path, entry, shown)
+        if sha256_of(path) != entry["sha256"]:
             raise Damaged(f"{shown} is damaged: its SHA-256 is not the manifest's")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise Damaged(f"{shown} is missing") from None
-    except (IsADirectoryError, NotADirectoryError):
-        raise Damaged(f"{shown} is no file") from None
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+def _check_size(path: Path, entry: dict, shown: Place) -> None:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise Damaged(f"{shown} is no regular file")
+    if found.st_size != entry["bytes"]:
+        raise Damaged(f"{shown} has {found.st_size} bytes, the manifest says {entry['bytes']}")

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from partial_fc.documents import got, shown
-from partial_fc.storage import local_path
+from partial_fc.files import one_line, shortened
+from partial_fc.storage import WANTED_URL, check_url, local_path
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -25,8 +25,13 @@ def _a_path(text: str) -> str:
 
 
 def _a_place(text: str | None) -> str | None:
-    """A URL, or as `_a_path`."""
-    return text if text is None or "://" in text else _a_path(text)
+    """A URL of one place, or as `_a_path`."""
+    if text is None or "://" not in text:
+        return text and _a_path(text)
+    try:
+        return check_url(text)
+    except ValueError:
+        raise PydanticCustomError("url", WANTED_URL) from None
 
 
 LocalPath = Annotated[str, AfterValidator(_a_path)]
@@ -357,7 +362,7 @@ def check_config(values: dict, what: str) -> Config:
 
 def _explain(problem: dict) -> str:
     location = problem["loc"]
-    name = shown(".".join(map(str, location)))
+    name = one_line(".".join(map(str, location)), 80)
     if problem["type"] == "extra_forbidden":
         nearest = _nearest(location)
         hint = f"did you mean {nearest}?" if nearest else f"there are {', '.join(_siblings(location))}"
@@ -365,7 +370,7 @@ def _explain(problem: dict) -> str:
     if problem["type"] == "missing":
         return f"{name}: missing; it has no default, give it in the YAML or as {name}=..."
     message = problem["msg"].removeprefix("Value error, ")
-    return message if problem["type"] == "value_error" else f"{name}: got {got(problem['input'])}; {message}"
+    return message if problem["type"] == "value_error" else f"{name}: got {shortened(problem['input'])}; {message}"
 
 
 def _nearest(location: tuple) -> str | None:

@@ -9,8 +9,9 @@ from pydantic import BaseModel
 
 from partial_fc import strict_yaml
 from partial_fc.config import Config, check_config
-from partial_fc.documents import got, read_text
+from partial_fc.documents import read_text
 from partial_fc.environment import environment
+from partial_fc.files import shortened, write_atomically
 from partial_fc.manifest import is_run_id
 from partial_fc.storage import local_path
 
@@ -77,7 +78,7 @@ def _override(values: dict, override: str, path: Path) -> None:
         if inner is None:
             inner = values[part] = {}
         if not isinstance(inner, dict):
-            raise ValueError(f"override {override!r}: {part} is no section in {path}, it is {got(inner)}")
+            raise ValueError(f"override {override!r}: {part} is no section in {path}, it is {shortened(inner)}")
         values = inner
     values[parts[-1]] = strict_yaml.parse(text, f"override {override!r}: the value")
 
@@ -116,9 +117,7 @@ def save_config(config: Config, path: Path, device: str | None = None, run: str 
     values = config.model_dump(mode="json")
     notes = {"device": device, "run": run}
     values["environment"] = environment() | {name: note for name, note in notes.items() if note is not None}
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(strict_yaml.dump(values, sort_keys=False), encoding="utf-8")
-    temporary.rename(path)
+    write_atomically(path, strict_yaml.dump(values, sort_keys=False))
 
 
 def saved_checkpoint_dir(run: Path) -> str | None:
@@ -127,7 +126,7 @@ def saved_checkpoint_dir(run: Path) -> str | None:
     section = values.get("checkpoint") or {}
     found = section.get("dir") if isinstance(section, dict) else section
     if found is not None and not isinstance(found, str):
-        raise ValueError(f"{run / 'config.yaml'}: checkpoint.dir: got {got(found)}, wanted a folder or URL")
+        raise ValueError(f"{run / 'config.yaml'}: checkpoint.dir: got {shortened(found)}, wanted a folder or URL")
     return found or None
 
 

@@ -4,11 +4,10 @@ Without pydantic: what the head alone reads is read by this module, too. `schema
 """
 
 import json
-import os
-import reprlib
-import stat
 from pathlib import Path
 from typing import Any
+
+from partial_fc.files import open_regular, read_at_most
 
 MIB = 1 << 20
 
@@ -16,14 +15,10 @@ MIB = 1 << 20
 def read_bytes(path: Path, most: int, *, pipes: bool = False) -> bytes:
     """The bytes of a file. Raises ValueError for more than `most` and for what is no file, OSError without one.
 
-    pipes: read them too, as of `<(command)`. One in a folder from elsewhere would block.
+    pipes: as `files.open_regular`.
     """
-    # a pipe that nobody writes to does not block when it is opened so
-    descriptor = os.open(path, os.O_RDONLY | (0 if pipes else os.O_NONBLOCK))
-    with open(descriptor, "rb") as file:
-        if not pipes and not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"{path} is no regular file")
-        data = file.read(most + 1)
+    with open_regular(path, pipes=pipes) as file:
+        data = read_at_most(file, most)
     if len(data) > most:
         raise ValueError(f"{path} has more than {most:,} bytes, which is the limit: is it the right file?")
     return data
@@ -54,18 +49,3 @@ def parse_json(data: bytes, name: object) -> Any:
     except ValueError as error:  # of integers with more than 4,300 digits, too
         raise ValueError(f"{name} is no JSON: {error}") from None
     return values
-
-
-def got(value: Any) -> str:
-    """A value in few characters, for an error."""
-    return _clipped.repr(value)
-
-
-def shown(text: str, length: int = 80) -> str:
-    """A text of a file on one line, without control characters."""
-    text = "".join(one if one.isprintable() else "?" for one in text)
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-_clipped = reprlib.Repr()
-_clipped.maxstring = _clipped.maxother = _clipped.maxlong = 60

@@ -9,7 +9,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from partial_fc import strict_yaml
-from partial_fc.documents import got
+from partial_fc.files import shortened
 
 
 def environment() -> dict[str, str]:
@@ -58,5 +58,5 @@ def read_environment(text: str, name: object) -> dict[str, str]:
     values = strict_yaml.parse(text, name) or {}
     found = values.get("environment") or {} if isinstance(values, dict) else None
     if not isinstance(found, dict):
-        raise ValueError(f"{name}: environment: got {got(found)}, wanted names and values")
+        raise ValueError(f"{name}: environment: got {shortened(found)}, wanted names and values")
     return {str(key): str(value) for key, value in found.items()}

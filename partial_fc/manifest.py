@@ -11,12 +11,12 @@
 Sizes are bounded here: what they ask memory for cannot be more than the files themselves have.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from partial_fc.documents import parse_json
 from partial_fc.files import plain_name, shortened
 
 NAME = "manifest.json"
@@ -65,9 +65,9 @@ def parse(data: bytes, file: object) -> dict[str, Any]:
     if len(data) > MOST_BYTES:
         raise Damaged(f"{file}: got more than {MOST_BYTES:,} bytes, which no manifest needs")
     try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{file} is damaged: it is no JSON ({error})") from None
+        values = parse_json(data, file)
+    except ValueError as error:
+        raise Damaged(str(error)) from None
     if not isinstance(values, dict):
         raise Damaged(f"{file}: got {shortened(values)}, wanted an object with format, version, step, files")
     if values.get("format") != FORMAT:

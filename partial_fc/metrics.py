@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from partial_fc.config import Config
+from partial_fc.documents import parse_json
+from partial_fc.files import open_regular, write_atomically
 from partial_fc.parallel import distributed
 from partial_fc.phases import NAMES, Phases, slowest_rank
 from partial_fc.progress import Progress
@@ -151,20 +153,21 @@ def console_line(row: dict, total_steps: int, seconds_left: float) -> str:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drops the rows of metrics.jsonl past `step`: a resumed run writes them again. A torn last line goes too."""
-    if not path.exists():
+    """Drops the rows of metrics.jsonl past `step`: a resumed run writes them again. Lines that are no rows go too."""
+    try:
+        with open_regular(path) as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
         return
     kept = []
-    for line in path.read_bytes().splitlines():
+    for line in lines:
         try:
-            wanted = json.loads(line)["step"] <= step
-        except (ValueError, LookupError, TypeError, RecursionError):
-            break
+            wanted = parse_json(line, path)["step"] <= step
+        except (ValueError, LookupError, TypeError):  # torn by a kill
+            continue
         if wanted:
             kept.append(line + b"\n")
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_bytes(b"".join(kept))
-    temporary.rename(path)
+    write_atomically(path, b"".join(kept))
 
 
 def _finite(value: float) -> float | None:

@@ -7,10 +7,10 @@ holds. A program that imports cv2 before partial_fc has OpenCV's own limit.
 
 import os
 
-MAX_PIXELS = 1 << 27  # 134 million, 400 MB decoded: more than the 108 million of the largest common cameras
+from partial_fc.files import MAX_PIXELS
 
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 
 import cv2  # noqa: E402 - the limit first
 
-__all__ = ["cv2"]
+__all__ = ["MAX_PIXELS", "cv2"]

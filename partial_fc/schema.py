@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from partial_fc.documents import got, shown
+from partial_fc.files import one_line, shortened
 
 _SHOWN = 3  # problems of one file
 
@@ -29,8 +29,8 @@ def fits(schema: type[Schema], values: Any, name: object) -> Schema:
 
 
 def _problem(problem: Any) -> str:
-    field = ".".join(shown(part, 40) if isinstance(part, str) else str(part) for part in problem["loc"]) or "it"
+    field = ".".join(one_line(part, 40) if isinstance(part, str) else str(part) for part in problem["loc"]) or "it"
     if problem["type"] == "missing":
         return f"{field} is missing"
     wanted = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{field}: got {got(problem['input'])}, wanted {wanted}"
+    return f"{field}: got {shortened(problem['input'])}, wanted {wanted}"

@@ -15,20 +15,30 @@ from fsspec.core import url_to_fs
 from typing_extensions import TypeIs  # torch brings it
 
 from partial_fc.environment import pip_install
+from partial_fc.files import open_regular, read_at_most, shortened
 
 Place = Path | str
 T = TypeVar("T")
+_PATTERN = "*?[]"
+WANTED_URL = f"wanted a URL without {' '.join(_PATTERN)}: give it another name"
 
 RETRY_SECONDS = (1.0, 5.0, 20.0)  # pauses before another try, after those that the protocol's package makes itself
 PATIENCE = 120.0  # seconds after which there is none: the other ranks wait, and not for ever
 
 
 def place(where: str | os.PathLike) -> Place:
-    """The URL as it stands, anything else as a Path."""
+    """The URL as it stands, anything else as a Path. Raises ValueError as `check_url`."""
     text = str(where)
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
-    return text.rstrip("/") if "://" in text else Path(where)
+    return check_url(text).rstrip("/") if "://" in text else Path(where)
+
+
+def check_url(url: str) -> str:
+    """The URL itself. Raises ValueError for one that fsspec takes for a pattern: other runs' names may be like it."""
+    if set(url) & set(_PATTERN):
+        raise ValueError(f"got {shortened(url)}, {WANTED_URL}")
+    return url
 
 
 def remote(where: Place) -> TypeIs[str]:
@@ -58,16 +68,18 @@ def last_name(where: Place) -> str:
 
 
 def read(where: Place, most: int | None = None) -> bytes:
-    """The file's bytes; of one larger than `most` the first most + 1. Raises FileNotFoundError where there is none."""
-    count = -1 if most is None else most + 1
+    """The file's bytes; of one larger than `most` the first most + 1.
+
+    Raises FileNotFoundError where there is none, and NoFile, a ValueError, for a folder, a pipe or a device.
+    """
 
     def some(files: Any, path: str) -> bytes:
         with files.open(path, "rb") as file:
-            return file.read(count)
+            return read_at_most(file, most)
 
     if not remote(where):
-        with open(where, "rb") as file:
-            return file.read(count)
+        with open_regular(where) as file:
+            return read_at_most(file, most)
     return _try("read", where, some)
 
 
@@ -82,6 +94,7 @@ def glob(where: Place, pattern: str) -> list[Place]:
     """What is in the folder under names like `pattern`, which may have slashes; by name."""
     if not remote(where):
         return sorted(where.glob(pattern))
+    check_url(where)
     found = _try("list", where, lambda files, path: files.glob(f"{path}/{pattern}"))
     depth = pattern.count("/") + 1
     return sorted(join(where, "/".join(path.rstrip("/").split("/")[-depth:])) for path in found)
@@ -125,6 +138,7 @@ def remove(url: str, *, folder: bool = False) -> None:
         if files.exists(path):
             files.rm(path, recursive=folder)
 
+    check_url(url)
     _try("delete", url, delete)
 
 
@@ -133,6 +147,8 @@ def move(where: Place, to: Place) -> None:
     if not remote(where):
         where.rename(to)
         return
+    check_url(where)
+    check_url(str(to))
     _try("move", where, lambda files, path: files.mv(path, url_to_fs(str(to))[1], recursive=True))
 
 

@@ -1,6 +1,5 @@
 """Where a run's numbers go beside metrics.jsonl: wandb, TensorBoard. On rank 0 only."""
 
-import json
 import os
 import re
 import secrets
@@ -9,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from partial_fc.config import Config
+from partial_fc.documents import parse_json
 from partial_fc.environment import pip_install
+from partial_fc.files import one_line, write_atomically
 
 OLD_NAMES = {"dryrun": "offline", "run": "online"}  # what WANDB_MODE may say, too
 
@@ -86,8 +87,9 @@ def _replay(started: Any, run: Path, mode: str) -> None:
     run logs again. Online the server says what it has: the run goes on there, and takes no step twice. Offline
     nobody can say, so this attempt's folder gets all rows, and those of earlier ones are deleted.
     """
-    for line in (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []:
-        row = json.loads(line)
+    file = run / "metrics.jsonl"
+    for line in file.read_bytes().splitlines() if file.exists() else []:
+        row = parse_json(line, file)
         if row["step"] >= started.step:
             started.log(row, step=row["step"])
     if mode == "offline":
@@ -105,14 +107,12 @@ def _wandb_id(run: Path) -> str:
         return kept
     # none, or what a full disk or a power loss left of it
     kept = secrets.token_hex(4)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(kept + "\n")
-    temporary.rename(path)
+    write_atomically(path, kept + "\n")
     return kept
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return one_line(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def start_tensorboard(config: Config, run: Path, start_step: int) -> Any | None:

@@ -51,6 +51,16 @@ def test_cut_back_drops_later_and_torn_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "line", [b'{"step": 4, "loss', b"\0\0\0", b"[" * 9000, b"[]", b'{"step": "4"}', b"{}", b"\xff"]
+)
+def test_a_line_that_is_no_row_costs_no_other(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 2}\n' + line + b'\n{"step": 6}\n{"step": 8}\n')
+    cut_back(path, 6)
+    assert path.read_text() == '{"step": 2}\n{"step": 6}\n'
+
+
+@pytest.mark.parametrize(
     "setting, environment, mode",
     [
         ("null", {}, "offline"),

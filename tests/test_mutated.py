@@ -63,6 +63,7 @@ from tests.test_prepare_folder import put
 
 CPU_SECONDS = 20  # of an input; the slowest good one, a page with its plots, takes one
 MEMORY = 1 << 30  # bytes of address space that reading an input may take beyond what the process has
+WAITS = 10  # seconds after which reading what is no file is taken to wait for ever
 SILENCE = 300  # seconds without a word after which a reading process is taken to hang
 INPUTS = 100_000  # over all formats, in the soak part; MUTATED=0.1 in the environment makes it a tenth
 QUICK = 20  # inputs of a format in `make test`
@@ -556,6 +557,46 @@ def read_changed(form: Format, seed: int, folder: Path) -> str:
             raise AssertionError(f"an error that does not name the file: {type(error).__name__}: {error}") from error
         return "refused"
     return "accepted"
+
+
+def put_no_file(path: Path, kind: str) -> None:
+    """A folder, a pipe that nobody writes to, or a device without an end in a file's place."""
+    path.unlink(missing_ok=True)
+    {"folder": os.mkdir, "pipe": os.mkfifo, "zeros": lambda place: os.symlink("/dev/zero", place)}[kind](path)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form.share >= 1], ids=lambda form: form.name)
+@pytest.mark.parametrize("kind", ["folder", "pipe", "zeros"])
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_file_is_refused_with_words(form, kind, tmp_path):
+    """Each file of the format in turn; an alarm, because what waits takes no time of a CPU."""
+    form.make(tmp_path)
+
+    def stop(number: int, frame: object) -> None:
+        raise TooSlow(f"it waits for {file}")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    try:
+        for file in form.files:
+            if (form.name, kind) == ("a config", "pipe"):
+                continue  # as `<(command)`: one waits for it
+            place = tmp_path / file
+            place.rename(tmp_path / "aside")
+            put_no_file(place, kind)
+            signal.alarm(WAITS)
+            try:
+                with limits():
+                    form.read(tmp_path)
+            except (ValueError, OSError, RunError) as error:  # what the commands say in one line
+                assert str(tmp_path) in str(error), error
+            finally:
+                signal.alarm(0)
+            place.rmdir() if kind == "folder" else place.unlink()
+            (tmp_path / "aside").rename(place)
+            for made in ("out", "set.partial"):
+                shutil.rmtree(tmp_path / made, ignore_errors=True)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form.share >= 1], ids=lambda form: form.name)

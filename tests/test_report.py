@@ -253,7 +253,7 @@ def test_broken_inputs_are_errors_that_name_the_file(run, tmp_path):
         write_report([tmp_path / "nowhere"], tmp_path / "report.html")
     write_run(tmp_path / "damaged", None, lr=0.1)
     (tmp_path / "damaged" / "metrics.jsonl").write_text('{"step": 1, "lo\n{"step": 2, "loss": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is not JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is no JSON"):
         write_report([tmp_path / "damaged"], tmp_path / "report.html")
     evaluation = json.loads((run / "evaluation.json").read_text())
     (tmp_path / "damaged" / "evaluation.json").write_text(json.dumps(evaluation | {"version": 3}))

@@ -93,6 +93,7 @@ def test_permuted_class_names_are_an_error(tmp_path):
         (lambda d: json.dumps(d | {"num_classes": None}), "num_classes: got None, wanted a valid integer"),
         (lambda d: json.dumps(d | {"prepared": "x"}), "prepared: got 'x', wanted a valid dictionary"),
         (lambda d: json.dumps(d | {"prepared": {"image_size": "32x32"}}), "prepared.image_size: got '32x32'"),
+        (lambda d: json.dumps(d | {"prepared": {"image_size": [65536, 65536]}}), "image_size: .*at most 134,217,728 p"),
         (lambda d: json.dumps({k: v for k, v in d.items() if k != "crc32_sha256"}), "crc32_sha256 is missing"),
         (lambda d: json.dumps({k: v for k, v in d.items() if k != "shards"}), "index.json: shards is missing"),
         (lambda d: json.dumps(d | {"shards": [d["shards"][0] | {"name": "../x.tar"}]}), "wanted the plain name of a"),
@@ -112,7 +113,11 @@ def test_a_damaged_array_names_its_file(tmp_path):
     file = index.path / "index" / "label.npy"
     whole = file.read_bytes()
     huge = whole.replace(b"(25,)", b"(%d,)" % 10**15).replace(b" " * 14 + b"\n", b"\n", 1)
-    for content in (b"garbage", whole[:100], whole[:-1], b"", whole.replace(b"'<i8'", b"'|O' "), huge):
+    shaped = []
+    for shape in (f"(25, 0, {10**30})", f"({10**3000}, {10**3000})", f"(25, {'1, ' * 100})", "()", "(-1, 25)"):
+        text = b"{'descr': '<i8', 'fortran_order': False, 'shape': " + shape.encode() + b", }\n"
+        shaped.append(b"\x93NUMPY\x02\x00" + len(text).to_bytes(4, "little") + text)
+    for content in (b"garbage", whole[:100], whole[:-1], b"", whole.replace(b"'<i8'", b"'|O' "), huge, *shaped):
         file.unlink()
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"label.npy (is damaged|has 10{15} rows)"):

@@ -1,5 +1,6 @@
 """Checkpoints in an object store: complete or invisible there too, and all that a machine needs to go on."""
 
+import http.server
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 
 from partial_fc import CosFace, PartialFC, checkpoint, storage
 from partial_fc.checkpoint_files import Owner
+from partial_fc.config import check_config
 from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.export.embed import embed_images
 from partial_fc.export.model import open_model
@@ -34,6 +36,54 @@ def test_a_place_is_a_path_or_a_url(tmp_path):
     assert storage.place("s3://bucket/run/") == "s3://bucket/run" and storage.place(f"file://{tmp_path}") == tmp_path
     assert storage.place(tmp_path) == tmp_path and storage.place("runs/a") == Path("runs/a")
     assert storage.parent("s3://bucket/run/step") == "s3://bucket/run" and storage.last_name("s3://bucket/run") == "run"
+
+
+@pytest.mark.parametrize("name", ["[a-z]", "run?", "*"])
+def test_a_url_that_stands_for_several_is_none(name):
+    """fsspec lists, moves and deletes what is like it."""
+    url, files = f"memory://pattern/{name}", fsspec.filesystem("memory")
+    other = "memory://pattern/" + {"[a-z]": "b", "run?": "run1", "*": "c"}[name]
+    for one in (url, other):
+        files.pipe_file(f"{one}/step_00000001/manifest.json", b"{}")
+    for act in (
+        lambda: storage.place(url),
+        lambda: storage.glob(url, "step_*"),
+        lambda: storage.remove(url, folder=True),
+        lambda: storage.move(url, f"{other}_moved"),
+        lambda: storage.move(other, url),
+    ):
+        with pytest.raises(ValueError, match=r"^got 'memory://pattern/.*', wanted a URL without \* \? \[ \]: give it"):
+            act()
+    assert files.exists(f"{other}/step_00000001/manifest.json")
+    with pytest.raises(ValueError, match=r"  checkpoint.dir: got 'memory://.*'; wanted a URL without"):
+        check_config({"run": {"dir": "a"}, "data": {"train": "b"}, "checkpoint": {"dir": url}}, "a config")
+
+
+def test_a_file_that_a_server_sends_in_pieces_is_read_whole(monkeypatch):
+    data = os.urandom(1 << 20)
+
+    class InPieces(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for at in range(0, len(data), 1 << 16):
+                self.wfile.write(b"10000\r\n" + data[at : at + (1 << 16)] + b"\r\n")
+            self.wfile.write(b"0\r\n\r\n")
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), InPieces) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}/part"
+        try:
+            assert storage.read(url, len(data)) == storage.read(url, 10**15) == storage.read(url) == data
+            assert storage.read(url, 99_999) == data[:100_000]
+        finally:
+            server.shutdown()
 
 
 def test_what_a_protocol_needs_is_said():

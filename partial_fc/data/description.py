@@ -4,13 +4,14 @@ Versions: 1 has no pairs, 2 has them, 3 also has a CRC32 and a source name of ev
 URL and compression. Older ones are read as they are.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
 from partial_fc.documents import MIB, parse_json, read_bytes
-from partial_fc.files import plain_name
+from partial_fc.files import MAX_PIXELS, plain_name, shortened
 from partial_fc.schema import Document, fits
 
 FORMAT = "partial_fc-index"
@@ -30,6 +31,12 @@ def _of_a_scheme(url: str) -> str:
     if not url.isprintable() or url.partition("://")[0] not in SCHEMES:
         raise ValueError(f"a URL that begins with one of {', '.join(SCHEMES)}")
     return url
+
+
+def _of_an_image(size: list[int]) -> list[int]:
+    if math.prod(size) > MAX_PIXELS:
+        raise ValueError(f"at most {MAX_PIXELS:,} pixels")
+    return size
 
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -56,7 +63,7 @@ class Prepared(Document):
 
     model_config = ConfigDict(extra="allow")
 
-    image_size: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    image_size: Annotated[list[Side], Field(min_length=2, max_length=2), AfterValidator(_of_an_image)] | None = None
     """[height, width] of all images, in pixels."""
 
 
@@ -88,9 +95,9 @@ def read_description(folder: Path) -> Description:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is no data set: it has no index.json (`partial-fc prepare` makes one)")
     values = parse_json(read_bytes(file, MOST_BYTES), file)
-    got = values.get("format") if isinstance(values, dict) else None
-    if got != FORMAT:
-        raise ValueError(f"{file} has the format {got!r:.60}, wanted {FORMAT!r}")
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{file} has the format {shortened(found)}, wanted {FORMAT!r}")
     version = values.get("version")
     if isinstance(version, int) and version > VERSION:
         raise ValueError(

@@ -40,6 +40,7 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from partial_fc.data.description import AGAIN, FORMAT, OF_SAMPLES, VERSION, read_description
+from partial_fc.files import sha256_of, shortened
 
 SHARD_BYTES = 256 * 2**20
 LEFT_OUT = "left_out.jsonl"
@@ -185,7 +186,7 @@ def write_shards(
         if pairs is not None:
             of_samples["pairs"] = pairs.astype(np.int64)
         shards = [
-            {"name": name, "bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
+            {"name": name, "bytes": (partial / name).stat().st_size, "sha256": sha256_of(partial / name)}
             for name in shard_names
         ]
         write_index(partial, shards, columns, of_samples, classes, prepared, left_out)
@@ -221,9 +222,9 @@ def write_index(
         "num_samples": len(columns["label"]),
         "num_classes": len(classes),
         "shards": [shard | {"samples": count} for shard, count in zip(shards, counts, strict=True)],
-        "classes_sha256": _sha256(folder / "classes.txt"),
-        "arrays": {name: _sha256(folder / "index" / f"{name}.npy") for name in columns},
-        **{f"{name}_sha256": _sha256(folder / "index" / f"{name}.npy") for name in of_samples},
+        "classes_sha256": sha256_of(folder / "classes.txt"),
+        "arrays": {name: sha256_of(folder / "index" / f"{name}.npy") for name in columns},
+        **{f"{name}_sha256": sha256_of(folder / "index" / f"{name}.npy") for name in of_samples},
         "prepared": prepared,
     }
     (folder / "index.json").write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -315,7 +316,7 @@ def verify(index: Index) -> None:
     damaged = []
     with tqdm(total=total, desc=f"verifying {index.path.name}", unit="B", unit_scale=True, mininterval=1) as bar:
         for name, wanted in files.items():
-            got = _sha256(index.path / name)
+            got = sha256_of(index.path / name)
             bar.update((index.path / name).stat().st_size)
             if got != wanted:
                 samples = _changed(index, index.shard_names.index(name)) if name in index.shard_names else ""
@@ -387,7 +388,7 @@ def _write_tars(
 def _check_checksum(file: Path, wanted: str) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: {AGAIN}")
-    got = _sha256(file)
+    got = sha256_of(file)
     if got != wanted:
         raise ValueError(f"{file} is damaged: its sha256 is {got}, the index says {wanted}: {AGAIN}")
 
@@ -414,8 +415,11 @@ def _open_array(path: Path, name: str, rows: int | None = None) -> np.ndarray:
             size = os.fstat(stream.fileno()).st_size
     except Exception as error:  # numpy evaluates the header as Python: its errors are of every kind
         raise ValueError(f"{file} is damaged: it is no .npy file ({type(error).__name__}): {AGAIN}") from None
-    if dtype.kind not in "biuf" or fortran and len(shape) > 1 or not shape or min(shape) < 0:
-        raise ValueError(f"{file} is damaged: got {dtype} {shape}, wanted an array of numbers in C order: {AGAIN}")
+    wrong = dtype.kind not in "biuf" or fortran and len(shape) > 1 or not 0 < len(shape) <= 32 or min(shape) < 0
+    # numpy counts so, though nothing is in an array with a 0 in its shape
+    if wrong or dtype.itemsize * math.prod(max(length, 1) for length in shape) >= 2**63:
+        got = f"{dtype} {shortened(shape)}"
+        raise ValueError(f"{file} is damaged: got {got}, wanted an array of numbers in C order: {AGAIN}")
     if rows is not None and shape[0] != rows:
         raise ValueError(f"{file} has {shape[0]} rows, index.json says {rows}: {AGAIN}")
     if size != start + dtype.itemsize * math.prod(shape):
@@ -496,8 +500,3 @@ def _bad_label(key: str, label: int, num_classes: int) -> str:
         f"sample {key} has the label {label}, wanted 0 <= label < {num_classes} (the number of classes): "
         "correct the label or the list of classes"
     )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from partial_fc import storage
 from partial_fc.documents import MIB, parse_json, read_bytes
 from partial_fc.evaluate.protocol import DIR_FARS, FARS
+from partial_fc.files import shortened
 from partial_fc.schema import Document, fits
 from partial_fc.storage import Place
 
@@ -119,7 +120,9 @@ def read_evaluation(file: Place) -> dict[str, Any] | None:
     if storage.remote(file):
         if not storage.exists(file):
             return None
-        data = storage.read(file)
+        data = storage.read(file, BYTES)
+        if len(data) > BYTES:
+            raise ValueError(f"{file} has more than {BYTES:,} bytes, which is the limit: is it the right file?")
     else:
         try:
             data = read_bytes(file, BYTES)
@@ -128,7 +131,7 @@ def read_evaluation(file: Place) -> dict[str, Any] | None:
     values = parse_json(data, file)
     header = fits(_Header, values, file)
     if header.format != FORMAT:
-        raise ValueError(f"{file} has the format {header.format[:60]!r}, wanted {FORMAT!r}")
+        raise ValueError(f"{file} has the format {shortened(header.format)}, wanted {FORMAT!r}")
     if header.version > VERSION:
         raise ValueError(
             f"{file} has the format version {header.version}, this partial_fc reads up to {VERSION}: update partial_fc "

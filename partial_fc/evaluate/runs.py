@@ -16,7 +16,7 @@ from partial_fc.data.reader import image_size
 from partial_fc.data.shards import Index, load_index
 from partial_fc.evaluate.evaluation_file import FORMAT, VERSION
 from partial_fc.evaluate.protocol import evaluate_sets, format_table
-from partial_fc.files import one_line, printable
+from partial_fc.files import one_line, printable, write_atomically
 from partial_fc.parallel import distributed
 
 
@@ -86,9 +86,7 @@ def evaluate_run(
         if distributed.rank() == 0 and kept:
             text = json.dumps(evaluation, indent=1)
             if not storage.remote(path):
-                temporary = path / "evaluation.json.partial"
-                temporary.write_text(text)
-                temporary.rename(path / "evaluation.json")
+                write_atomically(path / "evaluation.json", text)
             if storage.remote(found.path):  # a run folder may vanish with its machine
                 beside = path if storage.remote(path) else storage.parent(found.path)
                 storage.write(f"{beside}/evaluation.json", text.encode())

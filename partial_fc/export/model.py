@@ -4,7 +4,6 @@ config.json         what is in the folder: backbone, image size, pixel normaliza
 model.safetensors   the backbone's parameters and buffers, under its own names
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from partial_fc.config_file import read_config_yaml
 from partial_fc.documents import text_of
 from partial_fc.environment import pip_install, read_environment
 from partial_fc.export.model_config import FORMAT, VERSION, read_config
+from partial_fc.files import sha256_of
 from partial_fc.prepare.images import fit, read_image
 from partial_fc.tensor_files import load_tensors
 
@@ -74,7 +74,7 @@ def load_backbone(source: str | os.PathLike, revision: str | None = None) -> Emb
     folder = _folder(source, revision)
     config = read_config(folder)
     weights = folder / "model.safetensors"
-    if not weights.is_file() or _sha256(weights) != config["model_sha256"]:
+    if not weights.is_file() or sha256_of(weights) != config["model_sha256"]:
         raise ValueError(f"{weights} is missing or damaged: its SHA-256 is not config.json's; copy the folder again")
     return _assemble(config, load_tensors(weights), folder)
 
@@ -147,7 +147,7 @@ def save_backbone(model: Embedder, folder: Path) -> None:
             f"the backbone's {diverged[0]} is not finite: training has diverged; export another checkpoint"
         )
     save_file(state, weights)
-    config = model.config | {"model_sha256": _sha256(weights)}
+    config = model.config | {"model_sha256": sha256_of(weights)}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     weights.chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read it
 
@@ -191,8 +191,3 @@ def _folder(source: str | os.PathLike, revision: str | None) -> Path:
         return Path(snapshot_download(text, revision=revision, allow_patterns=["config.json", "model.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{text} is no folder here, and the Hugging Face hub did not give it: {error}") from None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from partial_fc.documents import MIB, got, parse_json, read_bytes
+from partial_fc.documents import MIB, parse_json, read_bytes
+from partial_fc.files import shortened
 
 FORMAT, VERSION = "partial_fc-backbone", 1
 BYTES = MIB  # of the file, which takes 1 kB
@@ -21,9 +22,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no config.json: give a folder that `partial-fc export` wrote") from None
     found = config.get("format") if isinstance(config, dict) else None
     if found != FORMAT:
-        raise ValueError(f"{file} has the format {got(found)}, wanted {FORMAT!r}: `partial-fc export` writes it")
+        raise ValueError(f"{file} has the format {shortened(found)}, wanted {FORMAT!r}: `partial-fc export` writes it")
     if not _whole(config.get("version"), 0):
-        raise ValueError(f"{file}: version: got {got(config.get('version'))}, wanted a whole number")
+        raise ValueError(f"{file}: version: got {shortened(config.get('version'))}, wanted a whole number")
     if config["version"] > VERSION:
         raise ValueError(
             f"{file} has the format version {config['version']}, this partial_fc reads up to {VERSION}: upgrade it"
@@ -33,7 +34,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged: it has no {', '.join(missing)}; export the run again")
     for name, (good, wanted) in _FIELDS.items():
         if not good(config[name]):
-            raise ValueError(f"{file}: {name}: got {got(config[name])}, wanted {wanted}; export the run again")
+            raise ValueError(f"{file}: {name}: got {shortened(config[name])}, wanted {wanted}; export the run again")
     return config
 
 

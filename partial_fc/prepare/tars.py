@@ -40,7 +40,8 @@ from webdataset.tariterators import base_plus_ext
 
 from partial_fc.data.pixels import decode
 from partial_fc.data.shards import LEFT_OUT, Index, load_index, require_new, write_index
-from partial_fc.documents import MIB, got, parse_json, read_bytes
+from partial_fc.documents import MIB, parse_json, read_bytes
+from partial_fc.files import shortened
 from partial_fc.prepare.images import LeftOut, printable
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -209,7 +210,9 @@ def _of_a_list(path: Path) -> list[Path]:
     rows = values.get("shardlist") if isinstance(values, dict) else None
     urls = [row.get("url") if isinstance(row, dict) else None for row in rows] if isinstance(rows, list) else []
     if not urls or not all(isinstance(url, str) for url in urls):
-        raise ValueError(f'{path}: got {got(rows)}, wanted a list of shards of wids: {{"shardlist": [{{"url": …}}]}}')
+        raise ValueError(
+            f'{path}: got {shortened(rows)}, wanted a list of shards of wids: {{"shardlist": [{{"url": …}}]}}'
+        )
     return [path.parent / url for url in urls]
 
 

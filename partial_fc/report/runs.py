@@ -1,14 +1,14 @@
 """What a run folder holds, as far as the report needs it."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from partial_fc.config_file import read_config_yaml
-from partial_fc.documents import MIB, got, read_bytes
+from partial_fc.documents import MIB, parse_json, read_bytes
 from partial_fc.evaluate.evaluation_file import read_evaluation
+from partial_fc.files import shortened
 from partial_fc.phases import NAMES as PHASES
 
 METRICS_BYTES = 128 * MIB  # of metrics.jsonl: 180,000 rows
@@ -70,11 +70,11 @@ def _read_metrics(file: Path) -> list[dict[str, Any]]:
     rows = {}
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line, f"{file}, line {number}")
+        except ValueError:
             if number == len(lines):  # the run is writing it, or was killed while it did
                 break
-            raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
+            raise
         _check_row(row, f"{file}, line {number}")
         rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
@@ -82,15 +82,15 @@ def _read_metrics(file: Path) -> list[dict[str, Any]]:
 
 def _check_row(row: Any, where: str) -> None:
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: got {got(row)}, wanted an object with a step")
+        raise ValueError(f"{where}: got {shortened(row)}, wanted an object with a step")
     step = row.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 1 << 53:
-        raise ValueError(f"{where}: step: got {got(step)}, wanted a number of steps")
+        raise ValueError(f"{where}: step: got {shortened(step)}, wanted a number of steps")
     for name in NUMBERS:
         value = row.get(name)
         good = value is None or isinstance(value, int | float) and not isinstance(value, bool)
         if not good or isinstance(value, int) and abs(value) > LARGEST:
-            raise ValueError(f"{where}: {name}: got {got(value)}, wanted a number or null")
+            raise ValueError(f"{where}: {name}: got {shortened(value)}, wanted a number or null")
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

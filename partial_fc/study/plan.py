@@ -36,7 +36,8 @@ from partial_fc import strict_yaml
 from partial_fc.build import build_losses, own_code
 from partial_fc.config import Config, EvaluationSet, Section, check_config
 from partial_fc.data.shards import load_index
-from partial_fc.documents import got, read_text
+from partial_fc.documents import read_text
+from partial_fc.files import shortened
 from partial_fc.head.named import source_of
 
 TUNING, FINAL = "tuning", "final"
@@ -189,7 +190,7 @@ def load_plan(
         grid, against, tuned_as = (overrides.pop(key, None) for key in ("grid", "against", "tuned_as"))
         for key, value in (("grid", grid), ("against", against), ("tuned_as", tuned_as)):
             if not isinstance(value, str | None):
-                raise ValueError(f"{path}: row {name}: {key}: got {got(value)}, wanted a name")
+                raise ValueError(f"{path}: row {name}: {key}: got {shortened(value)}, wanted a name")
         known = [] if tuned_in is None else [other.name for other in tuned_in.rows]
         if tuned_as is not None and tuned_as not in known:
             raise ValueError(
@@ -275,7 +276,7 @@ def _check_row(base: dict, row: Row, trust_code: bool) -> None:
             put(values, name, value)
         config = check_config(values, "its config")
         if not isinstance(values["run"].get("epochs"), int | float):
-            raise ValueError(f"run.epochs: got {got(values['run'].get('epochs'))}, wanted a number")
+            raise ValueError(f"run.epochs: got {shortened(values['run'].get('epochs'))}, wanted a number")
         if config.checkpoint.dir:
             raise ValueError(
                 "checkpoint.dir is set: a study's runs would go on from each other's checkpoints; unset it"
@@ -295,7 +296,7 @@ def _read_base(path: Path) -> dict:
     base = _read_yaml(path)
     for section, value in base.items():
         if not isinstance(value, dict | None):
-            raise ValueError(f"{path}: {section}: got {got(value)}, wanted a section")
+            raise ValueError(f"{path}: {section}: got {shortened(value)}, wanted a section")
     if not (base.get("run") or {}).get("epochs"):
         raise ValueError(f"{path}: wanted run.epochs, the length of a run")
     sets = (base.get("evaluate") or {}).get("sets")
@@ -303,7 +304,7 @@ def _read_base(path: Path) -> dict:
         raise ValueError(f"{path}: wanted evaluate.sets, the test sets of the study")
     for name, one in sets.items():
         if not isinstance(one, dict) or not isinstance(one.get("data"), str):
-            raise ValueError(f"{path}: evaluate.sets.{name}: got {got(one)}, wanted data: and a folder")
+            raise ValueError(f"{path}: evaluate.sets.{name}: got {shortened(one)}, wanted data: and a folder")
     return base
 
 

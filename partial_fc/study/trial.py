@@ -1,7 +1,6 @@
 """One trial as a process of its own: launch/train.py on one core, resumable like any run."""
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -14,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from partial_fc.config_file import read_config_yaml, save_config
+from partial_fc.documents import parse_json
 from partial_fc.environment import environment, read_environment
 from partial_fc.evaluate.evaluation_file import read_evaluation
+from partial_fc.files import open_regular, write_atomically
 from partial_fc.parallel import launcher
 from partial_fc.parallel.process import signal_at_end_of_parent
 from partial_fc.progress import DIVERGED
@@ -173,14 +174,16 @@ def device_of(run: Path) -> str:
 
 def _last_row(run: Path) -> dict | None:
     """The last complete row of metrics.jsonl."""
+    file = run / "metrics.jsonl"
     try:
-        lines = (run / "metrics.jsonl").read_bytes().splitlines()
-    except OSError:
+        with open_regular(file) as opened:
+            lines = opened.read().splitlines()
+    except (OSError, ValueError):
         return None
     for line in reversed(lines):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line, file)
+        except ValueError:
             continue  # being written
         if isinstance(row, dict):
             return row
@@ -191,9 +194,7 @@ def _add_seconds(run: Path, seconds: float) -> float:
     """The wall time of all pieces of a trial so far."""
     file = run / "seconds"
     total = seconds + (float(file.read_text()) if file.exists() else 0.0)
-    temporary = run / "seconds.partial"
-    temporary.write_text(f"{total}\n")
-    temporary.rename(file)
+    write_atomically(file, f"{total}\n")
     return total
 
 
