@@ -1,7 +1,9 @@
 """Names and files that somebody else made: checked before anything is done with them, shown so that they do no harm."""
 
+import hashlib
 import reprlib
 import unicodedata
+from pathlib import Path
 
 MOST_NAME_BYTES = 255  # of a file, in every file system that we know
 _HARMLESS = "\n\t\u200c\u200d"  # the last two join letters in Persian, in Indian scripts, in emoji
@@ -55,3 +57,8 @@ def _escaped(letter: str) -> str:
         return letter
     code = ord(letter)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -231,7 +231,8 @@ def test_the_margin_of_the_readme_by_its_module(yaml_file, tmp_path, monkeypatch
 
 def test_margins_by_name():
     assert all(build_margin(name, {}) == margin() for name, margin in BY_NAME.items())
-    exported = {kind for kind in vars(partial_fc).values() if isinstance(kind, type) and issubclass(kind, Margin)}
+    everything = (getattr(partial_fc, name) for name in partial_fc.__all__)
+    exported = {kind for kind in everything if isinstance(kind, type) and issubclass(kind, Margin)}
     assert exported == {Margin, *BY_NAME.values()} and len(BY_NAME) == 15
     assert build_margin("cosface", {"scale": None, "margin": 0.2}).scale is None
     assert build_margin("cosface", {"margin": "3e-1"}).margin == 0.3
@@ -261,14 +262,20 @@ def test_margins_by_name():
 
 # ---- URLs where only a path works
 
-PATHS = ("run.dir", "data.train", "evaluate.sets={P1: {data: %s}}", "evaluate.sets={P1: {data: here, distractors: %s}}")
+SETS = ("evaluate.sets={P1: {data: %s}}", "evaluate.sets={P1: {data: here, distractors: %s}}")
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/run", "https://host/x", "hf://owner/x", "s3:/bucket/run"])
-@pytest.mark.parametrize("setting", PATHS)
+@pytest.mark.parametrize(
+    "setting, url",
+    [
+        *(("run.dir", url) for url in ("s3://bucket/run", "https://host/x", "hf://owner/x", "s3:/bucket/run")),
+        ("data.cache_dir", "s3://bucket/run"),
+        *((setting, "s3:/bucket/run") for setting in ("data.train", *SETS)),
+    ],
+)
 def test_a_url_where_only_a_path_works_is_refused_by_name(setting, url):
     override = setting % url if "%" in setting else f"{setting}={url}"
-    name = {PATHS[2]: "evaluate.sets.P1.data", PATHS[3]: "evaluate.sets.P1.distractors"}.get(setting, setting)
+    name = dict(zip(SETS, ("evaluate.sets.P1.data", "evaluate.sets.P1.distractors"), strict=True)).get(setting, setting)
     with pytest.raises(
         ValueError, match=f"  {name}: got '{url}'; {url} is a URL, and this takes a path on this machine"
     ):

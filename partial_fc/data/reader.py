@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -29,13 +30,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from partial_fc.config import Affine
+from partial_fc.data.ahead import SHARE, Fetcher, upcoming
 from partial_fc.data.augment import augment
 from partial_fc.data.groups import Groups
 from partial_fc.data.order import Order
 from partial_fc.data.pixels import decode, decode_by_opencv
 from partial_fc.data.shards import Index
 from partial_fc.opencv import cv2
-from partial_fc.parallel.distributed import part
+from partial_fc.parallel.distributed import local_world_size, part
 from partial_fc.seeds import seed_for
 
 RETRY_SECONDS = (0.1, 1.0, 5.0)  # pauses before another try to read: network file systems have short outages
@@ -87,7 +89,7 @@ def loader(
             f"got a global batch of {order.global_batch_size} samples on {world_size} ranks, wanted at least "
             "one a rank: raise data.global_batch_size or use fewer ranks"
         )
-    requests = _Requests(order, positions, range(start_step, stop_step))
+    requests = _Requests(order, positions, range(start_step, stop_step), index)
     return _loader(_Samples(index, seed, flip, affine), requests, workers, prefetch, pin_memory)
 
 
@@ -128,6 +130,7 @@ class _Request(NamedTuple):
     step: int
     first: int  # position of samples[0] in the global batch
     samples: np.ndarray  # (b,)
+    ahead: Sequence[int] = ()  # shards that later batches need
 
 
 @dataclass(frozen=True)
@@ -137,10 +140,23 @@ class _Requests:
     order: Order | Groups
     positions: range
     steps: range
+    index: Index
 
     def __iter__(self) -> Iterator[_Request]:
         own = slice(self.positions.start, self.positions.stop)
-        return (_Request(step, own.start, self.order.batch(step)[own]) for step in self.steps)
+        for step, ahead in zip(self.steps, self._ahead(), strict=False):
+            yield _Request(step, own.start, self.order.batch(step)[own], ahead)
+
+    def _ahead(self) -> Iterator[Sequence[int]]:
+        """Shards to fetch with each request. Of groups that of the anchors; the others come from anywhere."""
+        copied = [shard.plain_bytes for shard in self.index.shards if shard.copied]
+        if not copied:
+            return repeat(())
+        k = self.order.samples_per_identity if isinstance(self.order, Groups) else 1
+        anchors = self.order.anchors if isinstance(self.order, Groups) else self.order
+        own = slice(self.positions.start // k, -(-self.positions.stop // k))
+        most = int(SHARE * self.index.cache.limit()) // (max(copied) * local_world_size())
+        return upcoming(anchors, self.index.shard, own, self.steps, max(most, 1))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -155,6 +171,10 @@ class _Samples:
     flip: bool
     affine: Affine | None
     _open: OrderedDict[int, int] = field(default_factory=OrderedDict)  # shard → descriptor, latest use last
+    _fetched_anew: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._fetcher = Fetcher(self.index)
 
     def __getitem__(self, request: _Request) -> Batch | ReadError:
         """The batch, or the error that ends the run: torch would put a raised one into a traceback's text."""
@@ -168,6 +188,7 @@ class _Samples:
         cv2.setNumThreads(0)  # the workers are the parallelism; OpenCV's own threads do not survive a fork
         height, width = image_size(self.index)
         planned = len(request.samples)
+        self._fetcher.ask(request.ahead)
         images = np.empty((planned, 3, height, width), np.uint8)
         good: list[int] = []
         bad: list[str] = []
@@ -186,6 +207,7 @@ class _Samples:
                 image = augment(image, rng, self.flip, self.affine)
             images[len(good)] = image.transpose(2, 0, 1)
             good.append(sample)
+        self._let_go(set(self.index.shard[request.samples].tolist()))
         labels = torch.from_numpy(self.index.label[good])
         return Batch(torch.from_numpy(images[: len(good)]), labels, request.step, planned, bad)
 
@@ -193,44 +215,61 @@ class _Samples:
         """Which sample it is, and why it cannot be used."""
         if self.index.intact(sample, data):
             return f"{self.index.described(sample)} is no image of (height, width) {image_size(self.index)}"
-        shard = self.index.shard_path(sample).name
+        shard = self.index.shard_of(sample)
         return f"{self.index.described(sample)} has changed in {shard} since it was prepared: its CRC32 is another"
 
     def _read(self, sample: int) -> bytes:
         """The stored bytes of an image, read once more if they have changed. Raises ReadError if all tries failed."""
         shard, offset, size = (int(a[sample]) for a in (self.index.shard, self.index.offset, self.index.size))
+        tries = 0
         for pause in (*RETRY_SECONDS, None):
+            tries += 1
             try:
                 data = os.pread(self._descriptor(shard), size, offset)
                 if len(data) == size and not self.index.intact(sample, data):
-                    self._close(shard)  # the file may have been replaced
+                    self._anew(shard)
                     data = os.pread(self._descriptor(shard), size, offset)
                 if len(data) == size:
                     return data
-                error = OSError(f"got {len(data)} of {size} bytes")
-            except OSError as caught:
+                error: Exception = OSError(f"got {len(data)} of {size} bytes")
+            except (OSError, ValueError) as caught:
                 error = caught
             self._close(shard)  # a new descriptor also helps where the file was replaced
-            if pause is not None:
-                time.sleep(pause)
+            if pause is None or self.index.shards[shard].copied:  # the cache has tried for minutes
+                break
+            time.sleep(pause)
         raise ReadError(
-            f"cannot read {size} bytes at offset {offset} of {self.index.shard_path(sample)} "
-            f"after {len(RETRY_SECONDS) + 1} tries: {error}. Once the file can be read the same command goes on"
+            f"cannot read {size} bytes at offset {offset} of {self.index.shard_of(sample)} after {tries} "
+            f"tr{'y' if tries == 1 else 'ies'}: {error}. Once the file can be read the same command goes on"
         ) from error
+
+    def _anew(self, shard: int) -> None:
+        """Has the shard opened again: the file may have been replaced, or the copy of it gone bad, once."""
+        self._close(shard)
+        if shard not in self._fetched_anew:
+            self._fetched_anew.add(shard)
+            self.index.forget(shard)
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._open:
             if len(self._open) >= MAX_OPEN_SHARDS:
                 self._close(next(iter(self._open)))
-            self._open[shard] = os.open(self.index.path / self.index.shard_names[shard], os.O_RDONLY)
+            self._open[shard] = self.index.open_shard(shard)
         self._open.move_to_end(shard)
         return self._open[shard]
+
+    def _let_go(self, in_use: Iterable[int]) -> None:
+        """Closes copies that the cache has deleted and this batch did not need: the disk keeps them until then."""
+        for shard in [shard for shard in self._open if self.index.shards[shard].copied]:
+            if os.fstat(self._open[shard]).st_nlink == 0 and shard not in in_use:
+                self._close(shard)
 
     def _close(self, shard: int) -> None:
         if shard in self._open:
             os.close(self._open.pop(shard))
 
     def __del__(self) -> None:
+        self._fetcher.stop()
         for shard in list(self._open):
             self._close(shard)
 

@@ -38,10 +38,11 @@ DECODED = 32  # samples, over all shards
 def data_set(config: Config) -> Found:
     """Every shard is there in its full length, every label is a class."""
     index = training_data(config)
-    size = sum((index.path / name).stat().st_size for name in index.shard_names)
+    size = sum(shard.bytes for shard in index.shards)
     shards = f"{len(index.shard_names)} shard{'s' * (len(index.shard_names) > 1)}"
     text = f"{index.num_samples:,} samples of {index.num_classes:,} identities in {shards} of {size_text(size)}"
-    return Found(f"{config.data.train}: {text}, all there, every label in range", value=index)
+    here = index.elsewhere() or "all there"
+    return Found(f"{config.data.train}: {text}, {here}, every label in range", value=index)
 
 
 def images(index: Index) -> Found:
@@ -82,7 +83,7 @@ def latest_checkpoint(config: Config, index: Index) -> Found:
 
 
 def evaluation_sets(config: Config, index: Index) -> Found:
-    sets = open_sets(config.evaluate.sets, image_size(index))
+    sets = open_sets(config.evaluate.sets, image_size(index), index.cache)
     text = ", ".join(f"{name} {one.num_samples:,} samples" for name, (one, _) in sets.items()) or "none"
     cautions = data_cautions(config, index, sets)
     return Found("; ".join([text, *cautions]), "warning" if cautions else "ok")
