@@ -19,6 +19,7 @@ from partial_fc.checkpoint_files import Owner
 from partial_fc.config import Backbone, Config
 from partial_fc.config_file import save_config, saved_checkpoint_dir, saved_run_id
 from partial_fc.data.groups import Groups, build_order
+from partial_fc.data.mixing import LEAST, mixing
 from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size
 from partial_fc.data.remote import cache_of
@@ -598,6 +599,8 @@ def print_summary(
         f"samples{pieces} ({total_steps / order.steps_per_epoch:.2f} epochs), {start}",
         flush=True,
     )
+    mixed = mixing(order, index.label)
+    print(f"{mixed.said()}{'; partial-fc doctor says what helps' * (mixed.share < LEAST)}", flush=True)
     if text := index.elsewhere():
         print(one_line(text), flush=True)
     _, reason = peak_rate(config.optim, order.global_batch_size)

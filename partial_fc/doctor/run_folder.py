@@ -21,6 +21,7 @@ from partial_fc.build import (
 )
 from partial_fc.config import Config
 from partial_fc.data.groups import Groups
+from partial_fc.data.mixing import LEAST, mixing, remedies
 from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size, images_in_order
 from partial_fc.data.shards import Index
@@ -57,6 +58,19 @@ def batches(config: Config, index: Index, trust_code: bool) -> Found:
     """The global batch fits data, streams and ranks."""
     order = order_of(config, index, trust_code=trust_code)
     return Found(f"{order.steps_per_epoch:,} steps of {order.global_batch_size} samples an epoch", value=order)
+
+
+def mixed(order: Order | Groups, index: Index) -> Found:
+    """Successive batches hold about as many identities as they would in random order."""
+    found = mixing(order, index.label)
+    if found.share >= LEAST:
+        return Found(found.said())
+    size = sum(shard.plain_bytes for shard in index.shards) // len(index.shards)
+    return Found(
+        f"{found.said()}: the shards are in order of identity, and the loss sees few new ones. "
+        f"{remedies(order, index.label, size)}; or prepare the set in random order",
+        "problem",
+    )
 
 
 def schedule(config: Config, order: Order | Groups) -> Found:
