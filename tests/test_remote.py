@@ -14,6 +14,7 @@ import torch
 import zstandard
 
 from partial_fc import checkpoint, storage
+from partial_fc.benchmark.stream import benchmark_stream
 from partial_fc.data import remote
 from partial_fc.data.ahead import upcoming
 from partial_fc.data.order import Order
@@ -398,6 +399,16 @@ def test_a_run_is_the_same_from_a_folder_and_from_behind_a_url(glyphs_ci, tmp_pa
     run_ranks(train_here, 3, tmp_path / "here", tmp_path / "set", *options)
     assert curve(tmp_path / "there") == curve(tmp_path / "here")
     assert curve(tmp_path / "there")[:10] == curve(tmp_path / "whole")[:10]
+
+
+@pytest.mark.slow
+def test_an_epoch_fetches_each_shard_once(capsys):
+    """What the benchmark counts; its times are no matter here."""
+    found = benchmark_stream(
+        samples=900, shard_mb=1, mb_per_second=500, latency=0, use=0.9, batch=30, streams=3, workers=0
+    )
+    assert 1 <= found["fetched"] < 1.1 and 0 <= found["waiting"] <= 1
+    assert f"{found['fetched']:.3f} bytes fetched for each byte used" in capsys.readouterr().out
 
 
 def first_step(index: Index, shard: int, *, batch: int, window: int) -> int:
