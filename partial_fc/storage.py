@@ -8,7 +8,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -121,6 +121,25 @@ def upload(path: Path, url: str) -> None:
 def download(url: str, path: Path) -> None:
     """Raises FileNotFoundError where there is none, and OSError with an errno where the disk at `path` refuses."""
     _try("read", url, lambda files, of: files.get_file(of, str(path)))
+
+
+def read_ranges(urls: Sequence[str], starts: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
+    """Parts of files of one store, asked for side by side. Raises OSError where one has other than its size."""
+
+    def ranges(files: Any, _: str) -> list[bytes]:
+        paths = [files._strip_protocol(url) for url in urls]
+        ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+        found = files.cat_ranges(paths, list(starts), ends, on_error="return")
+        for url, size, data in zip(urls, sizes, found, strict=True):
+            if isinstance(data, FileNotFoundError | PermissionError):
+                raise type(data)(f"{url}: {data}")
+            if isinstance(data, Exception):
+                raise data
+            if len(data) != size:
+                raise OSError(f"asked for {size} bytes of {url}, got {len(data)}: does the server send ranges?")
+        return found
+
+    return _try("read", urls[0], ranges) if urls else []
 
 
 def pinned(url: str) -> str:

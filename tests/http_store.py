@@ -13,7 +13,8 @@ class Store:
     """faults: for a path what to do at its next requests, one each, then it is served:
 
     a status as 500; "reset" in the middle; "short", the connection closed after half; "stall", nothing more after
-    half; "wrong", one byte changed; "page", HTML with status 200; ("to", URL), a redirect.
+    half; "wrong", one byte changed; "whole", whatever range is asked for; "page", HTML with status 200; ("to", URL), a
+    redirect.
     """
 
     def __init__(self, folder: Path):
@@ -70,9 +71,13 @@ def _handler(store: Store) -> type[BaseHTTPRequestHandler]:
             if isinstance(fault, int) or not file.is_file():
                 return self._answer(fault or 404, b"no")
             data = b"<!DOCTYPE html><p>proxy" if fault == "page" else file.read_bytes()
+            status, asked = 200, self.headers.get("Range")
+            if asked and fault != "whole":
+                first, last = (int(end) for end in asked.removeprefix("bytes=").split("-"))
+                status, data = 206, data[first : last + 1]
             if fault == "wrong":
                 data = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
-            self._answer(200, data, only=len(data) // 2 if fault in ("reset", "short", "stall") else None)
+            self._answer(status, data, only=len(data) // 2 if fault in ("reset", "short", "stall") else None)
             if fault == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
             if fault == "stall":

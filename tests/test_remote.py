@@ -5,9 +5,11 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,9 @@ from partial_fc import checkpoint, storage
 from partial_fc.benchmark.stream import benchmark_stream
 from partial_fc.data import remote
 from partial_fc.data.ahead import upcoming
+from partial_fc.data.groups import Groups
 from partial_fc.data.order import Order
-from partial_fc.data.reader import ReadError, loader
+from partial_fc.data.reader import ReadError, images_in_order, loader
 from partial_fc.data.remote import Cache
 from partial_fc.data.shards import Index, Sample, load_index, verify, write_shards
 from partial_fc.prepare.tars import prepare_index, shard_places
@@ -364,6 +367,56 @@ def test_a_bucket_and_the_hub_name_their_shards(prepared, tars, tmp_path, s3, mo
         index = prepare_index("hf://datasets/a/faces", tmp_path / "hub", workers=1)
         assert [shard.url for shard in index.shards] == [f"hf://datasets/a/faces@{commit}/{n}" for n in names]
         assert_equal(batches(index), wanted)
+
+
+# ---- samples alone, by ranges
+
+
+def test_few_samples_of_large_shards_are_read_alone(store, tars, tmp_path):
+    """What the server does is made good or named as for shards; a shard that is used up is fetched whole."""
+    for n in range(SHARDS):
+        names = [f"{n}-{i:02d}" for i in range(20)]
+        write(tars / f"{n}.tar", [(f"{name}.{e}", d) for name in names for e, d in (("png", image(n)), ("cls", b"0"))])
+    index = remote_index(store, tmp_path)
+    samples = np.arange(SHARDS) * 20
+    store.faults = {"0.tar": [500], "1.tar": ["reset"], "2.tar": ["wrong"], "3.tar": ["whole"]}
+    (batch,) = images_in_order(index, samples, SHARDS, workers=0)
+    wanted = [cv2.imdecode(np.frombuffer(image(n), np.uint8), cv2.IMREAD_COLOR_RGB) for n in range(SHARDS)]
+    assert torch.equal(batch.images, torch.from_numpy(np.stack(wanted)).permute(0, 3, 1, 2))
+    assert not list(index.cache.folder.glob("*.tar"))
+    for fault, said in (
+        (404, "cannot read .*0.tar"),
+        ("whole", "got .*: does the server send ranges"),
+        (500, "tried 4"),
+    ):
+        store.faults = {"0.tar": [fault] * 99}
+        with pytest.raises(ReadError, match=said):
+            list(images_in_order(index, samples, SHARDS, workers=0))
+    store.faults = {"0.tar": ["wrong"] * 99}
+    with pytest.raises(ValueError, match="0-00.png.* has changed in .*0.tar since it was prepared"):
+        list(images_in_order(index, samples, SHARDS, workers=0))
+    store.faults = {}
+    for n in range(SHARDS):
+        os.close(index.open_shard(n))
+    store.asked.clear()
+    list(images_in_order(index, samples, SHARDS, workers=0))
+    assert store.asked == []  # the copies are there
+
+
+def test_groups_read_samples_alone_where_the_cache_does_not_hold_all_shards(store, tars, tmp_path):
+    plain = prepare_index(str(tars), tmp_path / "plain", workers=1)
+    size = (tars / "0.tar").stat().st_size
+    index = remote_index(store, tmp_path, Cache(tmp_path / "cache", 2 * size))
+
+    def read(index: Index) -> list[tuple]:
+        order = Groups(Order(index.samples_per_shard, 4, 2, 0, 6), index.label, 2)
+        options = dict(rank=0, world_size=1, seed=0, start_step=0, stop_step=6, prefetch=2, flip=True, affine=None)
+        return [(b.images, b.labels, b.step, b.bad) for b in loader(index, order, workers=0, **options)]
+
+    assert_equal(read(index), read(plain))
+    assert not list(index.cache.folder.glob("*.tar"))
+    assert_equal(read(replace(index, cache=Cache(tmp_path / "large"))), read(plain))
+    assert len(list((tmp_path / "large").glob("*.tar"))) == SHARDS
 
 
 # ---- training

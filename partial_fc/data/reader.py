@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from partial_fc import storage
 from partial_fc.config import Affine
 from partial_fc.data.ahead import SHARE, Fetcher, upcoming
 from partial_fc.data.augment import augment
@@ -41,6 +42,8 @@ from partial_fc.parallel.distributed import local_world_size, part
 from partial_fc.seeds import seed_for
 
 RETRY_SECONDS = (0.1, 1.0, 5.0)  # pauses before another try to read: network file systems have short outages
+FEW_STEPS = 200  # a run of so few reads samples alone where their shards have SPARSE times as many
+SPARSE = 8
 MAX_OPEN_SHARDS = 64  # a worker; common limits are 1,024 files a process
 SHARED_MEMORY = Path("/dev/shm")  # where readers put their batches
 MORE_SHARED_MEMORY = "docker run --shm-size, or an emptyDir of medium Memory in Kubernetes"
@@ -89,8 +92,10 @@ def loader(
             f"got a global batch of {order.global_batch_size} samples on {world_size} ranks, wanted at least "
             "one a rank: raise data.global_batch_size or use fewer ranks"
         )
-    requests = _Requests(order, positions, range(start_step, stop_step), index)
-    return _loader(_Samples(index, seed, flip, affine), requests, workers, prefetch, pin_memory)
+    steps = range(start_step, stop_step)
+    ranges = _few_of(index, order, steps)
+    requests = _Requests(order, positions, steps, None if ranges else index)
+    return _loader(_Samples(index, seed, flip, affine, ranges), requests, workers, prefetch, pin_memory)
 
 
 def images_in_order(index: Index, samples: np.ndarray, batch_size: int, workers: int) -> Iterator[Batch]:
@@ -100,7 +105,7 @@ def images_in_order(index: Index, samples: np.ndarray, batch_size: int, workers:
     """
     starts = range(0, len(samples), batch_size)
     requests = [_Request(i, 0, samples[start : start + batch_size]) for i, start in enumerate(starts)]
-    dataset = _Samples(index, seed=0, flip=False, affine=None)
+    dataset = _Samples(index, seed=0, flip=False, affine=None, ranges=_sparse(index, samples))
     for batch in _loader(dataset, requests, min(workers, len(requests)), 2, False):
         if batch.bad:
             raise ValueError(f"{index.path}: sample {batch.bad[0]}: leave it out and prepare the data set again")
@@ -124,6 +129,26 @@ def normalize(images: Tensor, mean: float | Sequence[float], std: float | Sequen
     return (images.float() - mean) / std
 
 
+def _sparse(index: Index, samples: np.ndarray) -> bool:
+    """Whether reading these samples alone saves most of the bytes of their shards, and can be done."""
+    numbers = np.unique(index.shard[samples])
+    if not all(index.shards[n].url and index.shards[n].compression is None for n in numbers.tolist()):
+        return False
+    missing = [n for n in numbers.tolist() if not index.cache.holds(index.shards[n])]
+    return len(samples) * SPARSE < int(index.samples_per_shard[missing].sum())
+
+
+def _few_of(index: Index, order: Order | Groups, steps: range) -> bool:
+    """The same of the samples of these steps. Groups come from everywhere: alone where the cache does not hold all."""
+    if not any(shard.url for shard in index.shards):
+        return False
+    if isinstance(order, Groups) and sum(shard.plain_bytes for shard in index.shards) > index.cache.limit():
+        return all(shard.url and shard.compression is None for shard in index.shards)
+    if len(steps) > FEW_STEPS:
+        return False
+    return _sparse(index, np.unique(np.concatenate([order.batch(step) for step in steps] or [np.empty(0, np.int64)])))
+
+
 class _Request(NamedTuple):
     """What one item of the data set is asked for: a rank's part of a batch."""
 
@@ -140,7 +165,8 @@ class _Requests:
     order: Order | Groups
     positions: range
     steps: range
-    index: Index
+    index: Index | None
+    """Whose shards are fetched ahead; None: none are."""
 
     def __iter__(self) -> Iterator[_Request]:
         own = slice(self.positions.start, self.positions.stop)
@@ -149,8 +175,8 @@ class _Requests:
 
     def _ahead(self) -> Iterator[Sequence[int]]:
         """Shards to fetch with each request. Of groups that of the anchors; the others come from anywhere."""
-        copied = [shard.plain_bytes for shard in self.index.shards if shard.copied]
-        if not copied:
+        copied = [] if self.index is None else [shard.plain_bytes for shard in self.index.shards if shard.copied]
+        if self.index is None or not copied:
             return repeat(())
         k = self.order.samples_per_identity if isinstance(self.order, Groups) else 1
         anchors = self.order.anchors if isinstance(self.order, Groups) else self.order
@@ -170,6 +196,7 @@ class _Samples:
     seed: int
     flip: bool
     affine: Affine | None
+    ranges: bool = False  # read samples alone, not shards
     _open: OrderedDict[int, int] = field(default_factory=OrderedDict)  # shard → descriptor, latest use last
     _fetched_anew: set[int] = field(default_factory=set)
 
@@ -194,8 +221,9 @@ class _Samples:
         bad: list[str] = []
         # What a run on an older data set saw stays: until then transparency was dropped.
         pixels_of = decode if self.index.version >= 3 else decode_by_opencv
-        for row, sample in enumerate(request.samples.tolist()):
-            data = self._read(sample)
+        of_batch = self._read_alone(request.samples) if self.ranges else repeat(None)
+        for row, (sample, data) in enumerate(zip(request.samples.tolist(), of_batch, strict=False)):
+            data = self._read(sample) if data is None else data
             image = pixels_of(data) if self.index.intact(sample, data) else None
             if image is None or image.shape != (height, width, 3):
                 bad.append(self._fault(sample, data))
@@ -217,6 +245,21 @@ class _Samples:
             return f"{self.index.described(sample)} is no image of (height, width) {image_size(self.index)}"
         shard = self.index.shard_of(sample)
         return f"{self.index.described(sample)} has changed in {shard} since it was prepared: its CRC32 is another"
+
+    def _read_alone(self, samples: np.ndarray) -> list[bytes]:
+        """The stored bytes of the images of a batch, no more; those that are not what they were are read once more."""
+        urls = [self.index.shard_of(sample) for sample in samples.tolist()]
+        starts, sizes = (array[samples].tolist() for array in (self.index.offset, self.index.size))
+        try:
+            found = storage.read_ranges(urls, starts, sizes)
+            for row, sample in enumerate(samples.tolist()):
+                if not self.index.intact(sample, found[row]):
+                    found[row] = storage.read_ranges(urls[row : row + 1], starts[row : row + 1], sizes[row : row + 1])[
+                        0
+                    ]
+        except (OSError, ValueError) as error:
+            raise ReadError(f"{error}. Once the file can be read the same command goes on") from error
+        return found
 
     def _read(self, sample: int) -> bytes:
         """The stored bytes of an image, read once more if they have changed. Raises ReadError if all tries failed."""
