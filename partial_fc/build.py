@@ -19,8 +19,10 @@ from partial_fc.checkpoint_files import Owner
 from partial_fc.config import Backbone, Config
 from partial_fc.config_file import save_config, saved_checkpoint_dir, saved_run_id
 from partial_fc.data.groups import Groups, build_order
+from partial_fc.data.mixing import LEAST, mixing
 from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size
+from partial_fc.data.remote import cache_of
 from partial_fc.data.shards import Index, load_index
 from partial_fc.evaluate.runs import open_sets
 from partial_fc.files import one_line, write_atomically
@@ -79,7 +81,9 @@ def build(config: Config, device: torch.device) -> Parts:
         net = backbone.build_seeded(config.backbone.name, config.backbone.embedding_dim, size, config.run.seed)
         check_batch_norm(config, net, order)
         total_steps = length_of(config, order)
-        sets = open_sets(config.evaluate.sets, size)  # what is wrong with them is said now, not after the training
+        sets = open_sets(
+            config.evaluate.sets, size, index.cache
+        )  # what is wrong with them is said now, not after the training
         wants = head_wants(config, index.num_classes, device, trust_code=True)
     check_memory(wants)
     found = start_of(config, index, total_steps)
@@ -410,7 +414,7 @@ def check_memory(wants: list[tuple[memory.Pool, int]]) -> None:
 
 def training_data(config: Config) -> Index:
     """The data set to train on, its labels as they are trained. Raises ValueError for a list of pairs and one class."""
-    index = load_index(config.data.train, check_labels=distributed.first_of_node())
+    index = load_index(config.data.train, check_labels=distributed.first_of_node(), cache=cache_of(config.data))
     if index.pairs is not None:
         raise ValueError(
             f"data.train: {index.path} is a list of pairs, which does not say who is who: name it in evaluate.sets, "
@@ -597,6 +601,10 @@ def print_summary(
         f"samples{pieces} ({total_steps / order.steps_per_epoch:.2f} epochs), {start}",
         flush=True,
     )
+    mixed = mixing(order, index.label)
+    print(f"{mixed.said()}{'; partial-fc doctor says what helps' * (mixed.share < LEAST)}", flush=True)
+    if text := index.elsewhere():
+        print(one_line(text), flush=True)
     _, reason = peak_rate(config.optim, order.global_batch_size)
     print(f"learning rate at its peak: {reason}", flush=True)
     if found is not None:

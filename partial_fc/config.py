@@ -35,6 +35,7 @@ def _a_place(text: str | None) -> str | None:
 
 
 LocalPath = Annotated[str, AfterValidator(_a_path)]
+Location = Annotated[str, AfterValidator(_a_place)]
 
 
 class Section(BaseModel):
@@ -74,8 +75,12 @@ class Affine(Section):
 
 
 class Data(Section):
-    train: LocalPath
-    """Folder of training shards with their index, as `partial-fc prepare` writes it."""
+    train: Location
+    """Folder of training shards with their index, as `partial-fc prepare` writes it, or its URL."""
+    cache_dir: LocalPath | None = None
+    """Where copies of shards go that lie behind a URL or are compressed; unset: $PARTIAL_FC_CACHE, or the user's."""
+    cache_bytes: int | None = Field(None, ge=1)
+    """Most that these copies take on this machine, all runs together; unset: all but a tenth of the disk."""
     global_batch_size: int = Field(ge=1)
     """Samples of a step over all ranks; a multiple of data.streams x data.samples_per_identity."""
     accumulate: int = Field(1, ge=1)
@@ -320,10 +325,10 @@ class Track(Section):
 
 
 class EvaluationSet(Section):
-    data: LocalPath
-    """Folder of shards: all pairs are verified, each sample identified among one per identity; or a list of pairs."""
-    distractors: LocalPath | None = None
-    """Folder of shards whose identities join the gallery."""
+    data: Location
+    """Folder of shards, or its URL: all pairs are verified, each sample identified among one per identity; or pairs."""
+    distractors: Location | None = None
+    """Folder of shards, or its URL, whose identities join the gallery."""
     note: str = ""
     """What the set is, for the report."""
 

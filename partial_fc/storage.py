@@ -4,10 +4,13 @@ A place is a local Path, or a str with a protocol, as s3://bucket/run: `place` t
 folders, only names that begin alike, and no rename; an object is there as a whole or not at all.
 """
 
+import errno
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +24,10 @@ Place = Path | str
 T = TypeVar("T")
 _PATTERN = "*?[]"
 WANTED_URL = f"wanted a URL without {' '.join(_PATTERN)}: give it another name"
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
 
 RETRY_SECONDS = (1.0, 5.0, 20.0)  # pauses before another try, after those that the protocol's package makes itself
+SILENCE = 60.0  # seconds that a server may take for an answer or for its next bytes
 PATIENCE = 120.0  # seconds after which there is none: the other ranks wait, and not for ever
 
 
@@ -127,8 +132,49 @@ def upload(path: Path, url: str) -> None:
 
 
 def download(url: str, path: Path) -> None:
-    """Raises FileNotFoundError where there is none."""
+    """Raises FileNotFoundError where there is none, and OSError with an errno where the disk at `path` refuses."""
     _try("read", url, lambda files, of: files.get_file(of, str(path)))
+
+
+def read_ranges(urls: Sequence[str], starts: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
+    """Parts of files of one store, asked for side by side. Raises OSError where one has other than its size."""
+
+    def ranges(files: Any, _: str) -> list[bytes]:
+        paths = [files._strip_protocol(url) for url in urls]
+        ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+        found = files.cat_ranges(paths, list(starts), ends, on_error="return")
+        for url, size, data in zip(urls, sizes, found, strict=True):
+            if isinstance(data, FileNotFoundError | PermissionError):
+                raise type(data)(f"{url}: {data}")
+            if isinstance(data, Exception):
+                raise data
+            if len(data) != size:
+                raise OSError(f"asked for {size} bytes of {url}, got {len(data)}: does the server send ranges?")
+        return found
+
+    return _try("read", urls[0], ranges) if urls else []
+
+
+def pinned(url: str) -> str:
+    """The URL with the commit that it stands for now, where it is one of the Hugging Face hub; else as it is."""
+    if not url.startswith("hf://"):
+        return url
+
+    def with_commit(files: Any, path: str) -> str:
+        found = files.resolve_path(path)
+        if not hasattr(found, "revision"):  # a bucket has none
+            return url
+        commit = _commit(found.repo_type, found.repo_id, found.revision)
+        return f"hf://{found.repo_type}s/{found.repo_id}@{commit}/{found.path_in_repo}"
+
+    return _try("look for", url, with_commit)
+
+
+@cache
+def _commit(repo_type: str, repo_id: str, revision: str) -> str:
+    from huggingface_hub import HfApi
+
+    return str(HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision).sha)
 
 
 def remove(url: str, *, folder: bool = False) -> None:
@@ -158,12 +204,36 @@ def check_writable(url: str, name: str) -> None:
     remove(f"{url}/{name}")
 
 
+def _file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system for the URL, and its path there."""
+    if not url.startswith(("http://", "https://")):
+        return url_to_fs(url)
+    import aiohttp  # only fsspec's HTTP has it
+
+    # fsspec gives a whole download five minutes; here a server may be slow, but not silent
+    options: dict[str, Any] = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(None, None, SILENCE, SILENCE)}}
+    hub, token = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), os.environ.get("HF_TOKEN")
+    if token and url.startswith(f"{hub.rstrip('/')}/"):
+        options["headers"] = {"Authorization": f"Bearer {token}"}  # aiohttp leaves it out where another host is next
+    return url_to_fs(url, **options)
+
+
+def _wanted_pause(error: BaseException) -> float:
+    """Seconds that the server asks for, as with status 429 and 503."""
+    for one in (error, error.__cause__):
+        headers = getattr(one, "headers", None) or getattr(getattr(one, "response", None), "headers", None) or {}
+        with suppress(KeyError, TypeError, ValueError):
+            return float(headers["Retry-After"])
+    return 0.0
+
+
 def _try(verb: str, url: str, action: Callable[[Any, str], T]) -> T:
-    """What `action`(file system, its path) gives, tried again after RETRY_SECONDS."""
+    """What `action`(file system, its path) gives, tried again after RETRY_SECONDS, or when the server says."""
     try:
-        files, path = url_to_fs(url)
+        files, path = _file_system(url)
     except (ImportError, ValueError) as error:  # ValueError: of an unknown protocol
-        advice = f"; {pip_install('s3fs')}" if url.startswith("s3") else ""
+        package = _PACKAGES.get(url.partition("://")[0])
+        advice = f"; {pip_install(package)}" if package else ""
         raise ValueError(f"cannot {verb} {url}: {error}{advice}") from None
     began = time.monotonic()
     for tries, pause in enumerate((*RETRY_SECONDS, None), 1):
@@ -173,7 +243,10 @@ def _try(verb: str, url: str, action: Callable[[Any, str], T]) -> T:
         except (FileNotFoundError, PermissionError) as error:  # another try says the same
             raise type(error)(f"cannot {verb} {url}: {error}") from error
         except Exception as error:  # every package has its own kinds
-            if pause is None or time.monotonic() - began > PATIENCE:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # of the disk here
+                raise
+            wanted = _wanted_pause(error)
+            if pause is None or time.monotonic() - began + wanted > PATIENCE:
                 raise OSError(f"cannot {verb} {url}, tried {tries} times: {type(error).__name__}: {error}") from error
-        time.sleep(pause)
+        time.sleep(max(pause, wanted))
     raise AssertionError("the last try returns or raises")

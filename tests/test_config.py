@@ -262,14 +262,20 @@ def test_margins_by_name():
 
 # ---- URLs where only a path works
 
-PATHS = ("run.dir", "data.train", "evaluate.sets={P1: {data: %s}}", "evaluate.sets={P1: {data: here, distractors: %s}}")
+SETS = ("evaluate.sets={P1: {data: %s}}", "evaluate.sets={P1: {data: here, distractors: %s}}")
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/run", "https://host/x", "hf://owner/x", "s3:/bucket/run"])
-@pytest.mark.parametrize("setting", PATHS)
+@pytest.mark.parametrize(
+    "setting, url",
+    [
+        *(("run.dir", url) for url in ("s3://bucket/run", "https://host/x", "hf://owner/x", "s3:/bucket/run")),
+        ("data.cache_dir", "s3://bucket/run"),
+        *((setting, "s3:/bucket/run") for setting in ("data.train", *SETS)),
+    ],
+)
 def test_a_url_where_only_a_path_works_is_refused_by_name(setting, url):
     override = setting % url if "%" in setting else f"{setting}={url}"
-    name = {PATHS[2]: "evaluate.sets.P1.data", PATHS[3]: "evaluate.sets.P1.distractors"}.get(setting, setting)
+    name = dict(zip(SETS, ("evaluate.sets.P1.data", "evaluate.sets.P1.distractors"), strict=True)).get(setting, setting)
     with pytest.raises(
         ValueError, match=f"  {name}: got '{url}'; {url} is a URL, and this takes a path on this machine"
     ):

@@ -58,7 +58,7 @@ def mixed_fonts(tmp_path_factory) -> Path:
 
 def images(index: Index) -> list[bytes]:
     assert len(index.shard_names) == 1
-    shard = index.shard_path(0).read_bytes()
+    shard = Path(index.shard_of(0)).read_bytes()
     return [shard[start : start + size] for start, size in zip(index.offset, index.size, strict=True)]
 
 

@@ -1,7 +1,12 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from partial_fc.data.mixing import mixing
 from partial_fc.data.order import Order
+from partial_fc.doctor.run_folder import mixed
 from partial_fc.parallel.distributed import part
 
 # samples per shard, batch, streams, window
@@ -153,3 +158,22 @@ def test_sizes_that_do_not_fit_are_errors(batch, streams, window, message):
 def test_a_negative_step_is_an_error():
     with pytest.raises(ValueError, match="got step -1"):
         make("one shard").batch(-1)
+
+
+def test_shards_in_order_of_identity_are_told_from_shuffled_ones():
+    """By what a run and the doctor say; the remedies are measured on the same order."""
+    order = Order(np.full(50, 2000), 64, 4, 0, 256)
+    label = np.repeat(np.arange(10_000), 10)
+    found = mixing(order, label)
+    samples = np.concatenate([order.batch(step) for step in range(717, 845)])  # the middle of 1,562
+    assert found.steps == 128 and found.identities == len(np.unique(label[samples])) and found.share < 0.25
+    shuffled = np.random.default_rng(0).permutation(label)
+    assert mixing(order, shuffled).share == pytest.approx(1, abs=0.01)
+    index = SimpleNamespace(label=label, shards=[SimpleNamespace(plain_bytes=1 << 30)] * 50)
+    sheet_line = mixed(order, index)
+    assert sheet_line.level == "problem" and found.said() in sheet_line.text
+    for streams, window in ((64, 256), (4, 8192)):
+        share = mixing(replace(order, streams=streams, shuffle_window=window), label).share
+        assert f"gives {share:.0%}, and reads " in sheet_line.text and share > 3 * found.share
+    assert "data.streams=64" in sheet_line.text and "reads 50 shards of 50.0 GiB at once" in sheet_line.text
+    assert mixed(order, SimpleNamespace(label=shuffled)).level == "ok"

@@ -36,7 +36,7 @@ def stored(index: Index) -> dict[bytes, str]:
     names = index.classes()
     out = {}
     for i in range(index.num_samples):
-        with index.shard_path(i).open("rb") as file:
+        with Path(index.shard_of(i)).open("rb") as file:
             out[os.pread(file.fileno(), int(index.size[i]), int(index.offset[i]))] = names[index.label[i]]
     return out
 

@@ -41,7 +41,7 @@ def bytes_of(index) -> list[bytes]:
     """Of every sample, in their order."""
     data = []
     for i in range(index.num_samples):
-        with index.shard_path(i).open("rb") as file:
+        with Path(index.shard_of(i)).open("rb") as file:
             data.append(os.pread(file.fileno(), int(index.size[i]), int(index.offset[i])))
     return data
 

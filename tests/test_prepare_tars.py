@@ -16,7 +16,7 @@ from webdataset import ShardWriter, WebDataset
 from partial_fc import cli
 from partial_fc.data.shards import Index, load_index, verify
 from partial_fc.prepare import tars
-from partial_fc.prepare.tars import prepare_index, shard_files, split_key
+from partial_fc.prepare.tars import prepare_index, shard_places, split_key
 
 
 def image(seed: int, extension: str = "png", size: tuple[int, int] = (8, 8)) -> bytes:
@@ -44,8 +44,7 @@ def stored(index: Index) -> dict[str, tuple[bytes, str]]:
     """Bytes and class name of each sample, by its name."""
     found, classes = {}, index.classes()
     for i in range(index.num_samples):
-        with index.shard_path(i).open("rb") as file:
-            data = os.pread(file.fileno(), int(index.size[i]), int(index.offset[i]))
+        data = index.read(i)
         assert index.intact(i, data)
         found[index.name(i)] = data, classes[index.label[i]]
     return found
@@ -170,11 +169,11 @@ def test_a_killed_run_goes_on_and_changed_shards_are_read_again(tmp_path, monkey
     read = []
     scan = tars.scan_shard
 
-    def scanned(file: Path, options: tars.Options) -> tars.Scan:
+    def scanned(file: Path, options: tars.Options, place: Path) -> tars.Scan:
         read.append(file.name)
         if file.name == "2.tar" and len(read) == 3:
             raise KeyboardInterrupt
-        return scan(file, options)
+        return scan(file, options, place)
 
     monkeypatch.setattr(tars, "scan_shard", scanned)
     with pytest.raises(KeyboardInterrupt):
@@ -193,16 +192,16 @@ def test_shards_are_found_by_every_way_and_called_alike(tmp_path):
     (tmp_path / "list.json").write_text('{"shardlist": [{"url": "a/0.tar", "nsamples": 1}, {"url": "b/0.tar"}]}')
     wanted = [tmp_path / "a" / "0.tar", tmp_path / "b" / "0.tar"]
     ways = (f"{tmp_path}/{{a,b}}/0.tar", f"{tmp_path}/*/0.tar", f"{tmp_path}/a::{tmp_path}/b", f"{tmp_path}/list.json")
-    assert all(shard_files(way) == wanted for way in ways)
+    assert all(shard_places(way) == wanted for way in ways)
     index = prepare_index(ways[0], tmp_path / "out", workers=1)
     assert index.shard_names == ["shard-000000.tar", "shard-000001.tar"] and index.classes() == ["a", "b"]
     for bad, message in (("none.tar", "is no file, as 1 of 1"), ("{0..2}.tar", "3 of 3"), ("*.none", "names no shard")):
         with pytest.raises(FileNotFoundError, match=message):
-            shard_files(f"{tmp_path}/{bad}")
+            shard_places(f"{tmp_path}/{bad}")
     for text in ("{", "[]", '{"shardlist": [{}]}', '{"shardlist": 3}'):
         (tmp_path / "list.json").write_text(text)
         with pytest.raises(ValueError, match="list.json"):
-            shard_files(f"{tmp_path}/list.json")
+            shard_places(f"{tmp_path}/list.json")
 
 
 @pytest.mark.parametrize(

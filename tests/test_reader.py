@@ -149,11 +149,11 @@ def test_a_sample_that_has_changed_is_left_out_and_named(tmp_path):
     """Another whole image in its place, which decodes: the label would be of somebody else."""
     index = make_index(tmp_path)
     other, size = encoded(pixels(99)), int(index.size[17])
-    with index.shard_path(17).open("r+b") as file:
+    with Path(index.shard_of(17)).open("r+b") as file:
         file.seek(int(index.offset[17]))
         file.write((other + bytes(size))[:size])
     bad = [one for batch in make_loader(index, stop_step=5) for one in batch.bad]
-    shard = index.shard_path(17).name
+    shard = Path(index.shard_of(17))
     assert bad == [f"000000017 (photo 17) has changed in {shard} since it was prepared: its CRC32 is another"]
 
 
@@ -181,7 +181,7 @@ def test_a_shard_cut_after_loading_is_named_with_the_offset(tmp_path, monkeypatc
     monkeypatch.setattr(reader, "RETRY_SECONDS", (0.01, 0.02, 0.03))
     index = make_index(tmp_path)
     last = np.flatnonzero(index.shard == 1)[-1]
-    os.truncate(index.shard_path(last), index.offset[last] + 1)
+    os.truncate(Path(index.shard_of(last)), index.offset[last] + 1)
     message = rf"at offset {index.offset[last]} of .*shard-000001.tar after 4 tries: got 1 of {index.size[last]}"
     with pytest.raises(ReadError, match=message):
         list(make_loader(index, workers=workers, stop_step=5))

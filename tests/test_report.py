@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -128,7 +129,7 @@ def test_the_images_are_those_of_the_data_set(run, page):
     for group in ("right", "wrong", "hardest"):
         for pair in result["examples"][group]:
             for sample in (pair["a"], pair["b"]):
-                data = index.shard_path(sample).read_bytes()
+                data = Path(index.shard_of(sample)).read_bytes()
                 wanted.append(data[index.offset[sample] : index.offset[sample] + index.size[sample]])
     assert shown == wanted
     assert all(image.startswith(b"\x89PNG") for image in shown)

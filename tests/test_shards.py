@@ -45,7 +45,7 @@ def test_an_offset_and_a_size_are_the_image(tmp_path):
     index = write(tmp_path / "set")
     assert len(index.shard_names) > 2
     for i, (image, _, label) in enumerate(payloads(25)):
-        with index.shard_path(i).open("rb") as file:
+        with Path(index.shard_of(i)).open("rb") as file:
             assert os.pread(file.fileno(), int(index.size[i]), int(index.offset[i])) == image
         assert index.label[i] == label
         assert index.key(i) == f"{i:09d}"
@@ -86,7 +86,7 @@ def test_permuted_class_names_are_an_error(tmp_path):
         (lambda d: json.dumps(d | {"shards": [d["shards"][0]] * 2}), "got shard-000000.tar twice"),
         (lambda d: json.dumps(d | {"shards": [d["shards"][0] | {"bytes": "many"}]}), "shards.0.bytes: got 'many'"),
         (lambda d: json.dumps(d | {"shards": [d["shards"][0] | {"url": "file:///etc"}]}), "url: got 'file:///etc'"),
-        (lambda d: json.dumps(d | {"shards": [d["shards"][0] | {"url": "s3://b/x"}]}), "lies at s3://b/x.*update"),
+        (lambda d: json.dumps(d | {"shards": [d["shards"][0] | {"compression": "gzip"}]}), "wanted both or neither"),
         (lambda d: json.dumps(d | {"version": "two"}), "version: got 'two', wanted a valid integer"),
         (lambda d: json.dumps(d | {"arrays": ["shard"]}), "arrays: got .'shard'., wanted a valid dictionary"),
         (lambda d: json.dumps(d | {"num_samples": 2**62}), f"num_samples: got {2**62}, wanted less than {2**40}"),
@@ -257,7 +257,7 @@ def test_a_label_that_is_no_class_is_named_with_its_key(tmp_path, label):
     [
         ("shard", 99, "sample 17 is in shard number 99, there are"),
         ("shard", 0, "for sample 17, which is outside"),
-        ("offset", 0, "got .* bytes at 0 of shard-.* for sample 17"),
+        ("offset", 0, "got .* bytes at 0 of .*shard-.* for sample 17"),
         ("size", 2**30, "for sample 17, which is outside"),
     ],
 )
@@ -342,7 +342,7 @@ def test_verify_names_the_file_with_a_flipped_bit(tmp_path, file):
 def test_verify_names_all_files_and_the_samples_that_changed(tmp_path, monkeypatch, capsys):
     index = write(tmp_path / "set")
     for sample in (9, 17):
-        with index.shard_path(sample).open("r+b") as file:
+        with Path(index.shard_of(sample)).open("r+b") as file:
             file.seek(int(index.offset[sample]))
             byte = file.read(1)
             file.seek(-1, os.SEEK_CUR)
@@ -360,7 +360,7 @@ def test_verify_names_all_files_and_the_samples_that_changed(tmp_path, monkeypat
 def test_a_broken_tar_header_gives_shard_and_offset_for_a_key(tmp_path):
     index = write(tmp_path / "set")
     offset = int(index.offset[17])
-    with index.shard_path(17).open("r+b") as file:
+    with Path(index.shard_of(17)).open("r+b") as file:
         file.seek(offset - 512)
         file.write(bytes(100))
-    assert index.key(17) == f"{index.shard_path(17).name}@{offset}"
+    assert index.key(17) == f"{Path(index.shard_of(17)).name}@{offset}"

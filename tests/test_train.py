@@ -379,7 +379,7 @@ def damaged(data: Path, out: Path, samples: range) -> Path:
     shutil.copytree(data, out)
     index = load_index(out)
     for sample in samples:
-        with open(index.shard_path(sample), "r+b") as shard:
+        with open(Path(index.shard_of(sample)), "r+b") as shard:
             shard.seek(int(index.offset[sample]))
             shard.write(b"not an image")
     return out

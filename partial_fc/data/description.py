@@ -53,9 +53,19 @@ class Shard(Document):
     sha256: Sha256
     samples: Count
     url: Annotated[str, AfterValidator(_of_a_scheme)] | None = None
-    compression: Literal["gzip"] | None = None
+    compression: Literal["gzip", "zstd"] | None = None
     unpacked_bytes: Count | None = None
     """Offsets of samples are in the unpacked tar, which has so many bytes; without compression unset."""
+
+    @property
+    def plain_bytes(self) -> int:
+        """Of the unpacked tar."""
+        return self.bytes if self.unpacked_bytes is None else self.unpacked_bytes
+
+    @property
+    def copied(self) -> bool:
+        """Whether it is read from a plain copy in the cache."""
+        return self.url is not None or self.compression is not None
 
 
 class Prepared(Document):
@@ -81,6 +91,15 @@ class Description(Document):
     name_offset_sha256: Sha256 | None = None
     pairs_sha256: Sha256 | None = None
     prepared: Prepared
+
+    def files(self) -> dict[str, str]:
+        """The sha256 of every file but the shards and index.json itself."""
+        files = {f"index/{name}.npy": sha256 for name, sha256 in self.arrays.items()}
+        for name in (*OF_SAMPLES, "pairs"):
+            sha256 = getattr(self, f"{name}_sha256")
+            if sha256 is not None:
+                files[f"index/{name}.npy"] = sha256
+        return files | {"classes.txt": self.classes_sha256}
 
 
 OF_SAMPLES = ("crc32", "name", "name_offset")  # arrays of version 3, whose checksums are no part of the fingerprint
@@ -108,6 +127,12 @@ def read_description(folder: Path) -> Description:
     missing = [f"{name}_sha256" for name in OF_SAMPLES if getattr(description, f"{name}_sha256") is None]
     if description.version >= 3 and missing:
         raise ValueError(f"{file}: {missing[0]} is missing: {AGAIN}")
+    for i, shard in enumerate(description.shards):
+        if (shard.compression is None) != (shard.unpacked_bytes is None):
+            raise ValueError(
+                f"{file}: shards.{i}: got compression {shard.compression} and unpacked_bytes {shard.unpacked_bytes}, "
+                f"wanted both or neither: {AGAIN}"
+            )
     names = [plain_name(shard.name, file, f"shards.{i}.name") for i, shard in enumerate(description.shards)]
     if len(set(names)) < len(names):
         twice = next(name for number, name in enumerate(names) if name in names[:number])

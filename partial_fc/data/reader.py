@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -28,17 +29,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from partial_fc import storage
 from partial_fc.config import Affine
+from partial_fc.data.ahead import SHARE, Fetcher, upcoming
 from partial_fc.data.augment import augment
 from partial_fc.data.groups import Groups
 from partial_fc.data.order import Order
 from partial_fc.data.pixels import decode, decode_by_opencv
 from partial_fc.data.shards import Index
 from partial_fc.opencv import cv2
-from partial_fc.parallel.distributed import part
+from partial_fc.parallel.distributed import local_world_size, part
 from partial_fc.seeds import seed_for
 
 RETRY_SECONDS = (0.1, 1.0, 5.0)  # pauses before another try to read: network file systems have short outages
+FEW_STEPS = 200  # a run of so few reads samples alone where their shards have SPARSE times as many
+SPARSE = 8
 MAX_OPEN_SHARDS = 64  # a worker; common limits are 1,024 files a process
 SHARED_MEMORY = Path("/dev/shm")  # where readers put their batches
 MORE_SHARED_MEMORY = "docker run --shm-size, or an emptyDir of medium Memory in Kubernetes"
@@ -87,8 +92,10 @@ def loader(
             f"got a global batch of {order.global_batch_size} samples on {world_size} ranks, wanted at least "
             "one a rank: raise data.global_batch_size or use fewer ranks"
         )
-    requests = _Requests(order, positions, range(start_step, stop_step))
-    return _loader(_Samples(index, seed, flip, affine), requests, workers, prefetch, pin_memory)
+    steps = range(start_step, stop_step)
+    ranges = _few_of(index, order, steps)
+    requests = _Requests(order, positions, steps, None if ranges else index)
+    return _loader(_Samples(index, seed, flip, affine, ranges), requests, workers, prefetch, pin_memory)
 
 
 def images_in_order(index: Index, samples: np.ndarray, batch_size: int, workers: int) -> Iterator[Batch]:
@@ -98,7 +105,7 @@ def images_in_order(index: Index, samples: np.ndarray, batch_size: int, workers:
     """
     starts = range(0, len(samples), batch_size)
     requests = [_Request(i, 0, samples[start : start + batch_size]) for i, start in enumerate(starts)]
-    dataset = _Samples(index, seed=0, flip=False, affine=None)
+    dataset = _Samples(index, seed=0, flip=False, affine=None, ranges=_sparse(index, samples))
     for batch in _loader(dataset, requests, min(workers, len(requests)), 2, False):
         if batch.bad:
             raise ValueError(f"{index.path}: sample {batch.bad[0]}: leave it out and prepare the data set again")
@@ -122,12 +129,33 @@ def normalize(images: Tensor, mean: float | Sequence[float], std: float | Sequen
     return (images.float() - mean) / std
 
 
+def _sparse(index: Index, samples: np.ndarray) -> bool:
+    """Whether reading these samples alone saves most of the bytes of their shards, and can be done."""
+    numbers = np.unique(index.shard[samples])
+    if not all(index.shards[n].url and index.shards[n].compression is None for n in numbers.tolist()):
+        return False
+    missing = [n for n in numbers.tolist() if not index.cache.holds(index.shards[n])]
+    return len(samples) * SPARSE < int(index.samples_per_shard[missing].sum())
+
+
+def _few_of(index: Index, order: Order | Groups, steps: range) -> bool:
+    """The same of the samples of these steps. Groups come from everywhere: alone where the cache does not hold all."""
+    if not any(shard.url for shard in index.shards):
+        return False
+    if isinstance(order, Groups) and sum(shard.plain_bytes for shard in index.shards) > index.cache.limit():
+        return all(shard.url and shard.compression is None for shard in index.shards)
+    if len(steps) > FEW_STEPS:
+        return False
+    return _sparse(index, np.unique(np.concatenate([order.batch(step) for step in steps] or [np.empty(0, np.int64)])))
+
+
 class _Request(NamedTuple):
     """What one item of the data set is asked for: a rank's part of a batch."""
 
     step: int
     first: int  # position of samples[0] in the global batch
     samples: np.ndarray  # (b,)
+    ahead: Sequence[int] = ()  # shards that later batches need
 
 
 @dataclass(frozen=True)
@@ -137,10 +165,24 @@ class _Requests:
     order: Order | Groups
     positions: range
     steps: range
+    index: Index | None
+    """Whose shards are fetched ahead; None: none are."""
 
     def __iter__(self) -> Iterator[_Request]:
         own = slice(self.positions.start, self.positions.stop)
-        return (_Request(step, own.start, self.order.batch(step)[own]) for step in self.steps)
+        for step, ahead in zip(self.steps, self._ahead(), strict=False):
+            yield _Request(step, own.start, self.order.batch(step)[own], ahead)
+
+    def _ahead(self) -> Iterator[Sequence[int]]:
+        """Shards to fetch with each request. Of groups that of the anchors; the others come from anywhere."""
+        copied = [] if self.index is None else [shard.plain_bytes for shard in self.index.shards if shard.copied]
+        if self.index is None or not copied:
+            return repeat(())
+        k = self.order.samples_per_identity if isinstance(self.order, Groups) else 1
+        anchors = self.order.anchors if isinstance(self.order, Groups) else self.order
+        own = slice(self.positions.start // k, -(-self.positions.stop // k))
+        most = int(SHARE * self.index.cache.limit()) // (max(copied) * local_world_size())
+        return upcoming(anchors, self.index.shard, own, self.steps, max(most, 1))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -154,7 +196,12 @@ class _Samples:
     seed: int
     flip: bool
     affine: Affine | None
+    ranges: bool = False  # read samples alone, not shards
     _open: OrderedDict[int, int] = field(default_factory=OrderedDict)  # shard → descriptor, latest use last
+    _fetched_anew: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._fetcher = Fetcher(self.index)
 
     def __getitem__(self, request: _Request) -> Batch | ReadError:
         """The batch, or the error that ends the run: torch would put a raised one into a traceback's text."""
@@ -168,13 +215,15 @@ class _Samples:
         cv2.setNumThreads(0)  # the workers are the parallelism; OpenCV's own threads do not survive a fork
         height, width = image_size(self.index)
         planned = len(request.samples)
+        self._fetcher.ask(request.ahead)
         images = np.empty((planned, 3, height, width), np.uint8)
         good: list[int] = []
         bad: list[str] = []
         # What a run on an older data set saw stays: until then transparency was dropped.
         pixels_of = decode if self.index.version >= 3 else decode_by_opencv
-        for row, sample in enumerate(request.samples.tolist()):
-            data = self._read(sample)
+        of_batch = self._read_alone(request.samples) if self.ranges else repeat(None)
+        for row, (sample, data) in enumerate(zip(request.samples.tolist(), of_batch, strict=False)):
+            data = self._read(sample) if data is None else data
             image = pixels_of(data) if self.index.intact(sample, data) else None
             if image is None or image.shape != (height, width, 3):
                 bad.append(self._fault(sample, data))
@@ -186,6 +235,7 @@ class _Samples:
                 image = augment(image, rng, self.flip, self.affine)
             images[len(good)] = image.transpose(2, 0, 1)
             good.append(sample)
+        self._let_go(set(self.index.shard[request.samples].tolist()))
         labels = torch.from_numpy(self.index.label[good])
         return Batch(torch.from_numpy(images[: len(good)]), labels, request.step, planned, bad)
 
@@ -193,44 +243,76 @@ class _Samples:
         """Which sample it is, and why it cannot be used."""
         if self.index.intact(sample, data):
             return f"{self.index.described(sample)} is no image of (height, width) {image_size(self.index)}"
-        shard = self.index.shard_path(sample).name
+        shard = self.index.shard_of(sample)
         return f"{self.index.described(sample)} has changed in {shard} since it was prepared: its CRC32 is another"
+
+    def _read_alone(self, samples: np.ndarray) -> list[bytes]:
+        """The stored bytes of the images of a batch, no more; those that are not what they were are read once more."""
+        urls = [self.index.shard_of(sample) for sample in samples.tolist()]
+        starts, sizes = (array[samples].tolist() for array in (self.index.offset, self.index.size))
+        try:
+            found = storage.read_ranges(urls, starts, sizes)
+            for row, sample in enumerate(samples.tolist()):
+                if not self.index.intact(sample, found[row]):
+                    found[row] = storage.read_ranges(urls[row : row + 1], starts[row : row + 1], sizes[row : row + 1])[
+                        0
+                    ]
+        except (OSError, ValueError) as error:
+            raise ReadError(f"{error}. Once the file can be read the same command goes on") from error
+        return found
 
     def _read(self, sample: int) -> bytes:
         """The stored bytes of an image, read once more if they have changed. Raises ReadError if all tries failed."""
         shard, offset, size = (int(a[sample]) for a in (self.index.shard, self.index.offset, self.index.size))
+        tries = 0
         for pause in (*RETRY_SECONDS, None):
+            tries += 1
             try:
                 data = os.pread(self._descriptor(shard), size, offset)
                 if len(data) == size and not self.index.intact(sample, data):
-                    self._close(shard)  # the file may have been replaced
+                    self._anew(shard)
                     data = os.pread(self._descriptor(shard), size, offset)
                 if len(data) == size:
                     return data
-                error = OSError(f"got {len(data)} of {size} bytes")
-            except OSError as caught:
+                error: Exception = OSError(f"got {len(data)} of {size} bytes")
+            except (OSError, ValueError) as caught:
                 error = caught
             self._close(shard)  # a new descriptor also helps where the file was replaced
-            if pause is not None:
-                time.sleep(pause)
+            if pause is None or self.index.shards[shard].copied:  # the cache has tried for minutes
+                break
+            time.sleep(pause)
         raise ReadError(
-            f"cannot read {size} bytes at offset {offset} of {self.index.shard_path(sample)} "
-            f"after {len(RETRY_SECONDS) + 1} tries: {error}. Once the file can be read the same command goes on"
+            f"cannot read {size} bytes at offset {offset} of {self.index.shard_of(sample)} after {tries} "
+            f"tr{'y' if tries == 1 else 'ies'}: {error}. Once the file can be read the same command goes on"
         ) from error
+
+    def _anew(self, shard: int) -> None:
+        """Has the shard opened again: the file may have been replaced, or the copy of it gone bad, once."""
+        self._close(shard)
+        if shard not in self._fetched_anew:
+            self._fetched_anew.add(shard)
+            self.index.forget(shard)
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._open:
             if len(self._open) >= MAX_OPEN_SHARDS:
                 self._close(next(iter(self._open)))
-            self._open[shard] = os.open(self.index.path / self.index.shard_names[shard], os.O_RDONLY)
+            self._open[shard] = self.index.open_shard(shard)
         self._open.move_to_end(shard)
         return self._open[shard]
+
+    def _let_go(self, in_use: Iterable[int]) -> None:
+        """Closes copies that the cache has deleted and this batch did not need: the disk keeps them until then."""
+        for shard in [shard for shard in self._open if self.index.shards[shard].copied]:
+            if os.fstat(self._open[shard]).st_nlink == 0 and shard not in in_use:
+                self._close(shard)
 
     def _close(self, shard: int) -> None:
         if shard in self._open:
             os.close(self._open.pop(shard))
 
     def __del__(self) -> None:
+        self._fetcher.stop()
         for shard in list(self._open):
             self._close(shard)
 

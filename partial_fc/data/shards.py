@@ -31,7 +31,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +39,11 @@ import numpy as np
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from partial_fc.data.description import AGAIN, FORMAT, OF_SAMPLES, VERSION, read_description
+from partial_fc import storage
+from partial_fc.data.description import AGAIN, FORMAT, OF_SAMPLES, VERSION, Shard, read_description
+from partial_fc.data.remote import Cache, default_folder, local_index
 from partial_fc.files import sha256_of, shortened
+from partial_fc.storage import Place
 
 SHARD_BYTES = 256 * 2**20
 LEFT_OUT = "left_out.jsonl"
@@ -69,7 +72,7 @@ class Index:
     path: Path
     num_samples: int
     num_classes: int
-    shard_names: list[str]
+    shards: list[Shard]
     shard: np.ndarray  # (N,) int32
     offset: np.ndarray  # (N,) int64
     size: np.ndarray  # (N,) int32
@@ -82,24 +85,72 @@ class Index:
     # of index version 3
     crc32: np.ndarray | None = None  # (N,) uint32
     names: tuple[np.ndarray, np.ndarray] | None = None  # name and name_offset
+    cache: Cache = field(default_factory=lambda: Cache(default_folder()))  # of shards that are not plain files here
+
+    @property
+    def shard_names(self) -> list[str]:
+        return [shard.name for shard in self.shards]
 
     @property
     def samples_per_shard(self) -> np.ndarray:
         """(number of shards,) int64."""
         return np.bincount(self.shard, minlength=len(self.shard_names))
 
-    def shard_path(self, sample: int) -> Path:
-        return self.path / self.shard_names[self.shard[sample]]
+    def shard_of(self, sample: int) -> str:
+        """The name of the sample's shard: its URL, or the path of its file."""
+        return str(self.source(int(self.shard[sample])))
+
+    def source(self, shard: int) -> Place:
+        """Where a shard lies."""
+        found = self.shards[shard]
+        return found.url or self.path / found.name
+
+    def open_shard(self, shard: int) -> int:
+        """A file descriptor of a shard as a plain tar, fetched where it is neither here nor in the cache.
+
+        Raises OSError, and ValueError for a shard that is not what the index says.
+        """
+        found = self.shards[shard]
+        return self.cache.open(found, self.source(shard)) if found.copied else os.open(self.source(shard), os.O_RDONLY)
+
+    def elsewhere(self) -> str:
+        """How many shards are read from copies, where they lie, and how many of these there are; empty for none."""
+        copied = [shard for shard in self.shards if shard.copied]
+        if not copied:
+            return ""
+        hosts = sorted({"/".join(shard.url.split("/")[:3]) for shard in copied if shard.url})
+        kinds = [f"behind {', '.join(hosts[:3])}{', …' * (len(hosts) > 3)}"] * bool(hosts)
+        kinds += ["compressed"] * any(shard.compression for shard in copied)
+        there = sum(map(self.cache.holds, copied))
+        size = sum(shard.plain_bytes for shard in copied) / 2**30
+        return (
+            f"{len(copied)} of {len(self.shards)} shards are {' and '.join(kinds)}: {there} of the copies, {size:.1f} "
+            f"GiB in all, are in {self.cache.folder}, which may hold {self.cache.limit() / 2**30:.1f} GiB"
+        )
+
+    def forget(self, shard: int) -> None:
+        """Deletes the copy in the cache, if the shard has one there."""
+        if self.shards[shard].copied:
+            self.cache.drop(self.shards[shard])
+
+    def read(self, sample: int) -> bytes:
+        """The stored bytes of one sample's image. Raises as `open_shard`; the reader has a way for many samples."""
+        descriptor = self.open_shard(int(self.shard[sample]))
+        try:
+            return os.pread(descriptor, int(self.size[sample]), int(self.offset[sample]))
+        finally:
+            os.close(descriptor)
 
     def key(self, sample: int) -> str:
-        """The sample's key, from the tar header before its image; `shard@offset` if that header is broken."""
-        offset = int(self.offset[sample])
+        """The sample's key, from the tar header before its image; `shard@offset` where that is broken or not here."""
+        shard, offset = int(self.shard[sample]), int(self.offset[sample])
+        found = self.shards[shard]
         try:
-            with self.shard_path(sample).open("rb") as file:
+            with open(self.cache.path(found) if found.copied else self.path / found.name, "rb") as file:
                 file.seek(offset - _BLOCK)
                 name = tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape").name
         except (OSError, tarfile.HeaderError):
-            return f"{self.shard_path(sample).name}@{offset}"
+            return f"{found.name}@{offset}"
         folder, _, base = name.rpartition("/")
         key = base.partition(".")[0]  # WebDataset: the key ends at the first dot of the base name
         return f"{folder}/{key}" if folder else key
@@ -237,24 +288,24 @@ def write_left_out(folder: Path, left_out: Sequence[dict[str, Any]]) -> None:
         (folder / LEFT_OUT).write_text("".join(lines), encoding="utf-8")
 
 
-def load_index(path: Path | str, *, check_labels: bool = True) -> Index:
-    """Open the data set in folder `path` and check it against itself, without reading any shard's bytes.
+def load_index(path: Path | str, *, check_labels: bool = True, cache: Cache | None = None) -> Index:
+    """Open the data set in the folder `path`, or at that URL, and check it against itself, without reading its shards.
 
     check_labels: compare the checksum of label.npy, too: 1 s for 42.5 million samples; one rank of a machine is
     enough. The other arrays are compared by `verify`; a wrong one of theirs is found by the sample's CRC32.
+    cache: of shards that lie behind a URL or are compressed; None: the user's, see `default_folder`.
 
     Raises FileNotFoundError or ValueError naming the file, and for a label that is no class the sample's key.
     """
-    path = Path(path)
+    where, cache = storage.place(path), cache or Cache(default_folder())
+    path = local_index(where, cache) if storage.remote(where) else where
     description = read_description(path)
     shards, num_samples = description.shards, description.num_samples
+    if storage.remote(where):
+        shards = [s if s.url else s.model_copy(update={"url": f"{where}/{s.name}"}) for s in shards]
     for shard in shards:
-        if shard.url is not None or shard.compression is not None:
-            raise ValueError(
-                f"{path}: {shard.name} lies at {shard.url}, compression {shard.compression}; this partial_fc reads "
-                "uncompressed shards in the data set's own folder: update partial_fc"
-            )
-        _check_shard_file(path / shard.name, shard.bytes)
+        if shard.url is None:
+            _check_shard_file(path / shard.name, shard.bytes)
     _check_checksum(path / "classes.txt", description.classes_sha256)  # permuted names would be other people
 
     arrays = {name: _open_array(path, name, num_samples) for name in description.arrays}
@@ -279,7 +330,7 @@ def load_index(path: Path | str, *, check_labels: bool = True) -> Index:
         path=path,
         num_samples=num_samples,
         num_classes=description.num_classes,
-        shard_names=[shard.name for shard in shards],
+        shards=shards,
         **{name: arrays.pop(name) for name in _DTYPES},
         extra=arrays,
         pairs=pairs,
@@ -288,8 +339,9 @@ def load_index(path: Path | str, *, check_labels: bool = True) -> Index:
         prepared=description.prepared.model_dump(exclude_unset=True),
         fingerprint=hashlib.sha256(json.dumps(checksums).encode()).hexdigest(),
         version=description.version,
+        cache=cache,
     )
-    _check_samples(index, np.array([shard.bytes for shard in shards], dtype=np.int64))
+    _check_samples(index, np.array([shard.plain_bytes for shard in shards], dtype=np.int64))
     got, wanted = index.samples_per_shard.tolist(), [shard.samples for shard in shards]
     if got != wanted:
         name = next(name for name, a, b in zip(index.shard_names, got, wanted, strict=True) if a != b)
@@ -304,23 +356,21 @@ def verify(index: Index) -> None:
 
     Of a damaged shard the error names the first samples whose bytes have changed, by their CRC32.
     """
-    description = read_description(index.path)
-    files = {f"index/{name}.npy": sha256 for name, sha256 in description.arrays.items()}
-    for name in (*OF_SAMPLES, "pairs"):
-        sha256 = getattr(description, f"{name}_sha256")
-        if sha256 is not None:
-            files[f"index/{name}.npy"] = sha256
-    files["classes.txt"] = description.classes_sha256
-    files |= {shard.name: shard.sha256 for shard in description.shards}
-    total = sum((index.path / name).stat().st_size for name in files)
+    files = read_description(index.path).files()
+    total = sum((index.path / name).stat().st_size for name in files) + sum(shard.bytes for shard in index.shards)
     damaged = []
     with tqdm(total=total, desc=f"verifying {index.path.name}", unit="B", unit_scale=True, mininterval=1) as bar:
         for name, wanted in files.items():
             got = sha256_of(index.path / name)
             bar.update((index.path / name).stat().st_size)
             if got != wanted:
-                samples = _changed(index, index.shard_names.index(name)) if name in index.shard_names else ""
-                damaged.append(f"{index.path / name} is damaged: its sha256 is {got}, the index says {wanted}{samples}")
+                damaged.append(f"{index.path / name} is damaged: its sha256 is {got}, the index says {wanted}")
+        for number, shard in enumerate(index.shards):
+            wrong = index.cache.wrong(shard, index.source(number))
+            bar.update(shard.bytes)
+            if wrong is not None:
+                samples = "" if shard.copied else _changed(index, number)
+                damaged.append(f"{index.source(number)} is damaged: {wrong}{samples}")
     if damaged:
         raise ValueError("\n".join([*damaged, AGAIN]))
 
@@ -479,7 +529,7 @@ def _check_samples(index: Index, shard_bytes: np.ndarray) -> None:
         if sample is not None:
             raise ValueError(
                 f"{index.path}: got {index.size[sample]} bytes at {index.offset[sample]} of "
-                f"{index.shard_path(sample).name} for sample {sample}, which is outside that file or before "
+                f"{index.shard_of(sample)} for sample {sample}, which is outside that file or before "
                 f"the end of sample {sample - 1}: {AGAIN}"
             )
         sample = first(start, (label < 0) | (label >= index.num_classes))

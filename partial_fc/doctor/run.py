@@ -78,6 +78,8 @@ def _run(
     sheet.check("engine", _engine, config, device)
     sheet.check("images", run_folder.images, index)
     order = sheet.check("batches", run_folder.batches, config, index, trust_code)
+    if order is not None:
+        sheet.check("mixing", run_folder.mixed, order.value, index, first_rank_only=True)
     length = None if order is None else sheet.check("schedule", run_folder.schedule, config, order.value)
     found = sheet.check("checkpoint", run_folder.latest_checkpoint, config, index)
     if found is not None and distributed.world_size() > 1:

@@ -21,6 +21,7 @@ from partial_fc.build import (
 )
 from partial_fc.config import Config
 from partial_fc.data.groups import Groups
+from partial_fc.data.mixing import LEAST, mixing, remedies
 from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size, images_in_order
 from partial_fc.data.shards import Index
@@ -38,10 +39,11 @@ DECODED = 32  # samples, over all shards
 def data_set(config: Config) -> Found:
     """Every shard is there in its full length, every label is a class."""
     index = training_data(config)
-    size = sum((index.path / name).stat().st_size for name in index.shard_names)
+    size = sum(shard.bytes for shard in index.shards)
     shards = f"{len(index.shard_names)} shard{'s' * (len(index.shard_names) > 1)}"
     text = f"{index.num_samples:,} samples of {index.num_classes:,} identities in {shards} of {size_text(size)}"
-    return Found(f"{config.data.train}: {text}, all there, every label in range", value=index)
+    here = index.elsewhere() or "all there"
+    return Found(f"{config.data.train}: {text}, {here}, every label in range", value=index)
 
 
 def images(index: Index) -> Found:
@@ -56,6 +58,19 @@ def batches(config: Config, index: Index, trust_code: bool) -> Found:
     """The global batch fits data, streams and ranks."""
     order = order_of(config, index, trust_code=trust_code)
     return Found(f"{order.steps_per_epoch:,} steps of {order.global_batch_size} samples an epoch", value=order)
+
+
+def mixed(order: Order | Groups, index: Index) -> Found:
+    """Successive batches hold about as many identities as they would in random order."""
+    found = mixing(order, index.label)
+    if found.share >= LEAST:
+        return Found(found.said())
+    size = sum(shard.plain_bytes for shard in index.shards) // len(index.shards)
+    return Found(
+        f"{found.said()}: the shards are in order of identity, and the loss sees few new ones. "
+        f"{remedies(order, index.label, size)}; or prepare the set in random order",
+        "problem",
+    )
 
 
 def schedule(config: Config, order: Order | Groups) -> Found:
@@ -82,7 +97,7 @@ def latest_checkpoint(config: Config, index: Index) -> Found:
 
 
 def evaluation_sets(config: Config, index: Index) -> Found:
-    sets = open_sets(config.evaluate.sets, image_size(index))
+    sets = open_sets(config.evaluate.sets, image_size(index), index.cache)
     text = ", ".join(f"{name} {one.num_samples:,} samples" for name, (one, _) in sets.items()) or "none"
     cautions = data_cautions(config, index, sets)
     return Found("; ".join([text, *cautions]), "warning" if cautions else "ok")

@@ -13,6 +13,7 @@ from partial_fc import backbone, storage
 from partial_fc.checkpoint import Checkpoint, find_for_all, load_backbone
 from partial_fc.config import Config, Evaluate, EvaluationSet
 from partial_fc.data.reader import image_size
+from partial_fc.data.remote import Cache, cache_of
 from partial_fc.data.shards import Index, load_index
 from partial_fc.evaluate.evaluation_file import FORMAT, VERSION
 from partial_fc.evaluate.protocol import evaluate_sets, format_table
@@ -46,7 +47,7 @@ def evaluate_run(
         if not sets:
             raise ValueError("there is nothing to evaluate on; give --data, or evaluate.sets in the config")
         size = found.image_size()
-        indexes = open_sets(sets, size)
+        indexes = open_sets(sets, size, cache_of(config.data))
     kept = storage.remote(path) or os.access(path, os.W_OK | os.X_OK)
     if not kept and distributed.rank() == 0:
         text = f"warning: {path} cannot be written to: the table is printed, and no evaluation.json written"
@@ -100,7 +101,9 @@ def _what_was_trained(config: dict) -> dict:
     return sections | {"run": {"seed": config["run"]["seed"]}, "data": {"global_batch_size": batch}}
 
 
-def open_sets(sets: dict[str, EvaluationSet], size: tuple[int, int]) -> dict[str, tuple[Index, Index | None]]:
+def open_sets(
+    sets: dict[str, EvaluationSet], size: tuple[int, int], cache: Cache
+) -> dict[str, tuple[Index, Index | None]]:
     """Every set's data and distractors. Raises ValueError for a set of other images than `size`, or without pairs.
 
     Says where a distractor has the name of an identity of the set.
@@ -108,8 +111,9 @@ def open_sets(sets: dict[str, EvaluationSet], size: tuple[int, int]) -> dict[str
     indexes = {}
     for name, chosen in sets.items():
         first = distributed.first_of_node()
-        index = load_index(chosen.data, check_labels=first)
-        distractors = None if chosen.distractors is None else load_index(chosen.distractors, check_labels=first)
+        options: dict[str, Any] = {"check_labels": first, "cache": cache}
+        index = load_index(chosen.data, **options)
+        distractors = None if chosen.distractors is None else load_index(chosen.distractors, **options)
         for one in filter(None, (index, distractors)):
             if image_size(one) != size:
                 raise ValueError(

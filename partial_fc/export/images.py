@@ -13,7 +13,7 @@ from torch import Tensor
 from partial_fc.data.reader import image_size, images_in_order
 from partial_fc.data.shards import Index, load_index
 from partial_fc.prepare.folder import images_below
-from partial_fc.prepare.images import fit, in_threads, printable, read_image
+from partial_fc.prepare.images import as_utf8, fit, in_threads, read_image
 
 
 class Read(NamedTuple):
@@ -56,7 +56,7 @@ class Folder:
         return len(self.files)
 
     def name(self, file: str) -> str:
-        return printable(os.path.relpath(file, self.path))
+        return as_utf8(os.path.relpath(file, self.path))
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()

@@ -283,6 +283,11 @@ def first_of_node() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def local_world_size() -> int:
+    """How many ranks this node has: LOCAL_WORLD_SIZE, or one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextmanager
 def together(what: str) -> Iterator[None]:
     """Runs its body so that it succeeds on all ranks or fails on all of them.

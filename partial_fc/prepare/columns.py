@@ -4,6 +4,8 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from partial_fc.files import one_line, shortened
+
 # What the first line may call a column, without case, spaces, - and _. Of a pair's images one more character is let by.
 _CALLED = {
     "image": {"image", "images", "img", "photo", "file", "path", "filename", "filepath"}
@@ -45,13 +47,13 @@ def read_rows(
                 print(f"{source}: taken for a list of im2rec: index, label, file")
             if named:
                 taken = (f"{name} from column {place + 1}" for name, place in zip(wanted, places, strict=True))
-                print(f"{source}: line {number} names the columns; taken: {', '.join(taken)}")
+                print(one_line(f"{source}: line {number} names the columns; taken: {', '.join(taken)}"))
                 continue
         if len(fields) != len(columns) or not all(fields[place] for place in places):
             more = f"; which of more columns to take is said by --columns, as --columns index,{','.join(wanted)}"
             raise ValueError(
-                f"{source}, line {number}: got {line!r}, wanted {', '.join(columns) if given else text}, with a tab or "
-                f"comma between them{more if len(fields) > len(columns) else ''}"
+                f"{source}, line {number}: got {shortened(line)}, wanted {', '.join(columns) if given else text}, with "
+                f"a tab or comma between them{more if len(fields) > len(columns) else ''}"
             )
         row: list[str | int] = [fields[place] for place in places]
         yield number, [row[0], _class_number(source, number, str(row[1]))] if columns is _IM2REC else row

@@ -23,14 +23,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from partial_fc.data.shards import Index, require_new
+from partial_fc.files import one_line
 from partial_fc.prepare.images import (
     File,
     LeftOut,
     Source,
+    as_utf8,
     check_options,
     drop_repeated,
     examine_all,
-    printable,
     read_file,
     write_images,
 )
@@ -138,20 +139,21 @@ def _check_level(source: Path, files: list[File]) -> None:
         if top not in folders:
             names = _some({os.path.relpath(folder, top).split(os.sep)[0] for folder in folders})
             raise ValueError(
-                f"{printable(str(source))} has one identity: {printable(top)} has no image itself, but the folders "
-                f"{names}. Identities are the folders right under the source: give {printable(top)}; or, if these "
+                f"{as_utf8(str(source))} has one identity: {as_utf8(top)} has no image itself, but the folders "
+                f"{names}. Identities are the folders right under the source: give {as_utf8(top)}; or, if these "
                 "images are of one identity, move them into its folder"
             )
     several = next((identity for identity, folders in inside.items() if len(folders) > 1), None)
     if several is not None:
-        print(
-            f"warning: no image is right in an identity's folder: {printable(several)} has the folders "
-            f"{_some(inside[several])}; if these are the identities, prepare {printable(str(source / several))}"
+        warning = (
+            f"warning: no image is right in an identity's folder: {as_utf8(several)} has the folders "
+            f"{_some(inside[several])}; if these are the identities, prepare {as_utf8(str(source / several))}"
         )
+        print(one_line(warning))
 
 
 def _some(names: set[str]) -> str:
-    return ", ".join(map(printable, sorted(names)[:_SHOWN])) + ", …" * (len(names) > _SHOWN)
+    return ", ".join(map(as_utf8, sorted(names)[:_SHOWN])) + ", …" * (len(names) > _SHOWN)
 
 
 def images_below(top: str) -> tuple[list[str], list[str]]:
@@ -169,7 +171,7 @@ def images_below(top: str) -> tuple[list[str], list[str]]:
     for folder, folders, names in os.walk(top, onerror=fail):
         if folder.count(os.sep) - top.count(os.sep) > DEEPEST:  # os.walk calls itself, and paths have a limit, too
             raise ValueError(
-                f"{printable(top)} has folders more than {DEEPEST} levels deep: is it the right one? Move the images up"
+                f"{as_utf8(top)} has folders more than {DEEPEST} levels deep: is it the right one? Move the images up"
             )
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):

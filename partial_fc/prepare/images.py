@@ -14,11 +14,14 @@ from tqdm import tqdm
 
 from partial_fc.data.pixels import damaged, decode, decode_pixels
 from partial_fc.data.shards import LEFT_OUT, Index, Sample, write_shards
+from partial_fc.documents import MIB
+from partial_fc.files import one_line, printable
 from partial_fc.opencv import MAX_PIXELS, cv2
 from partial_fc.seeds import seed_for
 
 _STARTS = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"BM": "bmp", b"RIFF": "webp", b"GIF8": "gif", b"II*\0": "tif"}
 _STARTS |= {b"MM\0*": "tif", b"\0\0\0\x0cjP": "jp2"}
+MOST_IMAGE_BYTES = 256 * MIB
 _AT_ONCE = 1024  # images that the threads have in hand: bounds what is in memory
 
 T = TypeVar("T")
@@ -58,12 +61,14 @@ class LeftOut:
     def add(self, name: str, reason: str, **more: str) -> None:
         """more: `other`, the file that has the same bytes."""
         self.counts[reason] += 1
-        self.rows.append({"name": printable(name), "reason": reason} | {key: printable(v) for key, v in more.items()})
+        self.rows.append({"name": as_utf8(name), "reason": reason} | {key: as_utf8(v) for key, v in more.items()})
 
     def said(self) -> str:
         """The counts, and the first name of each reason."""
         first = {row["reason"]: row["name"] for row in reversed(self.rows)}
-        return ", ".join(f"{n} {reason} ({first[reason]}{', …' * (n > 1)})" for reason, n in self.counts.items() if n)
+        return ", ".join(
+            f"{n} {reason} ({one_line(first[reason])}{', …' * (n > 1)})" for reason, n in self.counts.items() if n
+        )
 
 
 def check_options(min_samples: int, quality: int, size: tuple[int, int] | None) -> None:
@@ -168,11 +173,11 @@ def write_images(
     index = write_shards(
         out,
         in_threads(sample, order.tolist()),
-        [printable(str(identity)) for identity in identities],
+        [as_utf8(str(identity)) for identity in identities],
         total=len(enough),
         prepared={
             "kind": kind,
-            "source": printable(str(place)),
+            "source": as_utf8(str(place)),
             "image_size": list(size),
             "min_samples": min_samples,
             "seed": seed,
@@ -185,21 +190,19 @@ def write_images(
     see = f"; all are named in {out / LEFT_OUT}" if left_out.rows else ""
     transparent = index.prepared["transparent"]
     on_white = f"; {transparent} are transparent and stored on white" if transparent else ""
-    print(
-        f"{out}: {len(enough)} images of {len(identities)} identities{on_white}; left out: "
-        f"{left_out.said() or 'nothing'}{see}"
-    )
+    said = f"{len(enough)} images of {len(identities)} identities{on_white}; left out: {left_out.said() or 'nothing'}"
+    print(printable(f"{out}: {said}{see}"))
     if len(identities) == 1:
-        print(f"warning: {out} has one identity, {index.classes()[0]}; training wants two or more")
+        print(printable(f"warning: {out} has one identity, {index.classes()[0]}; training wants two or more"))
     return index
 
 
 def read_file(path: str | os.PathLike) -> bytes | str:
-    """A file's bytes, or the reason why it has none: unreadable, empty."""
+    """A file's bytes, or the reason why it has none: unreadable, empty, too_large."""
     if not os.path.isfile(path):  # a pipe would block
         return "unreadable"
     try:
-        return Path(path).read_bytes() or "empty"
+        return "too_large" if os.path.getsize(path) > MOST_IMAGE_BYTES else Path(path).read_bytes() or "empty"
     except OSError:
         return "unreadable"
 
@@ -283,6 +286,6 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             yield from pool.map(function, some)
 
 
-def printable(name: str) -> str:
+def as_utf8(name: str) -> str:
     """A file name as one line of UTF-8: other bytes are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace").replace("\n", "\\n")

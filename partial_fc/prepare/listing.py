@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from partial_fc.data.shards import Index, require_new
+from partial_fc.files import one_line
 from partial_fc.prepare.columns import read_rows
 from partial_fc.prepare.images import (
     File,
@@ -20,7 +21,6 @@ from partial_fc.prepare.images import (
     drop_repeated,
     examine_all,
     kind_of,
-    printable,
     read_file,
     write_images,
 )
@@ -108,4 +108,4 @@ def _warn_of_roots(source: Path, rows: Iterable[tuple[int, list[str | int]]]) ->
             f"warning: {source}: {len(several)} identities have folders of their name in several places: {named}"
             f"{'; …' * (len(several) > _SHOWN)}. If these are not the same, give them names of their own, as A/0001"
         )
-        print(printable(warning))
+        print(one_line(warning))

@@ -12,19 +12,20 @@ from pathlib import Path
 import numpy as np
 
 from partial_fc.data.shards import Index, Sample, require_new, write_shards
+from partial_fc.files import one_line
 from partial_fc.prepare.bin_file import read_bin
 from partial_fc.prepare.columns import read_rows
 from partial_fc.prepare.images import (
     File,
     LeftOut,
     Source,
+    as_utf8,
     check_options,
     examine_all,
     in_threads,
     kind_of,
     made_of,
     only_size,
-    printable,
     read_file,
     stored,
 )
@@ -105,7 +106,7 @@ def _write(
     images = examine_all(files, source, left_out, digests=False, keep_damaged=keep_damaged)
     if left_out.rows:
         there = {image.identity for image in images}
-        missing = (printable(name) for i, name in enumerate(names) if i not in there)
+        missing = (as_utf8(name) for i, name in enumerate(names) if i not in there)
         said = [f"{name} ({row['reason']})" for name, row in zip(missing, left_out.rows, strict=True)]
         counts = ", ".join(f"{count} {why}" for why, count in left_out.counts.items())
         raise ValueError(
@@ -118,17 +119,16 @@ def _write(
         in_threads(
             lambda image: Sample(*stored(image, source, size, quality), image.identity, sources[image.identity]), images
         ),
-        [printable(name) for name in names],
+        [as_utf8(name) for name in names],
         total=len(images),
         pairs=np.column_stack([np.reshape(samples, (-1, 2)), same]),
         prepared={
             "kind": kind,
-            "source": printable(str(place)),
+            "source": as_utf8(str(place)),
             "image_size": list(size),
             **made_of(images, size, quality, keep_damaged),
         },
     )
-    print(
-        f"{out}: {len(images)} images in {len(same)} pairs, {sum(same)} of one identity, {len(same) - sum(same)} of two"
-    )
+    of_one = f"{sum(same)} of one identity, {len(same) - sum(same)} of two"
+    print(one_line(f"{out}: {len(images)} images in {len(same)} pairs, {of_one}"))
     return index

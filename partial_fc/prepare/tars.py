@@ -1,14 +1,18 @@
 """A data set from WebDataset shards that someone else wrote, where they lie: an index is written, no shard is.
 
+A shard may be a file or lie behind a URL, and may be compressed: its index is of the plain tar.
+
 Members are grouped as webdataset groups them: successive members of one key make a sample; a key ends at the first dot
 of the base name. The image is the member that ends in one of EXTENSIONS, in any case. The label is in .cls, in a field
 of .json, or in .txt; where no sample has one, it is the folder of the key. Integers are class indices as they are, and
 classes without a sample stay empty; other labels are class names, sorted by code point.
 
-Every shard is read once, several at a time. What a killed run has read is not read again. What is left out is counted
-and named in left_out.jsonl:
+Every shard is read once, several at a time; one behind a URL is fetched for that and not kept. What a killed run has
+read is not read again. What is left out is counted and named in left_out.jsonl:
     no_label, no_image     the sample has none
-    bad_label              empty, of several lines, or no field of that name
+    bad_label              empty, of several lines, no text in UTF-8, a number of more than 18 digits, or no field of
+                           that name
+    too_large              an image of more than 256 MiB, or a label of more than 1 MiB
     several_images         the sample has more than one
     duplicate_key          the sample has a member twice; webdataset ends with an error there
     undecodable            OpenCV cannot decode it
@@ -28,27 +32,33 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from braceexpand import braceexpand
 from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
+from partial_fc import storage
+from partial_fc.data.description import SCHEMES
 from partial_fc.data.pixels import decode
+from partial_fc.data.remote import compression_of, unpacked
 from partial_fc.data.shards import LEFT_OUT, Index, load_index, require_new, write_index
 from partial_fc.documents import MIB, parse_json, read_bytes
-from partial_fc.files import shortened
-from partial_fc.prepare.images import LeftOut, printable
+from partial_fc.files import one_line, plain_name, printable, shortened
+from partial_fc.prepare.images import MOST_IMAGE_BYTES, LeftOut, as_utf8
+from partial_fc.storage import Place
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 REASONS = (
     "no_label",
     "no_image",
     "bad_label",
+    "too_large",
     "several_images",
     "duplicate_key",
     "undecodable",
@@ -58,10 +68,13 @@ REASONS = (
     "sparse",
 )
 MOST_LABEL_BYTES = MIB  # of a .cls, .json or .txt
-MOST_IMAGE_BYTES = 256 * MIB
+MOST_DIGITS = 18  # of a class index
+MOST_MEMBERS = 2_000_000  # of a shard
+MOST_UNPACKED = 200  # times the bytes of a compressed shard, beside 64 MiB: more is no shard of images
 EMPTY_SHARE = 0.5  # of the classes: more without a sample are no class indices
 _LIST_BYTES = 64 * MIB
 _AT_ONCE = 1 << 20  # bytes read for the checksum of what is behind the last member
+_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 
 
 class Options(NamedTuple):
@@ -77,6 +90,7 @@ class Scan:
 
     bytes: int = 0
     sha256: str = ""
+    unpacked_bytes: int | None = None  # of a compressed one
     offset: list[int] = field(default_factory=list)
     size: list[int] = field(default_factory=list)
     crc32: list[int] = field(default_factory=list)
@@ -96,23 +110,24 @@ def prepare_index(
     close_gaps: bool = False,
     workers: int | None = None,
 ) -> Index:
-    """Index the shards that `source` names in the new folder `out`, which gets links to them.
+    """Index the shards that `source` names in the new folder `out`, which gets links to those that are files.
 
-    source: a shard, a folder of .tar files, a pattern with braces or wildcards, several of these joined by "::", or the
-    .json list of shards of `wids`. label: cls, txt, folder, or a field of .json, as person.id; None takes the first of
+    source: a shard, a folder of shards, a pattern with braces or wildcards, several of these joined by "::", or the
+    .json list of shards of `wids`; each a path or a URL of s3, gs, hf, http or https. Compressed ones end in .tar.gz,
+    .tgz or .tar.zst. label: cls, txt, folder, or a field of .json, as person.id; None takes the first of
     .cls, the field "label" of .json, and .txt. last_dot: a key ends at the last dot of the base name, so that
     s2.0.png has the key s2.0. close_gaps: integer labels are numbered anew, without empty classes. workers: shards
     read at a time; None: as many as cores.
 
-    Raises FileNotFoundError for a shard that is not there, FileExistsError if `out` exists, and ValueError for a file
-    that is no tar, if no sample is left, for labels of which most classes would be empty, and for images of which most
-    are not of one size.
+    Raises FileNotFoundError for a shard that is not there, OSError for one that cannot be fetched, FileExistsError if
+    `out` exists, and ValueError for a file that is no tar, if no sample is left, for labels of which most classes would
+    be empty, and for images of which most are not of one size.
     """
     out = Path(out)
     require_new(out)
-    files = shard_files(source)
+    places = shard_places(source)
     partial = out.with_name(out.name + ".partial")
-    scans = _scan_all(files, partial, Options(label, last_dot), workers)
+    scans = _scan_all(places, partial, Options(label, last_dot), workers)
     size, labelled = _sizes_and_labels(scans, source)
     of_folder = label == "folder" or label is None and not labelled
     left_out = LeftOut(REASONS)
@@ -120,15 +135,15 @@ def prepare_index(
     shard, offset, length, own_label = array("i"), array("q"), array("i"), array("q")
     crc32, names, name_offset = array("I"), bytearray(), array("q", [0])
     label_of: dict[str, int] = {}  # in the order in which they come
-    for number, (file, link, place) in enumerate(zip(files, _link(files, partial), scans, strict=True)):
-        scan = _read(place)
-        shards.append({"name": link, "bytes": scan.bytes, "sha256": scan.sha256})
+    for number, (place, file) in enumerate(zip(places, scans, strict=True)):
+        scan, called = _read(file), _base(place)
+        shards.append(_described(place, scan))
         for row in scan.left_out:
-            left_out.add(row["name"], row["reason"], shard=file.name)
+            left_out.add(row["name"], row["reason"], shard=called)
         for row, name in enumerate(scan.name):
             own = os.path.dirname(name) if of_folder else scan.label[row]
             if not own or (scan.height[row], scan.width[row]) != size:
-                left_out.add(name, "other_size" if own else "no_label", shard=file.name)
+                left_out.add(name, "other_size" if own else "no_label", shard=called)
                 continue
             shard.append(number)
             offset.append(scan.offset[row])
@@ -141,6 +156,8 @@ def prepare_index(
         raise ValueError(f"{source} has no sample to use; left out: {left_out.said() or 'nothing'}")
     numbers, classes = number_labels(list(label_of), close_gaps, source)
     empty = len(classes) - len(np.unique(numbers))
+    for described, name in zip(shards, _names(places), strict=True):
+        described["name"] = name
     write_index(
         partial,
         shards,
@@ -158,7 +175,7 @@ def prepare_index(
         classes,
         {
             "kind": "index",
-            "source": printable(source),
+            "source": as_utf8(source),
             "image_size": list(size),
             "label": label,
             "last_dot": last_dot,
@@ -168,52 +185,75 @@ def prepare_index(
         left_out.rows,
     )
     shutil.rmtree(partial / "scans")
+    _link(places, partial, shards)
     partial.rename(out)
     see = f"; all are named in {out / LEFT_OUT}" if left_out.rows else ""
-    print(
-        f"{out}: {len(shard):,} images of {len(classes) - empty:,} identities in {len(files):,} shards; left out: "
-        f"{left_out.said() or 'nothing'}{see}"
-    )
+    said = f"{len(shard):,} images of {len(classes) - empty:,} identities in {len(places):,} shards"
+    print(printable(f"{out}: {said}; left out: {left_out.said() or 'nothing'}{see}"))
     if empty:
         print(f"warning: {empty:,} of {len(classes):,} classes have no image; --close-gaps numbers them anew")
     return load_index(out)
 
 
-def shard_files(source: str) -> list[Path]:
-    """The files that `source` names, as `prepare_index` says, each once, in that order."""
-    files: list[Path] = []
+def shard_places(source: str) -> list[Place]:
+    """The paths and URLs that `source` names, as `prepare_index` says, each once, in that order."""
+    places: list[Place] = []
     for pattern in source.split("::"):
         for name in braceexpand(pattern):
-            path = Path(name)
-            if path.is_dir():
-                found = sorted(path.glob("*.tar"))
-            elif path.suffix == ".json":
-                found = _of_a_list(path)
-            elif any(sign in name for sign in "*?["):
-                found = [Path(one) for one in sorted(glob.glob(name, recursive=True))]
-            else:
-                found = [path]
+            found = _behind_url(name) if "://" in name else _of_path(name)
             if not found:
-                raise FileNotFoundError(f"{name} names no shard: give .tar files, or a folder of them")
-            files += found
+                raise FileNotFoundError(f"{one_line(name)} names no shard: give .tar files, or a folder of them")
+            places += found
+    strange = [place for place in places if isinstance(place, str) and place.partition("://")[0] not in SCHEMES]
+    if strange:
+        raise ValueError(f"got the shard {one_line(strange[0])}, wanted a path, or a URL of {', '.join(SCHEMES)}")
+    files = [place for place in places if isinstance(place, Path)]
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{missing[0]} is no file, as {len(missing)} of {len(files)} shards that {source} names"
+            f"{missing[0]} is no file, as {len(missing)} of {len(places)} shards that {source} names"
         )
-    return list(dict.fromkeys(files))
+    return list({place.resolve() if isinstance(place, Path) else place: place for place in places}.values())
 
 
-def _of_a_list(path: Path) -> list[Path]:
-    """The shards of a list of wids: {"shardlist": [{"url": …}, …]}, relative to the list."""
-    values = parse_json(read_bytes(path, _LIST_BYTES), path)
+def _of_path(name: str) -> list[Place]:
+    path = Path(name)
+    if path.is_dir():
+        return [file for file in sorted(path.iterdir()) if file.name.lower().endswith(_ENDINGS)]
+    if path.suffix == ".json":
+        urls = _of_a_list(read_bytes(path, _LIST_BYTES), path)
+        return [url if "://" in url else path.parent / url for url in urls]
+    if any(sign in name for sign in "*?["):
+        return [Path(one) for one in sorted(glob.glob(name, recursive=True))]
+    return [path]
+
+
+def _behind_url(url: str) -> list[Place]:
+    scheme, path = url.partition("://")[0], urlsplit(url).path
+    if path.endswith(".json"):
+        data = storage.read(url, _LIST_BYTES)
+        where = url.rpartition("/")[0]
+        return [storage.pinned(one if "://" in one else f"{where}/{one}") for one in _of_a_list(data, url)]
+    if scheme in ("http", "https"):
+        return [url]
+    if path.lower().endswith(_ENDINGS) and not any(sign in url for sign in "*?["):
+        return [storage.pinned(url)]
+    parts = url.rstrip("/").split("/")
+    first = next((i for i, part in enumerate(parts) if any(sign in part for sign in "*?[")), len(parts))
+    found = storage.glob("/".join(parts[:first]), "/".join(parts[first:]) or "*")
+    return [storage.pinned(str(one)) for one in found if str(one).lower().endswith(_ENDINGS)]
+
+
+def _of_a_list(data: bytes, name: object) -> list[str]:
+    """The shards of a list of wids: {"shardlist": [{"url": …}, …]}."""
+    values = parse_json(data, name)
     rows = values.get("shardlist") if isinstance(values, dict) else None
     urls = [row.get("url") if isinstance(row, dict) else None for row in rows] if isinstance(rows, list) else []
     if not urls or not all(isinstance(url, str) for url in urls):
         raise ValueError(
-            f'{path}: got {shortened(rows)}, wanted a list of shards of wids: {{"shardlist": [{{"url": …}}]}}'
+            f'{name}: got {shortened(rows)}, wanted a list of shards of wids: {{"shardlist": [{{"url": …}}]}}'
         )
-    return [path.parent / url for url in urls]
+    return [str(url) for url in urls]
 
 
 def number_labels(labels: list[str], close_gaps: bool, source: str) -> tuple[np.ndarray, list[str]]:
@@ -223,7 +263,7 @@ def number_labels(labels: list[str], close_gaps: bool, source: str) -> tuple[np.
     """
     if not all(label.isascii() and label.isdigit() for label in labels):
         number = {label: i for i, label in enumerate(sorted(labels))}
-        return np.array([number[label] for label in labels], np.int64), [printable(label) for label in number]
+        return np.array([number[label] for label in labels], np.int64), [as_utf8(label) for label in number]
     values = [int(label) for label in labels]  # 007 is 7
     used = sorted(set(values))
     if close_gaps:
@@ -256,54 +296,85 @@ def _sizes_and_labels(scans: list[Path], source: str) -> tuple[tuple[int, int], 
     return size, labelled
 
 
-def _link(files: list[Path], folder: Path) -> list[str]:
-    """Links to the shards in `folder`, by their own names where these differ. Returns the names."""
-    own = [file.name for file in files]
-    names = own if len(set(own)) == len(own) else [f"shard-{i:06d}.tar" for i in range(len(own))]
-    for file, name in zip(files, names, strict=True):
-        link = folder / name
-        link.unlink(missing_ok=True)  # of a killed run
-        link.symlink_to(file.resolve())
-    return names
+def _base(place: Place) -> str:
+    """The shard's own name, of a URL without its query."""
+    return place.name if isinstance(place, Path) else unquote(urlsplit(place).path.rpartition("/")[2])
 
 
-def _scan_all(files: list[Path], partial: Path, options: Options, workers: int | None) -> list[Path]:
-    """Where the scans of all shards are. What a killed run has done, of the same files and options, is taken."""
+def _described(place: Place, scan: Scan) -> dict[str, Any]:
+    """What index.json says of a shard, but for its name."""
+    described: dict[str, Any] = {"name": "", "bytes": scan.bytes, "sha256": scan.sha256}
+    if isinstance(place, str):
+        described["url"] = place
+    if scan.unpacked_bytes is not None:
+        described |= {"compression": compression_of(_base(place)), "unpacked_bytes": scan.unpacked_bytes}
+    return described
+
+
+def _names(places: list[Place]) -> list[str]:
+    """Their own, where these differ and nothing else in the folder is called so; else a number."""
+    own = [_base(place) for place in places]
+    with suppress(ValueError):
+        if len(set(own)) == len(own) and all(plain_name(name, "", "").endswith(_ENDINGS) for name in own):
+            return own
+    return [f"shard-{i:06d}.tar" for i in range(len(own))]
+
+
+def _link(places: list[Place], folder: Path, shards: list[dict[str, Any]]) -> None:
+    """Links to the shards that are files in `folder`."""
+    for place, shard in zip(places, shards, strict=True):
+        if isinstance(place, Path):
+            link = folder / shard["name"]
+            link.unlink(missing_ok=True)  # of a killed run
+            link.symlink_to(place.resolve())
+
+
+def _scan_all(places: list[Place], partial: Path, options: Options, workers: int | None) -> list[Path]:
+    """Where the scans of all shards are. What a killed run has done, of the same shards and options, is taken."""
     kept = partial / "scans"
     kept.mkdir(parents=True, exist_ok=True)
-    places = {file: kept / f"{_digest(file, options)}.json" for file in files}
-    left = [file for file in files if not places[file].exists()]
+    scans = {place: kept / f"{_digest(place, options)}.json" for place in places}
+    left = [place for place in places if not scans[place].exists()]
     workers = min(workers or os.cpu_count() or 1, max(len(left), 1))
     with (
-        tqdm(total=len(files), initial=len(files) - len(left), desc="indexing", unit=" shards", mininterval=1) as bar,
+        tqdm(total=len(places), initial=len(places) - len(left), desc="indexing", unit=" shards", mininterval=1) as bar,
         ExitStack() as stack,
     ):
-        jobs = [(file, places[file], options) for file in left]
+        jobs = [(place, scans[place], options) for place in left]
         if workers == 1:
             done: Iterable[None] = (_scan_into(*job) for job in jobs)
         else:
             pool = stack.enter_context(ProcessPoolExecutor(workers))
+            stack.callback(pool.shutdown, cancel_futures=True)  # what is wrong is said at once
             done = (future.result() for future in as_completed([pool.submit(_scan_into, *job) for job in jobs]))
         for _ in done:
             bar.update()
-    return [places[file] for file in files]
+    return [scans[place] for place in places]
 
 
 def _read(place: Path) -> Scan:
     return Scan(**json.loads(place.read_text(encoding="utf-8")))
 
 
-def _digest(file: Path, options: Options) -> str:
-    """Equal where a scan would be: the same path, length and time of change, the same options."""
-    stat = file.stat()
-    text = json.dumps([os.fspath(file.resolve()), stat.st_size, stat.st_mtime_ns, *options])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+def _digest(place: Place, options: Options) -> str:
+    """Equal where a scan would be: the same path, length and time of change, or URL; the same options."""
+    where: list = [place]
+    if isinstance(place, Path):
+        stat = place.stat()
+        where = [os.fspath(place.resolve()), stat.st_size, stat.st_mtime_ns]
+    return hashlib.sha256(json.dumps([*where, *options]).encode()).hexdigest()[:32]
 
 
-def _scan_into(file: Path, place: Path, options: Options) -> None:
-    temporary = place.with_suffix(".partial")
-    temporary.write_text(json.dumps(vars(scan_shard(file, options))), encoding="utf-8")
-    temporary.rename(place)
+def _scan_into(place: Place, to: Path, options: Options) -> None:
+    fetched, temporary = to.with_suffix(".fetched"), to.with_suffix(".partial")
+    try:
+        if isinstance(place, str):
+            storage.download(place, fetched)
+        scan = scan_shard(fetched if isinstance(place, str) else place, options, place)
+    finally:
+        fetched.unlink(missing_ok=True)
+    temporary.write_text(json.dumps(vars(scan)), encoding="utf-8")
+    temporary.rename(to)
 
 
 class _Hashed:
@@ -319,32 +390,61 @@ class _Hashed:
         return data
 
 
+class _Counted:
+    """A plain stream that is read from its beginning to its end, and remembers what it gave last."""
+
+    def __init__(self, stream: Any, most: int):
+        self.stream, self.most, self.bytes, self.last = stream, most, 0, b""
+
+    def read(self, count: int) -> bytes:
+        self.last = self.stream.read(count)
+        self.bytes += len(self.last)
+        if self.bytes > self.most:
+            raise tarfile.ReadError(f"it unpacks to more than {self.most:,} bytes, {MOST_UNPACKED} times its own")
+        return self.last
+
+    def ends_at(self, offset: int) -> bool:
+        """Whether the block there, at or behind the beginning of what was read last, is one of zeros."""
+        last, begins = self.last, self.bytes - len(self.last)
+        return (last + self.read(tarfile.BLOCKSIZE))[offset - begins :][: tarfile.BLOCKSIZE] == bytes(tarfile.BLOCKSIZE)
+
+
 class _Member(NamedTuple):
     name: str
     extension: str
     offset: int
-    data: bytes
+    data: bytes | None  # None: of no use, or too large
 
 
-def scan_shard(file: Path, options: Options) -> Scan:
-    """Reads a shard once, from its beginning to its end. Raises ValueError for what is no whole tar."""
+def scan_shard(file: Path, options: Options, place: Place) -> Scan:
+    """Reads a shard once, from its beginning to its end. Raises ValueError, which names `place`, for no whole tar."""
     scan = Scan()
+    compression = compression_of(_base(place))
     with file.open("rb") as stream:
+        most = MOST_UNPACKED * os.fstat(stream.fileno()).st_size + 64 * MIB
         hashed = _Hashed(stream)
         try:
-            with tarfile.open(fileobj=hashed, mode="r|", encoding="utf-8", errors="surrogateescape") as tar:
-                for key, members in _samples(tar, options, scan):
-                    _add(scan, key, members, options)
-                end = tar.offset  # tarfile takes a damaged header, and the end of the file, for the archive's end
-            if os.pread(stream.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"damaged or cut off at byte {end:,}")
-        except (tarfile.TarError, EOFError, UnicodeError) as error:
+            with unpacked(hashed, compression, "it") as opened:
+                plain = _Counted(opened, most)
+                with tarfile.open(fileobj=plain, mode="r|", encoding="utf-8", errors="surrogateescape") as tar:
+                    for key, members in _samples(tar, options, scan):
+                        _add(scan, key, members, options)
+                    end = tar.offset  # tarfile takes a damaged header, and the end of the file, for the archive's end
+                if not plain.ends_at(end):
+                    raise tarfile.ReadError(f"damaged or cut off at byte {end:,}")
+                while plain.read(_AT_ONCE):
+                    pass
+        except (tarfile.TarError, EOFError, ValueError) as error:
+            stream.seek(0)
+            page = "; it begins like a page of HTML" * stream.read(64).lstrip().startswith(b"<")
             raise ValueError(
-                f"{file} is no whole tar: {error} after {len(scan.name)} samples: copy it again, or leave it out"
+                f"{place} is no whole tar: {one_line(error)} after {len(scan.name)} samples{page}: copy it again, or "
+                "leave it out"
             ) from None
         while hashed.read(_AT_ONCE):
             pass
         scan.bytes, scan.sha256 = hashed.bytes, hashed.sha256.hexdigest()
+        scan.unpacked_bytes = plain.bytes if compression else None
     return scan
 
 
@@ -352,11 +452,13 @@ def _samples(tar: tarfile.TarFile, options: Options, scan: Scan) -> Iterator[tup
     """Successive members of one key, as webdataset groups them."""
     key: str | None = None
     members: list[_Member] = []
-    for member in tar:
+    for number, member in enumerate(tar):
         tar.members = []  # tarfile keeps them all
+        if number >= MOST_MEMBERS:
+            raise tarfile.ReadError(f"it has more than {MOST_MEMBERS:,} members")
         if member.isdir():
             continue
-        name = printable(member.name)
+        name = as_utf8(member.name)
         if not member.isreg() or member.issparse():
             scan.left_out.append({"name": name, "reason": "sparse" if member.issparse() else "link"})
             continue
@@ -370,9 +472,11 @@ def _samples(tar: tarfile.TarFile, options: Options, scan: Scan) -> Iterator[tup
             members = []
         key = own
         limit = MOST_IMAGE_BYTES if extension in EXTENSIONS else MOST_LABEL_BYTES
-        wanted = extension in (*EXTENSIONS, "cls", "json", "txt") and member.size <= limit
-        stream = tar.extractfile(member) if wanted else None
-        members.append(_Member(name, extension, member.offset_data, b"" if stream is None else stream.read()))
+        data = None
+        if extension in (*EXTENSIONS, "cls", "json", "txt") and member.size <= limit:
+            stream = tar.extractfile(member)
+            data = b"" if stream is None else stream.read()
+        members.append(_Member(name, extension, member.offset_data, data))
     if members:
         yield key or "", members
 
@@ -390,27 +494,29 @@ def _add(scan: Scan, key: str, members: list[_Member], options: Options) -> None
     """Adds a sample, or why it is left out."""
     by_extension = {member.extension: member for member in members}
     images = [member for member in members if member.extension in EXTENSIONS]
-    reason, label = "", None
+    reason, label, data = "", None, b""
     if len(by_extension) < len(members):
         reason = "duplicate_key"
     elif len(images) != 1:
         reason = "several_images" if images else "no_image"
+    elif images[0].data is None:
+        reason = "too_large"
     else:
+        data = images[0].data
         label, reason = _label(by_extension, options.label)
-    pixels = None if reason else decode(images[0].data)
+    pixels = None if reason else decode(data)
     if not reason and pixels is None:
         reason = "undecodable"
     if reason or pixels is None:
         scan.left_out.append({"name": key, "reason": reason})
         return
-    image = images[0]
-    scan.offset.append(image.offset)
-    scan.size.append(len(image.data))
-    scan.crc32.append(zlib.crc32(image.data))
+    scan.offset.append(images[0].offset)
+    scan.size.append(len(data))
+    scan.crc32.append(zlib.crc32(data))
     scan.height.append(pixels.shape[0])
     scan.width.append(pixels.shape[1])
     scan.label.append(label)
-    scan.name.append(image.name)
+    scan.name.append(images[0].name)
 
 
 def _label(members: dict[str, _Member], wanted: str | None) -> tuple[str | None, str]:
@@ -429,10 +535,12 @@ def _label(members: dict[str, _Member], wanted: str | None) -> tuple[str | None,
         if extension not in members:
             continue
         data = members[extension].data
+        if data is None:
+            return None, "too_large"
         text = _field(data, path.split(".")) if path else data.decode("utf-8", "replace").strip()
         if text is None and wanted is None:
             continue
-        bad = not text or "\n" in text or "\r" in text or "�" in text
+        bad = not text or any(sign in text for sign in "\n\r�") or text.isdigit() and len(text) > MOST_DIGITS
         return (None, "bad_label") if bad else (text, "")
     return None, "" if wanted is None else "no_label"
 
@@ -447,4 +555,8 @@ def _field(data: bytes, path: list[str]) -> str | None:
         value = value.get(part) if isinstance(value, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | str):
         return None if value is None else ""
-    return str(value).strip()
+    with suppress(ValueError):  # an integer of thousands of digits, half a character
+        text = str(value).strip()
+        text.encode()
+        return text
+    return ""

@@ -52,9 +52,7 @@ def _pair(index: Index, names: list[str], pair: Mapping[str, Any]) -> dict[str, 
 def _data_uri(index: Index, sample: int) -> str:
     if not 0 <= sample < index.num_samples:
         raise ValueError(f"{index.path} has {index.num_samples} samples, the evaluation names number {sample}")
-    with index.shard_path(sample).open("rb") as file:
-        file.seek(int(index.offset[sample]))
-        data = file.read(int(index.size[sample]))
+    data = index.read(sample)
     media = next((name for start, name in _SIGNATURES.items() if data.startswith(start)), None)
     if media is None:
         raise ValueError(f"sample {index.key(sample)} of {index.path} is no image that a page can show")
