@@ -67,8 +67,11 @@ def s3():
     os.environ.update(store.environment)
     import fsspec
 
-    fsspec.filesystem("s3").mkdir("bucket")
+    files = fsspec.get_filesystem_class("s3")
+    files.clear_instance_cache()  # those of another module's store
+    files().mkdir("bucket")
     yield store
     store.stop()
+    files.clear_instance_cache()
     os.environ.clear()
     os.environ.update(before)

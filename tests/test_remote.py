@@ -339,8 +339,6 @@ def test_a_data_set_behind_a_url_is_the_folder_that_was_copied_there(prepared, t
 
 def test_a_bucket_and_the_hub_name_their_shards(prepared, tars, tmp_path, s3, monkeypatch):  # noqa: F811
     monkeypatch.setenv("PARTIAL_FC_CACHE", str(tmp_path / "cache"))
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
     for folder in (tars, prepared):
         for file in filter(Path.is_file, folder.rglob("*")):
             storage.upload(file, f"{BUCKET}/{folder.name}/{file.relative_to(folder)}")

@@ -102,7 +102,7 @@ def _what_was_trained(config: dict) -> dict:
 
 
 def open_sets(
-    sets: dict[str, EvaluationSet], size: tuple[int, int], cache: Cache
+    sets: dict[str, EvaluationSet], size: tuple[int, int], cache: Cache | None = None
 ) -> dict[str, tuple[Index, Index | None]]:
     """Every set's data and distractors. Raises ValueError for a set of other images than `size`, or without pairs.
 
