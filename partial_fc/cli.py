@@ -261,6 +261,11 @@ def _parser() -> argparse.ArgumentParser:
         stream.add_argument(f"--{name}", type=type(value), default=value, metavar="N", help=f"{unit}; {value:g}")
     stream.set_defaults(run=commands.benchmark_stream)
 
+    large = parts.add_parser("index", help="what an index of millions costs: to open, a batch, a reader's memory")
+    for name, count in (("samples", 42_500_000), ("classes", 2_000_000), ("shards", 4000), ("batch", 4096)):
+        large.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"{count:,}")
+    large.set_defaults(run=commands.benchmark_index)
+
     study = subcommands.add_parser(
         "study", help="many runs that differ in a few settings, tuned alike, and their table"
     )

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from partial_fc import storage
-from partial_fc.benchmark import backbone, backbone_steps, head, sampler, stream
+from partial_fc.benchmark import backbone, backbone_steps, head, index, sampler, stream
 from partial_fc.benchmark.compare import Measuring
 from partial_fc.config import EvaluationSet
 from partial_fc.data.shards import LEFT_OUT, load_index, verify
@@ -183,6 +183,10 @@ def benchmark_sampler(arguments: argparse.Namespace) -> None:
 def benchmark_stream(arguments: argparse.Namespace) -> None:
     names = ("samples", "shard_mb", "mb_per_second", "latency", "use", "cache_mb")
     stream.benchmark_stream(**{name: getattr(arguments, name) for name in names})
+
+
+def benchmark_index(arguments: argparse.Namespace) -> None:
+    index.benchmark_index(**{name: getattr(arguments, name) for name in ("samples", "classes", "shards", "batch")})
 
 
 def study_run(arguments: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ import torch
 import zstandard
 
 from partial_fc import checkpoint, storage
+from partial_fc.benchmark.index import benchmark_index
 from partial_fc.benchmark.stream import benchmark_stream
 from partial_fc.data import remote
 from partial_fc.data.ahead import upcoming
@@ -460,6 +461,14 @@ def test_an_epoch_fetches_each_shard_once(capsys):
     )
     assert 1 <= found["fetched"] < 1.1 and 0 <= found["waiting"] <= 1
     assert f"{found['fetched']:.3f} bytes fetched for each byte used" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_large_index_is_opened_and_drawn_from(capsys):
+    """What the benchmark prints; its numbers are no matter here."""
+    found = benchmark_index(samples=30_000, classes=500, shards=20, batch=64)
+    assert set(found) == {"open", "checksum", "batch", "worker"} and min(found.values()) >= 0
+    assert "30,000 samples of 500 identities in 20 shards: opened in" in capsys.readouterr().out
 
 
 def first_step(index: Index, shard: int, *, batch: int, window: int) -> int:
