@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from partial_fc import storage
-from partial_fc.benchmark import backbone, backbone_steps, head, index, sampler, stream
+from partial_fc.benchmark import backbone, backbone_steps, head, sampler, stream
+from partial_fc.benchmark.index import benchmark_index as measure_index
 from partial_fc.benchmark.compare import Measuring
 from partial_fc.config import EvaluationSet
 from partial_fc.data.shards import LEFT_OUT, load_index, verify
@@ -186,7 +187,7 @@ def benchmark_stream(arguments: argparse.Namespace) -> None:
 
 
 def benchmark_index(arguments: argparse.Namespace) -> None:
-    index.benchmark_index(**{name: getattr(arguments, name) for name in ("samples", "classes", "shards", "batch")})
+    measure_index(**{name: getattr(arguments, name) for name in ("samples", "classes", "shards", "batch")})
 
 
 def study_run(arguments: argparse.Namespace) -> None:
