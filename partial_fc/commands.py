@@ -9,8 +9,8 @@ from pathlib import Path
 
 from partial_fc import storage
 from partial_fc.benchmark import backbone, backbone_steps, head, sampler, stream
-from partial_fc.benchmark.index import benchmark_index as measure_index
 from partial_fc.benchmark.compare import Measuring
+from partial_fc.benchmark.index import benchmark_index as measure_index
 from partial_fc.config import EvaluationSet
 from partial_fc.data.shards import LEFT_OUT, load_index, verify
 from partial_fc.doctor import run as doctor_run
