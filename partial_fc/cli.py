@@ -102,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     tars.add_argument("--workers", type=int, metavar="N", help="shards read at a time; unset: as many as cores")
     tars.set_defaults(run=commands.prepare_index)
 
+    shuffled = kinds.add_parser("shuffle", help="a prepared data set again, its samples in random order")
+    shuffled.add_argument("source", type=place, help="folder of shards with their index, or its URL; it stays as it is")
+    shuffled.add_argument("out", type=_path, help="new folder; OUT.scratch takes as much as the images meanwhile")
+    shuffled.add_argument("--seed", type=int, default=0, help="the order is a function of it; 0")
+    shuffled.set_defaults(run=commands.prepare_shuffled)
+
     glyphs = kinds.add_parser("glyphs", help="characters as identities, fonts as photos")
     glyphs.add_argument(
         "source",

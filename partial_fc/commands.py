@@ -18,7 +18,7 @@ from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.export.embed import embed_images
 from partial_fc.export.run import export_run
 from partial_fc.parallel import distributed
-from partial_fc.prepare import glyphs, tars
+from partial_fc.prepare import glyphs, shuffle, tars
 from partial_fc.storage import local_path
 from partial_fc.study import table
 from partial_fc.study.run import default_ledger, run_study
@@ -32,6 +32,11 @@ def prepare_images(arguments: argparse.Namespace) -> None:
 def prepare_index(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in ("label", "last_dot", "close_gaps", "workers")}
     tars.prepare_index(arguments.source, arguments.out, **options)
+
+
+def prepare_shuffled(arguments: argparse.Namespace) -> None:
+    made = shuffle.prepare_shuffled(arguments.source, arguments.out, seed=arguments.seed)
+    print(f"{arguments.out}: {made.num_samples:,} samples of {made.num_classes:,} identities in random order")
 
 
 def prepare_glyphs(arguments: argparse.Namespace) -> None:
