@@ -68,7 +68,7 @@ def mixed(order: Order | Groups, index: Index) -> Found:
     size = sum(shard.plain_bytes for shard in index.shards) // len(index.shards)
     return Found(
         f"{found.said()}: the shards are in order of identity, and the loss sees few new ones. "
-        f"{remedies(order, index.label, size)}; or prepare the set in random order",
+        f"{remedies(order, index.label, size)}; or write the set again in random order: partial-fc prepare shuffle",
         "problem",
     )
 
