@@ -8,9 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from partial_fc.parallel import launcher, watch
 from tests.conftest import REPOSITORY
@@ -252,6 +254,37 @@ def said(begun: int, **other) -> dict:
 def test_who_keeps_the_others_waiting(seen, silent, still, wanted):
     found = watch.judge(dict(enumerate(seen)), silent, still, 10.0)
     assert found is wanted if wanted is None else re.match(wanted, found)
+
+
+def test_an_error_that_cannot_be_recorded_hides_no_other(monkeypatch, tmp_path):
+    """Of a full disk."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/dev/full")
+    launcher.record("error: of one's own")
+    assert "TORCHELASTIC_ERROR_FILE" not in os.environ and Path("/dev/full").exists()
+
+    def full(_, file):
+        file.write("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr(launcher.json, "dump", full)
+    launcher.record("error: of one's own")
+    assert not list(tmp_path.iterdir())  # torchrun raises at half a file
+
+
+@pytest.mark.parametrize("where", ["_ask", "_look"])
+def test_a_watch_that_fails_ends_the_process(where, monkeypatch, capsys):
+    ended = threading.Event()
+
+    def fail(self):
+        raise KeyError("unforeseen")
+
+    monkeypatch.setattr(watch.Watch, where, fail)
+    monkeypatch.setattr(watch.Watch, "end", lambda self: ended.set())
+    watching = watch.Watch(dist.HashStore(), 0, 1, 60.0)
+    assert ended.wait(10)
+    watching.close()
+    assert "KeyError: 'unforeseen'" in capsys.readouterr().err
 
 
 RANK = """
