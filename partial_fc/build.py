@@ -89,15 +89,16 @@ def build(config: Config, device: torch.device) -> Parts:
     agree_on_start(config, index, found)
     check_shared(checkpoints_of(config))
     batch_sizes = micro_batch_sizes(config)
-    engine = build_engine(
-        net,
-        build_optimizer(net, config.optim),
-        device,
-        config.engine,
-        accumulate=config.data.accumulate,
-        clip=config.optim.clip,
-        batch_sizes=batch_sizes,
-    )
+    with unlimited("building the engine"):  # DeepSpeed may compile
+        engine = build_engine(
+            net,
+            build_optimizer(net, config.optim),
+            device,
+            config.engine,
+            accumulate=config.data.accumulate,
+            clip=config.optim.clip,
+            batch_sizes=batch_sizes,
+        )
     # compiled code is made for a batch size
     images = max(batch_sizes) if config.engine.compile else 2
     with unlimited("the warm-up"):  # which compiles
