@@ -6,6 +6,8 @@ import random
 import re
 import signal
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -152,6 +154,65 @@ def test_an_id_that_cannot_be_read_costs_the_tracker(left, tmp_path, capsys):
     path.mkdir() if left == "folder" else path.write_bytes(left)
     assert start_wandb(config_of("track.wandb=offline"), tmp_path) is None
     assert re.search("^wandb: .*, so without it$", capsys.readouterr().out)
+
+
+class Slow:
+    """A tracker whose end takes too long, or has wandb's own limit reached."""
+
+    def __init__(self, error: Exception | None):
+        self.error = error
+
+    def finish(self) -> None:
+        if self.error is not None:
+            raise self.error
+        time.sleep(60)
+
+    close = finish
+
+
+@pytest.mark.parametrize("error", [None, TimeoutError("Timed out finishing run."), OSError(28, "No space left")])
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_that_does_not_end_is_left(name, error, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.05)
+    config = config_of("track.wandb=disabled")
+    metrics = Metrics(config, tmp_path, start_step=0, total_steps=10, steps_per_epoch=10)
+    setattr(metrics, name, Slow(error))
+    metrics.close()
+    said, complaint = capsys.readouterr()
+    if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+        assert f"{name}: OSError: [Errno 28] No space left: nothing more goes to it" in complaint
+    else:
+        assert f"{name}: it has not ended within 0 s, and is left unfinished\n" in said
+
+
+STOPPED = """
+import os, signal, sys, time
+from pathlib import Path
+from partial_fc import trackers
+from partial_fc.metrics import Metrics
+from tests.test_trackers import config_of
+run = Path(sys.argv[1])
+metrics = Metrics(config_of("track.wandb=offline"), run, start_step=0, total_steps=10, steps_per_epoch=10)
+assert metrics.wandb is not None and metrics.wandb.settings.finish_timeout == trackers.FINISH_SECONDS
+if sys.argv[2] == "stopped":
+    trackers.FINISH_SECONDS = 2
+    (service,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    os.kill(int(service), signal.SIGSTOP)
+metrics.wandb.log({"step": 1}, step=1)
+metrics.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.soak("train")
+@pytest.mark.parametrize("service", ["stopped", "alive"])
+def test_a_wandb_that_stands_still_does_not_keep_a_finished_run(service, tmp_path):
+    """Its service; and of a real interpreter, where it is waited for at the end."""
+    command = [sys.executable, "-c", STOPPED, str(tmp_path), service]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert ("is left unfinished" in done.stdout) == (service == "stopped")
+    assert (tracked(tmp_path) == [{"step": 1}]) == (service == "alive")
 
 
 # ---- where the key is
