@@ -21,7 +21,7 @@ from partial_fc.optim import learning_rate
 from partial_fc.parallel import distributed
 from partial_fc.parallel.precision import make_deterministic
 from partial_fc.parallel.watch import here, leave_time_to_compile, unlimited
-from partial_fc.phases import ALONE, Phases
+from partial_fc.phases import Phases
 from partial_fc.profiler import Profiler
 from partial_fc.seeds import seed_for
 
@@ -57,7 +57,7 @@ def _train(config: Config, device: torch.device, run: Path, hold: Callable[[], N
     phases = Phases(device)
 
     def phase(name: str) -> None:
-        here.begin(name, waits=name not in ALONE)
+        here.begin(name, waits=name != "data")  # the others hold collectives, of few numbers or of an engine
         phases.begin(name)
 
     head.begin_phase = phase
@@ -251,8 +251,9 @@ def metrics_of(config: Config, run: Path, parts: Parts) -> Iterator[Metrics | No
     try:
         yield metrics
     finally:
-        if metrics is not None:
-            metrics.close()
+        with unlimited("closing the trackers"):  # on all ranks, which begin the same phases; trackers have their limit
+            if metrics is not None:
+                metrics.close()
 
 
 @contextmanager
