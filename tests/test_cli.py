@@ -243,3 +243,10 @@ def test_a_url_of_evaluation_data_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["partial-fc", "evaluate", "run", "--data", f"P1={U}"])
     with pytest.raises(SystemExit, match="error: s3://bucket/x is a URL, and this takes a path"):
         cli.main()
+
+
+@pytest.mark.parametrize("sets, name", [(("A/test", "B/test"), "test"), (("P1=A", "P1=B,C"), "P1")])
+def test_two_sets_of_one_name_are_refused(sets, name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["partial-fc", "evaluate", "run", *(f"--data={text}" for text in sets)])
+    with pytest.raises(SystemExit, match=f"error: --data: two sets are called {name}: give NAME=DIR"):
+        cli.main()
