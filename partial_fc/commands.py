@@ -199,6 +199,11 @@ def study_run(arguments: argparse.Namespace) -> None:
 
 
 def study_table(arguments: argparse.Namespace) -> None:
+    if arguments.ledger is not None and not arguments.ledger.exists():
+        raise ValueError(
+            f"--ledger: {arguments.ledger} does not exist: give that of a study that was run, or leave it out for "
+            f"{default_ledger(arguments.plan)}"
+        )
     file = arguments.ledger or default_ledger(arguments.plan)
     print(table.study_table(arguments.plan, file, arguments.table == "markdown", arguments.against))
     if arguments.picture is not None:

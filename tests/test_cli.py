@@ -245,6 +245,13 @@ def test_a_url_of_evaluation_data_is_refused(monkeypatch, tmp_path):
         cli.main()
 
 
+def test_a_table_of_a_ledger_that_is_not_there_is_refused(monkeypatch, tmp_path):
+    words = ["study", "table", "configs/study/table1.yaml", "--ledger", str(tmp_path / "typo.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["partial-fc", *words])
+    with pytest.raises(SystemExit, match="error: --ledger: .*typo.jsonl does not exist: give .*configs/study/ledger.j"):
+        cli.main()
+
+
 @pytest.mark.parametrize("sets, name", [(("A/test", "B/test"), "test"), (("P1=A", "P1=B,C"), "P1")])
 def test_two_sets_of_one_name_are_refused(sets, name, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["partial-fc", "evaluate", "run", *(f"--data={text}" for text in sets)])

@@ -16,7 +16,7 @@ MODULES = sorted(path.relative_to(REPOSITORY) for path in PACKAGE.rglob("*.py"))
 
 # A module imports from lower floors, or from its own package.
 FLOORS = [
-    {"seeds", "documents", "strict_yaml", "opencv", "memory", "files", "folder_lock"},
+    {"seeds", "documents", "strict_yaml", "opencv", "memory", "files", "folder_lock", "folders"},
     {"environment", "schema", "tensor_files"},
     {"storage"},
     {"config", "manifest"},
