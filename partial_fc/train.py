@@ -15,6 +15,7 @@ from partial_fc.build import Parts, build, checkpoints_of, has_batch_norm, micro
 from partial_fc.config import Config
 from partial_fc.data.reader import Batch, loader, normalize
 from partial_fc.folder_lock import FolderLock
+from partial_fc.folders import make_folder
 from partial_fc.head.side_stream import upload
 from partial_fc.metrics import KEPT, Metrics, RankTimes
 from partial_fc.optim import learning_rate
@@ -213,12 +214,13 @@ def the_only_one_in(run: Path, *elsewhere: Path) -> Iterator[Callable[[], None]]
         locks: list[FolderLock] = []
         with distributed.together(f"starting {run}"):
             for folder in (run, *elsewhere) if distributed.rank() == 0 else ():
-                busy = "another process trains in this folder: wait for it, or give another run.dir"
-                if folder != run:
-                    busy = f"another run saves in {folder}: wait for it, or give another checkpoint.dir"
+                setting = "run.dir" if folder == run else "checkpoint.dir"
+                busy = "another process trains in this folder" if folder == run else f"another run saves in {folder}"
+                busy += f": wait for it, or give another {setting}"
+                make_folder(folder, setting)
                 try:
                     locks.append(held.enter_context(closing(FolderLock(folder, busy))))
-                except (FileExistsError, NotADirectoryError, PermissionError):
+                except PermissionError:
                     raise
                 except OSError as error:
                     if folder != run:  # a mounted bucket, say; a save looks for later checkpoints, too

@@ -339,7 +339,11 @@ def test_checkpoints_on_a_disk_of_each_machine_are_an_error_at_the_start(tmp_pat
     assert not list((tmp_path / "one").iterdir())
     (tmp_path / "file").touch()
     messages = run_ranks(see_another_disk, 2, tmp_path, ("file", "file"))
-    assert messages[0] == messages[1] and "preparing the run failed on rank 0: [Errno 17] File exists" in messages[0]
+    assert (
+        messages[0] == messages[1]
+        and f"preparing the run failed on rank 0: {tmp_path}/file is a file, wanted a folder: give another run.dir"
+        in messages[0]
+    )
 
 
 def lose_a_step(run: Path, data: Path, *overrides: str) -> list[tuple[str, bool]]:

@@ -398,6 +398,10 @@ def test_a_deleted_folder_is_locked_again_or_the_run_ends(tmp_path, capsys):
         hold()
         assert "run was deleted while this run trained" in capsys.readouterr().err
         assert (tmp_path / "run" / "lock").exists()
+    for run, where, setting in (("run/lock", "disk", "run.dir"), ("run", "run/lock", "checkpoint.dir")):
+        wanted = f"/run/lock is a file, wanted a folder: give another {setting}"
+        with pytest.raises(distributed.RunError, match=wanted), the_only_one_in(tmp_path / run, tmp_path / where):
+            pass
 
 
 @pytest.mark.slow
