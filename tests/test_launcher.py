@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from partial_fc.parallel import launcher, watch
+from partial_fc.parallel import distributed, launcher, watch
 from tests.conftest import REPOSITORY
 from tests.processes import Program, run_program
 from tests.test_doctor import free_port
@@ -149,6 +149,25 @@ def test_a_port_that_another_program_has():
         where = TORCH | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": str(port)}
         program = run_program(*TRAIN, env=where, timeout=60)
     assert program.returncode == 1 and f"error: rank 0 cannot listen at 127.0.0.1:{port}" in program.stderr
+
+
+@pytest.mark.parametrize(
+    "error, patience",
+    [
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:545] Read error [::1]: Connection reset by peer"), [2.0]),
+        (dist.DistBackendError("NCCL error: remote process exited"), [2.0]),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), []),
+        (KeyError("gloo"), []),
+    ],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_only_notices_gives_the_one_at_fault_the_time_to_say_so(monkeypatch, error, patience, ranks):
+    slept = []
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    monkeypatch.setattr(distributed.time, "sleep", slept.append)
+    with pytest.raises(type(error)), distributed.job():
+        raise error
+    assert slept == (patience if ranks > 1 else [])
 
 
 MINE = """
