@@ -9,6 +9,8 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -223,25 +225,43 @@ def netrc(path: Path, kind: str) -> None:
         path.mkdir()
     elif kind == "no UTF-8":
         path.write_bytes(b"\xff\xfe\0machine")
+    elif kind == "a loop":
+        path.symlink_to(path)
     elif kind != "none":
-        path.write_text(f"machine {kind} login user password {KEY}\n")
+        host = "api.wandb.ai" if kind == "another user's" else kind
+        path.write_text(f"machine {host} login user password {KEY}\n")
+
+
+@contextmanager
+def another_user(file: Path) -> Iterator[None]:
+    """To whom `file` cannot be read; root reads everything."""
+    file.chmod(0)
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
 
 
 @pytest.mark.parametrize(
-    "kind, environment, mode",
+    "kind, environment, mode, reason",
     [
-        ("none", {}, "offline"),
-        ("none", {"WANDB_API_KEY": KEY}, "online"),
-        ("none", {"WANDB_MODE": "dryrun", "WANDB_API_KEY": KEY}, "offline"),
-        ("api.wandb.ai", {}, "online"),
-        ("wandb.example.org", {}, "offline"),
-        ("wandb.example.org", {"WANDB_BASE_URL": "https://wandb.example.org"}, "online"),
-        ("api.wandb.ai", {"WANDB_BASE_URL": "https://wandb.example.org"}, "offline"),
-        ("folder", {}, "offline"),
-        ("no UTF-8", {}, "offline"),
+        ("none", {}, "offline", ""),
+        ("none", {"WANDB_API_KEY": KEY}, "online", ""),
+        ("none", {"WANDB_MODE": "dryrun", "WANDB_API_KEY": KEY}, "offline", ""),
+        ("api.wandb.ai", {}, "online", ""),
+        ("wandb.example.org", {}, "offline", ""),
+        ("wandb.example.org", {"WANDB_BASE_URL": "https://wandb.example.org"}, "online", ""),
+        ("api.wandb.ai", {"WANDB_BASE_URL": "https://wandb.example.org"}, "offline", ""),
+        ("folder", {}, "offline", "Failed to read netrc file at .*netrc: .*Is a directory"),
+        ("no UTF-8", {}, "offline", "^wandb: looking for a key: UnicodeDecodeError: "),
+        ("a loop", {}, "offline", "Failed to read netrc file at .*netrc: .*Too many levels"),
+        ("another user's", {}, "offline", "Failed to read netrc file at .*netrc: .*Permission denied"),
     ],
 )
-def test_the_mode_is_online_where_wandb_has_a_key(kind, environment, mode, monkeypatch, tmp_path):
+def test_the_mode_is_online_where_wandb_has_a_key(kind, environment, mode, reason, monkeypatch, tmp_path, capsys):
     import wandb
 
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
@@ -251,7 +271,11 @@ def test_the_mode_is_online_where_wandb_has_a_key(kind, environment, mode, monke
     netrc(tmp_path / "netrc", kind)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setattr("wandb.sdk.wandb_setup._singleton", None)  # it reads the environment once a process
-    assert wandb.__version__ and wandb_mode(config_of()) == mode
+    config = config_of()
+    with another_user(tmp_path / "netrc") if kind == "another user's" else nullcontext():
+        assert wandb.__version__ and wandb_mode(config) == mode
+    said = "".join(capsys.readouterr())
+    assert re.search(reason, said) if reason else not said
 
 
 def test_a_user_without_a_home(monkeypatch):
