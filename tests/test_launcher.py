@@ -1,5 +1,6 @@
 """Ranks by any launcher, what ends a job that waits for one of them, and one line for what is wrong."""
 
+import importlib.util
 import json
 import os
 import re
@@ -237,6 +238,20 @@ def test_mpirun_starts_ranks(tmp_path):
     ports = {line.split()[-1] for line in done.stdout.splitlines()}
     assert len(ports) == 1, done.stdout + done.stderr
     assert sorted(done.stdout.splitlines()) == [f"{rank} 2 {rank} 127.0.0.1 {min(ports)}" for rank in (0, 1)]
+
+
+@pytest.mark.soak("launch")
+def test_accelerate_starts_ranks(tmp_path):
+    """Its own command, as in docs/launch.md, on CPUs; with no more of ours than what joins."""
+    if importlib.util.find_spec("accelerate") is None:
+        pytest.skip("not run: accelerate is not installed")
+    (tmp_path / "rank.py").write_text(MPIRUN)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    port = str(free_port())
+    command = [*launch, "--main_process_port", port, str(tmp_path / "rank.py"), launcher.__file__]
+    done = subprocess.run(command, env=os.environ, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    wanted = [f"{rank} 2 {rank} 127.0.0.1 {port}" for rank in (0, 1)]
+    assert sorted(done.stdout.splitlines()) == wanted, done.stdout + done.stderr
 
 
 # ---- a rank that does not come
