@@ -21,6 +21,7 @@ from partial_fc.metrics import KEPT, Metrics, RankTimes
 from partial_fc.optim import learning_rate
 from partial_fc.parallel import distributed
 from partial_fc.parallel.precision import make_deterministic
+from partial_fc.parallel.process import handled
 from partial_fc.parallel.watch import here, leave_time_to_compile, unlimited
 from partial_fc.phases import Phases
 from partial_fc.profiler import Profiler
@@ -279,12 +280,8 @@ def preemption() -> Iterator[Callable[[], bool]]:
 
     signals = [signal.SIGTERM, signal.SIGUSR1]
     signals += [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = [signal.signal(number, ask) for number in signals]
-    try:
+    with handled(signals, ask):
         yield lambda: asked
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
 
 
 def share(loss: Tensor, stop: bool, bad: int) -> Callable[[], tuple[float, bool, int]]:

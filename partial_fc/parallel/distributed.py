@@ -137,16 +137,21 @@ def _join_group(device: torch.device, timeout_seconds: float, watch_seconds: flo
                 f"{timeout_seconds:.0f} s ({reason}): were all started, and is that port open between the machines?"
             )
         else:
-            text = (
-                f"rank {rank_here} on {socket.gethostname()} does not reach the others ({reason}): check the network "
-                "between the machines, and that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where set, name an "
-                "interface of this one"
-            )
+            text = unreachable(rank_here, reason)
         launcher.record(f"error: {text}")
         print(f"error: {text}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # what is half joined may wait for others as it is taken down
     return watch
+
+
+def unreachable(rank: int | str, error: object) -> str:
+    """What to say where the network carries no collective of this rank."""
+    reason = str(error).partition("\n")[0]
+    return (
+        f"rank {rank} on {socket.gethostname()} does not reach the others ({reason}): check the network between the "
+        "machines, and that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where set, name an interface of this one"
+    )
 
 
 def _is_of_a_collective(error: Exception) -> bool:
