@@ -26,6 +26,7 @@ from partial_fc.data.remote import cache_of
 from partial_fc.data.shards import Index, load_index
 from partial_fc.evaluate.runs import open_sets
 from partial_fc.files import one_line, write_atomically
+from partial_fc.folders import make_folder
 from partial_fc.head.embedding_losses import EmbeddingLoss, build_embedding_loss
 from partial_fc.head.margin import Margin, WarmUp
 from partial_fc.head.margins import build_margin
@@ -91,17 +92,18 @@ def build(config: Config, device: torch.device) -> Parts:
         head = build_head(config, index.num_classes, device, trust_code=True)
         net.to(device).train()
     agree_on_start(config, index, found)
-    check_shared(checkpoints_of(config))
+    check_shared(checkpoints_of(config), "checkpoint.dir" if config.checkpoint.dir else "run.dir")
     batch_sizes = micro_batch_sizes(config)
-    engine = build_engine(
-        net,
-        build_optimizer(net, config.optim),
-        device,
-        config.engine,
-        accumulate=config.data.accumulate,
-        clip=config.optim.clip,
-        batch_sizes=batch_sizes,
-    )
+    with unlimited("building the engine"):  # DeepSpeed may compile
+        engine = build_engine(
+            net,
+            build_optimizer(net, config.optim),
+            device,
+            config.engine,
+            accumulate=config.data.accumulate,
+            clip=config.optim.clip,
+            batch_sizes=batch_sizes,
+        )
     # compiled code is made for a batch size
     images = max(batch_sizes) if config.engine.compile else 2
     with unlimited("the warm-up"):  # which compiles
@@ -472,10 +474,11 @@ def agree_on_start(config: Config, index: Index, found: checkpoint.Checkpoint | 
                 )
 
 
-def check_shared(where: Place, patience: float = 60.0) -> None:
+def check_shared(where: Place, setting: str = "run.dir", patience: float = 60.0) -> None:
     """Raises RunError, on all ranks, where one does not see the folder that checkpoints go to: not at the first save.
 
-    patience: seconds; a network file system may remember for so long that a folder was not there.
+    setting: what says where that is. patience: seconds; a network file system may remember for so long that a folder
+    was not there.
     """
     if storage.remote(where):
         return
@@ -483,7 +486,7 @@ def check_shared(where: Place, patience: float = 60.0) -> None:
     try:
         with distributed.together("preparing the run"):
             if distributed.rank() == 0:
-                where.mkdir(parents=True, exist_ok=True)
+                make_folder(where, setting)
                 mark.touch()
         with distributed.together("preparing the run"):
             deadline = time.monotonic() + patience

@@ -33,6 +33,8 @@ def main() -> None:
         try:
             arguments = _parser().parse_args(without_dashes(sys.argv[1:]))
             arguments.run(arguments)
+        except KeyboardInterrupt:
+            sys.exit(130)  # as a shell says it of SIGINT; what was held has been let go
         except (ValueError, OSError) as error:
             if isinstance(error, BrokenPipeError) and nobody_reads():
                 raise

@@ -14,7 +14,7 @@ from partial_fc.benchmark.index import benchmark_index as measure_index
 from partial_fc.config import EvaluationSet
 from partial_fc.data.shards import LEFT_OUT, load_index, verify
 from partial_fc.doctor import run as doctor_run
-from partial_fc.evaluate.runs import evaluate_run
+from partial_fc.evaluate.runs import can_be_kept, evaluate_run
 from partial_fc.export.embed import embed_images
 from partial_fc.export.run import export_run
 from partial_fc.parallel import distributed
@@ -79,11 +79,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
         data, _, distractors = folders.partition(",")
         for folder in filter(None, (data, distractors)):
             local_path(folder)  # said in one line
+        if name in sets:
+            raise ValueError(f"--data: two sets are called {name}: give NAME=DIR")
         sets[name] = EvaluationSet(data=data, distractors=distractors or None)
     with distributed.job() as device:
         evaluate_run(arguments.path, device, sets=sets or None, untrained=arguments.untrained)
         with distributed.together("writing the report again"):
-            if distributed.rank() == 0 and not storage.remote(arguments.path):
+            page_here = not storage.remote(arguments.path) and can_be_kept(arguments.path)
+            if distributed.rank() == 0 and page_here:
                 from partial_fc.report.page import renew_report
 
                 if said := renew_report(arguments.path):
@@ -211,6 +214,11 @@ def study_run(arguments: argparse.Namespace) -> None:
 
 
 def study_table(arguments: argparse.Namespace) -> None:
+    if arguments.ledger is not None and not arguments.ledger.exists():
+        raise ValueError(
+            f"--ledger: {arguments.ledger} does not exist: give that of a study that was run, or leave it out for "
+            f"{default_ledger(arguments.plan)}"
+        )
     file = arguments.ledger or default_ledger(arguments.plan)
     print(table.study_table(arguments.plan, file, arguments.table == "markdown", arguments.against))
     if arguments.picture is not None:

@@ -53,8 +53,8 @@ class Run(Section):
     """Length of the run in passes over the data, of floor(N / global_batch_size) steps each."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of a rank for torch; unset: torch's own choice (torchrun sets OMP_NUM_THREADS=1)."""
-    timeout: float = Field(600.0, gt=0)
-    """Seconds that ranks wait for one that stands still, then the run ends. Not in saving, compiling, evaluating."""
+    timeout: float = Field(600.0, ge=10)
+    """Seconds, 10 or more, that ranks wait for one that stands still: then the run ends. Not in saving, evaluating."""
 
     @model_validator(mode="after")
     def _one_length(self):

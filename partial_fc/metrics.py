@@ -19,7 +19,7 @@ from partial_fc.files import open_regular, write_atomically
 from partial_fc.parallel import distributed
 from partial_fc.phases import NAMES, Phases, slowest_rank
 from partial_fc.progress import Progress
-from partial_fc.trackers import start_tensorboard, start_wandb
+from partial_fc.trackers import finish, start_tensorboard, start_wandb
 
 KEPT = ("metrics.jsonl", "wandb_id")  # of a run folder: with them a run's curves go on on another machine
 NOTABLE = 0.1  # of a step that ranks wait for the slowest: then the console names it
@@ -117,10 +117,10 @@ class Metrics:
             print(f"metrics: the last rows are not written: {error}", file=sys.stderr)
         with self._no_error_of("tensorboard"):
             if self.tensorboard is not None:
-                self.tensorboard.close()
+                finish("tensorboard", self.tensorboard.close)
         with self._no_error_of("wandb"):
             if self.wandb is not None:
-                self.wandb.finish()
+                finish("wandb", self.wandb.finish)
 
     @contextmanager
     def _no_error_of(self, tracker: Literal["tensorboard", "wandb"]) -> Iterator[None]:

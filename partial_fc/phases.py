@@ -12,7 +12,7 @@ from torch.profiler import record_function
 # rest of its forward. backward: also joining the gradients. wait: for the device, to read the loss. update: of the
 # class centers. optimizer: of the backbone. log: metrics. save: checkpoints.
 NAMES = ("data", "forward", "head", "gather", "backward", "wait", "update", "optimizer", "log", "save")
-ALONE = ("data", "forward", "optimizer", "log")  # where hardly anything waits for another rank
+ALONE = ("data", "forward", "optimizer", "log")  # where a rank spends time of its own, by which the slowest is told
 _SOME = 64  # marks on a CUDA device that may wait to be read
 
 

@@ -4,6 +4,9 @@ import os
 import re
 import secrets
 import shutil
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from partial_fc.documents import parse_json
 from partial_fc.environment import pip_install
 from partial_fc.files import one_line, write_atomically
 
+FINISH_SECONDS = 300.0  # in which a tracker has to end: it may upload until then
 OLD_NAMES = {"dryrun": "offline", "run": "online"}  # what WANDB_MODE may say, too
 
 
@@ -61,7 +65,7 @@ def start_wandb(config: Config, run: Path) -> Any | None:
             resume="allow",
             dir=run,
             config=config.model_dump(mode="json"),
-            settings=wandb.Settings(console="off", silent=True, init_timeout=30),
+            settings=wandb.Settings(console="off", silent=True, init_timeout=30, **_limit_of_the_end(wandb)),
         )
         try:
             started = wandb.init(mode=mode, **options)
@@ -78,6 +82,46 @@ def start_wandb(config: Config, run: Path) -> Any | None:
         return None
     print(f"wandb: {mode}" + (f"; upload it with: wandb sync {run}/wandb/offline-run-*" if mode == "offline" else ""))
     return started
+
+
+def _limit_of_the_end(wandb: Any) -> dict[str, Any]:
+    """wandb's own limit, after which it says which files are left; earlier versions have none."""
+    limit = {"finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
+    return limit if limit.keys() <= wandb.Settings.model_fields.keys() else {}
+
+
+def finish(name: str, work: Callable[[], object]) -> None:
+    """Calls `work`, which ends a tracker, and leaves it where it takes too long, which is said: the run has finished.
+
+    What `work` raises is raised, but for its own TimeoutError.
+    """
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(1.1 * FINISH_SECONDS)
+    if thread.is_alive() or isinstance(next(iter(failed), None), TimeoutError):
+        print(f"{name}: it has not ended within {FINISH_SECONDS:.0f} s, and is left unfinished", flush=True)
+        if name == "wandb" and thread.is_alive():
+            _leave_wandb()
+    elif failed:
+        raise failed[0]
+
+
+def _leave_wandb() -> None:
+    """Ends its service, which does not answer: wandb would wait for it again as the interpreter ends."""
+    with suppress(Exception):  # names of its own, which other versions may not have
+        from wandb.sdk import wandb_setup
+
+        connection = wandb_setup.singleton()._connection
+        connection._cleanup()
+        connection._proc._process.kill()
 
 
 def _replay(started: Any, run: Path, mode: str) -> None:

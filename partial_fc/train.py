@@ -15,13 +15,15 @@ from partial_fc.build import Parts, build, checkpoints_of, has_batch_norm, micro
 from partial_fc.config import Config
 from partial_fc.data.reader import Batch, loader, normalize
 from partial_fc.folder_lock import FolderLock
+from partial_fc.folders import make_folder
 from partial_fc.head.side_stream import upload
 from partial_fc.metrics import KEPT, Metrics, RankTimes
 from partial_fc.optim import learning_rate
 from partial_fc.parallel import distributed
 from partial_fc.parallel.precision import make_deterministic
+from partial_fc.parallel.process import handled
 from partial_fc.parallel.watch import here, leave_time_to_compile, unlimited
-from partial_fc.phases import ALONE, Phases
+from partial_fc.phases import Phases
 from partial_fc.profiler import Profiler
 from partial_fc.seeds import seed_for
 
@@ -57,7 +59,7 @@ def _train(config: Config, device: torch.device, run: Path, hold: Callable[[], N
     phases = Phases(device)
 
     def phase(name: str) -> None:
-        here.begin(name, waits=name not in ALONE)
+        here.begin(name, waits=name != "data")  # the others hold collectives, of few numbers or of an engine
         phases.begin(name)
 
     head.begin_phase = phase
@@ -213,12 +215,13 @@ def the_only_one_in(run: Path, *elsewhere: Path) -> Iterator[Callable[[], None]]
         locks: list[FolderLock] = []
         with distributed.together(f"starting {run}"):
             for folder in (run, *elsewhere) if distributed.rank() == 0 else ():
-                busy = "another process trains in this folder: wait for it, or give another run.dir"
-                if folder != run:
-                    busy = f"another run saves in {folder}: wait for it, or give another checkpoint.dir"
+                setting = "run.dir" if folder == run else "checkpoint.dir"
+                busy = "another process trains in this folder" if folder == run else f"another run saves in {folder}"
+                busy += f": wait for it, or give another {setting}"
+                make_folder(folder, setting)
                 try:
                     locks.append(held.enter_context(closing(FolderLock(folder, busy))))
-                except (FileExistsError, NotADirectoryError, PermissionError):
+                except PermissionError:
                     raise
                 except OSError as error:
                     if folder != run:  # a mounted bucket, say; a save looks for later checkpoints, too
@@ -251,8 +254,9 @@ def metrics_of(config: Config, run: Path, parts: Parts) -> Iterator[Metrics | No
     try:
         yield metrics
     finally:
-        if metrics is not None:
-            metrics.close()
+        with unlimited("closing the trackers"):  # on all ranks, which begin the same phases; trackers have their limit
+            if metrics is not None:
+                metrics.close()
 
 
 @contextmanager
@@ -276,12 +280,8 @@ def preemption() -> Iterator[Callable[[], bool]]:
 
     signals = [signal.SIGTERM, signal.SIGUSR1]
     signals += [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = [signal.signal(number, ask) for number in signals]
-    try:
+    with handled(signals, ask):
         yield lambda: asked
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
 
 
 def share(loss: Tensor, stop: bool, bad: int) -> Callable[[], tuple[float, bool, int]]:

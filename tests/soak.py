@@ -19,7 +19,7 @@ PARTS = {
     "compiled": "the compiled head and backbone against the plain ones: every margin and rate",
     "deepspeed": "DeepSpeed against dense and DDP: stages, world sizes, options; killed and resumed",
     "train": "runs killed at random moments, many ranks, options resumed",
-    "ends": "200 finished jobs beside two busy loops, all of which end with 0",
+    "ends": "200 finished jobs beside two busy loops, all of which end with 0; whom torchrun blames",
     "launch": "two nodes, lost nodes, preempted pods",
     "storage": "object stores: preempted with nothing but the URL, what a save costs",
     "study": "a study killed, stopped and finished",

@@ -1,13 +1,17 @@
 """partial-fc as it is typed: an own folder into shards, a run evaluated on it, a report."""
 
+import argparse
 import ast
 import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -198,43 +202,59 @@ def test_a_broken_pipe_that_is_not_stdout_is_an_error(monkeypatch, tmp_path, std
         cli.main()
 
 
+def test_an_interrupt_ends_it_without_a_traceback_and_cleans_up(monkeypatch, tmp_path):
+    def interrupted(arguments):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        finally:
+            (tmp_path / "partial").unlink()
+
+    (tmp_path / "partial").touch()
+    monkeypatch.setattr(cli.commands, "report", interrupted)
+    monkeypatch.setattr(sys, "argv", ["partial-fc", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130 and not list(tmp_path.iterdir())
+
+
 U = "s3://bucket/x"
-WITH_A_URL = {
-    "prepare folder source": f"prepare folder {U} OUT",
-    "prepare list out": f"prepare list list.txt {U}",
-    "prepare recordio out": f"prepare recordio a.rec {U}",
-    "prepare bin out": f"prepare bin a.bin {U}",
-    "prepare pairs out": f"prepare pairs a.txt {U}",
-    "prepare glyphs source": f"prepare glyphs {U} OUT",
-    "prepare glyphs out": f"prepare glyphs letters {U}",
-    "doctor config": f"doctor {U}",
-    "report runs": f"report {U}",
-    "report --out": f"report run --out {U}",
-    "figures out": f"figures {U}",
-    "figures --fashion-mnist": f"figures OUT --fashion-mnist {U}",
-    "export out": f"export run {U}",
-    "export --images": f"export run OUT --images {U}",
-    "embed source": f"embed run {U} OUT.npy",
-    "embed out": f"embed run photos {U}.npy",
-    "benchmark head --json": f"benchmark head --json {U}",
-    "study run --runs": f"study run plan.yaml --runs {U}",
-    "study run plan": f"study run {U}",
-    "study table --ledger": f"study table plan.yaml --ledger {U}",
-    "study table --picture": f"study table plan.yaml --picture {U}",
-}
 
 
-@pytest.mark.parametrize("argument", WITH_A_URL)
+def arguments_of(parser: argparse.ArgumentParser, *words: str) -> Iterator[tuple[str, argparse.Action, list[str]]]:
+    """Every argument of every subcommand: how it is called, itself, and a command that gives it a URL."""
+    places: list[str] = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from arguments_of(below, *words, name)
+            continue
+        option = action.option_strings[:1]
+        yield " ".join([*words, *(option or [action.dest])]), action, [*words, *places, *option, U]
+        places += [] if option else ["x"]
+
+
+ARGUMENTS = list(arguments_of(cli._parser()))
+PATHS = {name: words for name, action, words in ARGUMENTS if action.type in (cli._path, cli._kind_or_path)}
+
+
+def test_every_path_is_one_that_refuses_a_url():
+    assert not [name for name, action, _ in ARGUMENTS if action.type is Path]
+    known = {"prepare glyphs source", "doctor config", "report runs", "embed out", "study table --ledger"}
+    assert known <= PATHS.keys() and not PATHS.keys() & {"evaluate path", "figures --runs", "embed model"}
+
+
+@pytest.mark.parametrize("argument", PATHS)
 def test_a_url_where_only_a_path_works_is_refused_by_name(argument, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["partial-fc", *WITH_A_URL[argument].split()])
+    monkeypatch.setattr(sys, "argv", ["partial-fc", *PATHS[argument]])
     with pytest.raises(SystemExit) as end:
         cli.main()
     said = capsys.readouterr().err
     *command, name = argument.split()
     assert end.value.code == 2 and not list(tmp_path.iterdir())
     assert re.search(
-        rf"partial-fc {' '.join(command)}: error: argument {name}: {U}\S* is a URL, and this takes a path", said
+        rf"partial-fc {' '.join(command)}: error: argument {name}: {U} is a URL, and this takes a path", said
     )
 
 
@@ -242,4 +262,18 @@ def test_a_url_of_evaluation_data_is_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["partial-fc", "evaluate", "run", "--data", f"P1={U}"])
     with pytest.raises(SystemExit, match="error: s3://bucket/x is a URL, and this takes a path"):
+        cli.main()
+
+
+def test_a_table_of_a_ledger_that_is_not_there_is_refused(monkeypatch, tmp_path):
+    words = ["study", "table", "configs/study/table1.yaml", "--ledger", str(tmp_path / "typo.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["partial-fc", *words])
+    with pytest.raises(SystemExit, match="error: --ledger: .*typo.jsonl does not exist: give .*configs/study/ledger.j"):
+        cli.main()
+
+
+@pytest.mark.parametrize("sets, name", [(("A/test", "B/test"), "test"), (("P1=A", "P1=B,C"), "P1")])
+def test_two_sets_of_one_name_are_refused(sets, name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["partial-fc", "evaluate", "run", *(f"--data={text}" for text in sets)])
+    with pytest.raises(SystemExit, match=f"error: --data: two sets are called {name}: give NAME=DIR"):
         cli.main()

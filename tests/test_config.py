@@ -69,6 +69,7 @@ def test_defaults_deltas_and_overrides(yaml_file):
         ("engine.precision=fp8", "engine.precision: got 'fp8'; Input should be 'fp32', 'tf32', 'bf16' or 'fp16'"),
         ("optim.schedule=step", "optim.schedule is step and optim.milestones are []: give both"),
         ("optim.milestones=[5]", "optim.schedule is polynomial and optim.milestones are [5]: give both"),
+        ("run.timeout=9", "run.timeout: got 9; Input should be greater than or equal to 10"),
         ("run.epochs=3", "give either run.steps or run.epochs, and make the other null"),
         (
             "optim.zzz=3",

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from partial_fc import checkpoint
 from tests.conftest import REPOSITORY
 from tests.processes import Job, Program, is_running, run_program
-from tests.test_train import CONFIG, QUICK, TORCHRUN, finish, wait_for_step
+from tests.test_train import CONFIG, QUICK, TORCHRUN, finish, start, wait_for_step, workers
 
 pytestmark = pytest.mark.slow
 
@@ -135,11 +136,36 @@ def test_a_killed_reader_ends_the_run_with_one_line(glyphs_ci, tmp_path):
     """By SIGKILL, as the kernel does where memory runs out."""
     process = Run(tmp_path / "run")
     wait_for_step(tmp_path / "run", 3, process)
-    (reader,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(reader), signal.SIGKILL)
+    (reader,) = children(process.pid)
+    os.kill(reader, signal.SIGKILL)
     assert process.wait(60).returncode == 1
     assert process.stderr.startswith("error: rank 0: a reader process was killed (SIGKILL)"), process.stderr
+    assert "Traceback" not in process.stderr
     assert process.stderr.count("\n") == 1
+
+
+@pytest.mark.soak("ends")
+@pytest.mark.timeout(1800)
+def test_torchrun_blames_the_rank_whose_reader_was_killed(glyphs_ci, tmp_path):
+    """Not the one whose collective fails for it, in the same second."""
+    for number in range(6):
+        run = tmp_path / f"run{number}"
+        agent = start(2, run, *ENDLESS)
+        wait_for_step(run, 3, agent)
+        (rank,) = (pid for pid in workers(agent.pid) if b"RANK=1" in environment_of(pid))
+        (reader,) = children(rank)
+        os.kill(reader, signal.SIGKILL)
+        output = finish(agent, code=1)
+        cause = output.partition("Root Cause (first observed failure):")[2]
+        assert re.search(r"rank +: 1 .*", cause) and "error: rank 1: a reader process was killed" in cause, output
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def environment_of(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
 LITTLE = """
@@ -167,6 +193,7 @@ def test_little_shared_memory_ends_all_ranks_with_a_line(glyphs_ci, tmp_path, ra
     if any(rank.returncode == 77 for rank in job.ranks):
         pytest.skip(f"not run: {output}")
     assert job.returncode == 1 and time.monotonic() - began < 40
+    assert "Traceback" not in output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert errors, output
     for error in errors:

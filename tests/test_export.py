@@ -171,8 +171,13 @@ def test_images_to_check_with(run, images, tmp_path):
     photos = tmp_path / "photos" / "deep" / "down"
     photos.mkdir(parents=True)
     cv2.imwrite(str(photos / "a.png"), images[0].permute(1, 2, 0).numpy())
-    with pytest.raises(ValueError, match="1 of 1 images could be read; wanted two or more"):
+    with pytest.raises(ValueError, match="photos: 1 of 1 images could be read; wanted two or more"):
         export_run(moved, tmp_path / "out", ["torch-export"], images=tmp_path / "photos")
+    (tmp_path / "one.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"/one.png: 0 of 1 images could be read \(one.png is undecodable\); wanted"):
+        export_run(moved, tmp_path / "out", ["torch-export"], images=tmp_path / "one.png")
+    with pytest.raises(ValueError, match="/one.png is a file, wanted a folder: give another folder to export to"):
+        export_run(moved, tmp_path / "one.png" / "out")
     cv2.imwrite(str(photos / "b.png"), cv2.resize(images[1].permute(1, 2, 0).numpy(), (50, 40)))
     export_run(moved, tmp_path / "out", ["torch-export"], images=tmp_path / "photos")
     assert "model.pt2: any batch size; embeddings of 2 real images" in (tmp_path / "out" / "README.md").read_text()
@@ -482,7 +487,14 @@ def test_a_folder_is_embedded_as_the_data_set_prepared_from_it(exported, photos,
         assert rows_of(tmp_path / name[:2] / "one.npy") == [{"name": "ä b.png"}]
 
 
-def test_what_cannot_be_read_is_left_out_counted_and_named(exported, photos, tmp_path, capsys):
+def test_what_cannot_be_read_is_left_out_counted_and_named(exported, photos, tmp_path, capsys, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("partial_fc.export.embed.write_rows", full)
+        assert "No space left on device" in embed_here(exported, photos, tmp_path / "out.npy")
+    assert not list(tmp_path.iterdir()), "else it could not be tried again"
     embed_here(exported, photos, tmp_path / "out.npy")
     lines = (tmp_path / "out.left_out.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
@@ -559,6 +571,7 @@ def test_errors_are_the_same_on_every_rank_and_leave_nothing(exported, photos, t
         (exported, tmp_path / "bad", "out.npy", "none of the 1 images of"),
         (exported, tmp_path / "bad" / "a.png", "out.npy", "none of the 1 images of"),
         (tmp_path / "none", photos, "out.npy", "holds no complete checkpoint"),
+        (exported, photos, "there.jsonl/out.npy", "there.jsonl is a file, wanted a folder: give another name to write"),
     ]
     for model, source, out, message in cases:
         answers = run_ranks(embed_here, world_size, model, source, tmp_path / out)

@@ -598,6 +598,13 @@ def test_everything_without_a_run(data, tmp_path):
         assert path.read_bytes().startswith(PNG) and f'src="{path.name}"' in page and name in page
 
 
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "out").touch()
+    for out in (tmp_path / "out", tmp_path / "out" / "below"):
+        with pytest.raises(ValueError, match="/out is a file, wanted a folder: give another folder for the figures"):
+            draw_figures(out, only=["psi"])
+
+
 def test_a_figure_that_fails_does_not_take_the_others_along(tmp_path):
     with pytest.raises(ValueError, match="not drawn: toy: .*has no train-images-idx3-ubyte.gz"):
         draw_figures(tmp_path / "out", only=["toy", "circle"], fashion_mnist=tmp_path, margins="cosface", format="svg")

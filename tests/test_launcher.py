@@ -1,5 +1,6 @@
 """Ranks by any launcher, what ends a job that waits for one of them, and one line for what is wrong."""
 
+import importlib.util
 import json
 import os
 import re
@@ -8,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from partial_fc.parallel import launcher, watch
+from partial_fc.parallel import distributed, launcher, watch
 from tests.conftest import REPOSITORY
 from tests.processes import Program, run_program
 from tests.test_doctor import free_port
@@ -149,6 +152,25 @@ def test_a_port_that_another_program_has():
     assert program.returncode == 1 and f"error: rank 0 cannot listen at 127.0.0.1:{port}" in program.stderr
 
 
+@pytest.mark.parametrize(
+    "error, patience",
+    [
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:545] Read error [::1]: Connection reset by peer"), [2.0]),
+        (dist.DistBackendError("NCCL error: remote process exited"), [2.0]),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), []),
+        (KeyError("gloo"), []),
+    ],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_only_notices_gives_the_one_at_fault_the_time_to_say_so(monkeypatch, error, patience, ranks):
+    slept = []
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    monkeypatch.setattr(distributed.time, "sleep", slept.append)
+    with pytest.raises(type(error)), distributed.job():
+        raise error
+    assert slept == (patience if ranks > 1 else [])
+
+
 MINE = """
 from dataclasses import dataclass
 from partial_fc import CosFace
@@ -218,6 +240,20 @@ def test_mpirun_starts_ranks(tmp_path):
     assert sorted(done.stdout.splitlines()) == [f"{rank} 2 {rank} 127.0.0.1 {min(ports)}" for rank in (0, 1)]
 
 
+@pytest.mark.soak("launch")
+def test_accelerate_starts_ranks(tmp_path):
+    """Its own command, as in docs/launch.md, on CPUs; with no more of ours than what joins."""
+    if importlib.util.find_spec("accelerate") is None:
+        pytest.skip("not run: accelerate is not installed")
+    (tmp_path / "rank.py").write_text(MPIRUN)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    port = str(free_port())
+    command = [*launch, "--main_process_port", port, str(tmp_path / "rank.py"), launcher.__file__]
+    done = subprocess.run(command, env=os.environ, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    wanted = [f"{rank} 2 {rank} 127.0.0.1 {port}" for rank in (0, 1)]
+    assert sorted(done.stdout.splitlines()) == wanted, done.stdout + done.stderr
+
+
 # ---- a rank that does not come
 
 
@@ -244,7 +280,8 @@ def said(begun: int, **other) -> dict:
         ([said(6), said(5, unlimited=True)], [0, 11], [11, 11], "rank 1 on h has not been heard of"),
         ([said(6), said(5, unlimited=True)], [0, 0], [11, 11], None),
         ([said(5), said(5)], [0, 0], [11, 11], "no rank has come further than phase 'gather' of step 7"),
-        ([said(5, waits=False)] * 2, [0, 0], [11, 11], None),
+        ([said(5, what="data", waits=False)] * 2, [0, 0], [11, 11], None),  # a file system that is slow for all
+        ([said(5, what="log")] * 2, [0, 0], [11, 11], "no rank has come further than phase 'log' of step 7"),
         ([said(0, step=None)], [0, 9], [11, 11], None),
         ([said(0, step=None)], [0, 11], [11, 11], "rank 1 has not been heard of for 11 s .* last in the start"),
     ],
@@ -252,6 +289,37 @@ def said(begun: int, **other) -> dict:
 def test_who_keeps_the_others_waiting(seen, silent, still, wanted):
     found = watch.judge(dict(enumerate(seen)), silent, still, 10.0)
     assert found is wanted if wanted is None else re.match(wanted, found)
+
+
+def test_an_error_that_cannot_be_recorded_hides_no_other(monkeypatch, tmp_path):
+    """Of a full disk."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/dev/full")
+    launcher.record("error: of one's own")
+    assert "TORCHELASTIC_ERROR_FILE" not in os.environ and Path("/dev/full").exists()
+
+    def full(_, file):
+        file.write("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr(launcher.json, "dump", full)
+    launcher.record("error: of one's own")
+    assert not list(tmp_path.iterdir())  # torchrun raises at half a file
+
+
+@pytest.mark.parametrize("where", ["_ask", "_look"])
+def test_a_watch_that_fails_ends_the_process(where, monkeypatch, capsys):
+    ended = threading.Event()
+
+    def fail(self):
+        raise KeyError("unforeseen")
+
+    monkeypatch.setattr(watch.Watch, where, fail)
+    monkeypatch.setattr(watch.Watch, "end", lambda self: ended.set())
+    watching = watch.Watch(dist.HashStore(), 0, 1, 60.0)
+    assert ended.wait(10)
+    watching.close()
+    assert "KeyError: 'unforeseen'" in capsys.readouterr().err
 
 
 RANK = """
@@ -267,7 +335,7 @@ def slow(graph, inputs):
 with distributed.job(watch_seconds=4):
     rank = distributed.rank()
     leave_time_to_compile()
-    here.begin("forward", waits=False)
+    here.begin("forward", waits=True)
     torch.compile(torch.sin, backend=slow)(torch.ones(2))
     here.begin("gather", waits=True)
     distributed.barrier()

@@ -17,7 +17,7 @@ MODULES = sorted(path.relative_to(REPOSITORY) for path in PACKAGE.rglob("*.py"))
 # A module imports from lower floors, or from its own package.
 FLOORS = [
     {"files", "seeds"},
-    {"documents", "strict_yaml", "opencv", "memory", "folder_lock"},
+    {"documents", "strict_yaml", "opencv", "memory", "folder_lock", "folders"},
     {"environment", "schema", "tensor_files"},
     {"storage"},
     {"config", "manifest"},

@@ -223,12 +223,13 @@ def test_an_unfinished_run_says_what_it_lacks(tmp_path):
     assert "young has not been evaluated yet (no evaluation.json)" in page.text
     assert "899" in page.text
 
-    (tmp_path / "empty").mkdir()
-    page = report([tmp_path / "empty"], tmp_path / "report.html")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "young" / "config.yaml").rename(tmp_path / "new" / "config.yaml")
+    page = report([tmp_path / "new"], tmp_path / "report.html")
     assert "No training steps have been logged yet" in page.text
-    assert "empty has no config.yaml" in page.text
-    page = report([tmp_path / "young", tmp_path / "empty"], tmp_path / "report.html")
-    assert "empty has logged no step yet" in page.text
+    page = report([tmp_path / "young", tmp_path / "new"], tmp_path / "report.html")
+    assert "young has no config.yaml" in page.text
+    assert "new has logged no step yet" in page.text
 
 
 def test_a_data_set_that_is_gone_is_said(run, tmp_path):
@@ -252,6 +253,15 @@ def test_broken_inputs_are_errors_that_name_the_file(run, tmp_path):
         write_report([], tmp_path / "report.html")
     with pytest.raises(FileNotFoundError, match="nowhere is no run folder"):
         write_report([tmp_path / "nowhere"], tmp_path / "report.html")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty has no config.yaml, metrics.jsonl or evaluation.json: give a run's"):
+        write_report([run, tmp_path / "empty"], tmp_path / "report.html")
+    with pytest.raises(
+        ValueError, match="empty is a folder, wanted a file: give another --out, as .*empty/report.html"
+    ):
+        write_report([run], tmp_path / "empty")
+    with pytest.raises(ValueError, match="evaluation.json is a file, wanted a folder: give another --out"):
+        write_report([run], run / "evaluation.json" / "report.html")
     write_run(tmp_path / "damaged", None, lr=0.1)
     (tmp_path / "damaged" / "metrics.jsonl").write_text('{"step": 1, "lo\n{"step": 2, "loss": 1}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is no JSON"):

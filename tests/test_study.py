@@ -23,7 +23,7 @@ from partial_fc.study.picture import draw_study, group_lines
 from partial_fc.study.plan import digest, load_plan
 from partial_fc.study.run import asked_to_stop, run_study
 from partial_fc.study.table import Line, cell, load_lines, study_table
-from partial_fc.study.trial import device_of, the_only_study_in
+from partial_fc.study.trial import device_of
 from partial_fc.train import train
 from tests.conftest import REPOSITORY
 from tests.processes import Program
@@ -694,9 +694,19 @@ def test_an_error_that_is_no_divergence_is_not_entered_and_ends_the_study(write,
 
 
 def test_two_studies_do_not_share_a_folder_of_runs(write, tmp_path):
+    def held(file, how):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
     wanted = "another study trains in .*runs: wait for it, or give another --runs"
-    with the_only_study_in(tmp_path / "runs"), pytest.raises(ValueError, match=wanted):
-        run_study(write(), ledger_file=tmp_path / "l.jsonl", runs=tmp_path / "runs", hours=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("partial_fc.folder_lock.fcntl.lockf", held)  # of another process, which a quick test has not
+        with pytest.raises(ValueError, match=wanted):
+            run_study(write(), ledger_file=tmp_path / "l.jsonl", runs=tmp_path / "runs", hours=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file, wanted a folder: give another --runs"):
+        run_study(write(), ledger_file=tmp_path / "l.jsonl", runs=tmp_path / "file", hours=0)
+    with pytest.raises(ValueError, match="file is a file, wanted a folder: give another --ledger"):
+        run_study(write(), ledger_file=tmp_path / "file" / "l.jsonl", runs=tmp_path / "runs", hours=0)
     assert not run_study(write(), ledger_file=tmp_path / "l.jsonl", runs=tmp_path / "runs", hours=0)
 
 

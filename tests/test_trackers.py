@@ -6,7 +6,11 @@ import random
 import re
 import signal
 import struct
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -154,6 +158,65 @@ def test_an_id_that_cannot_be_read_costs_the_tracker(left, tmp_path, capsys):
     assert re.search("^wandb: .*, so without it$", capsys.readouterr().out)
 
 
+class Slow:
+    """A tracker whose end takes too long, or has wandb's own limit reached."""
+
+    def __init__(self, error: Exception | None):
+        self.error = error
+
+    def finish(self) -> None:
+        if self.error is not None:
+            raise self.error
+        time.sleep(60)
+
+    close = finish
+
+
+@pytest.mark.parametrize("error", [None, TimeoutError("Timed out finishing run."), OSError(28, "No space left")])
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_that_does_not_end_is_left(name, error, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.05)
+    config = config_of("track.wandb=disabled")
+    metrics = Metrics(config, tmp_path, start_step=0, total_steps=10, steps_per_epoch=10)
+    setattr(metrics, name, Slow(error))
+    metrics.close()
+    said, complaint = capsys.readouterr()
+    if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+        assert f"{name}: OSError: [Errno 28] No space left: nothing more goes to it" in complaint
+    else:
+        assert f"{name}: it has not ended within 0 s, and is left unfinished\n" in said
+
+
+STOPPED = """
+import os, signal, sys, time
+from pathlib import Path
+from partial_fc import trackers
+from partial_fc.metrics import Metrics
+from tests.test_trackers import config_of
+run = Path(sys.argv[1])
+metrics = Metrics(config_of("track.wandb=offline"), run, start_step=0, total_steps=10, steps_per_epoch=10)
+assert metrics.wandb is not None and metrics.wandb.settings.finish_timeout == trackers.FINISH_SECONDS
+if sys.argv[2] == "stopped":
+    trackers.FINISH_SECONDS = 2
+    (service,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    os.kill(int(service), signal.SIGSTOP)
+metrics.wandb.log({"step": 1}, step=1)
+metrics.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.soak("train")
+@pytest.mark.parametrize("service", ["stopped", "alive"])
+def test_a_wandb_that_stands_still_does_not_keep_a_finished_run(service, tmp_path):
+    """Its service; and of a real interpreter, where it is waited for at the end."""
+    command = [sys.executable, "-c", STOPPED, str(tmp_path), service]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert ("is left unfinished" in done.stdout) == (service == "stopped")
+    assert (tracked(tmp_path) == [{"step": 1}]) == (service == "alive")
+
+
 # ---- where the key is
 
 
@@ -162,25 +225,43 @@ def netrc(path: Path, kind: str) -> None:
         path.mkdir()
     elif kind == "no UTF-8":
         path.write_bytes(b"\xff\xfe\0machine")
+    elif kind == "a loop":
+        path.symlink_to(path)
     elif kind != "none":
-        path.write_text(f"machine {kind} login user password {KEY}\n")
+        host = "api.wandb.ai" if kind == "another user's" else kind
+        path.write_text(f"machine {host} login user password {KEY}\n")
+
+
+@contextmanager
+def another_user(file: Path) -> Iterator[None]:
+    """To whom `file` cannot be read; root reads everything."""
+    file.chmod(0)
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
 
 
 @pytest.mark.parametrize(
-    "kind, environment, mode",
+    "kind, environment, mode, reason",
     [
-        ("none", {}, "offline"),
-        ("none", {"WANDB_API_KEY": KEY}, "online"),
-        ("none", {"WANDB_MODE": "dryrun", "WANDB_API_KEY": KEY}, "offline"),
-        ("api.wandb.ai", {}, "online"),
-        ("wandb.example.org", {}, "offline"),
-        ("wandb.example.org", {"WANDB_BASE_URL": "https://wandb.example.org"}, "online"),
-        ("api.wandb.ai", {"WANDB_BASE_URL": "https://wandb.example.org"}, "offline"),
-        ("folder", {}, "offline"),
-        ("no UTF-8", {}, "offline"),
+        ("none", {}, "offline", ""),
+        ("none", {"WANDB_API_KEY": KEY}, "online", ""),
+        ("none", {"WANDB_MODE": "dryrun", "WANDB_API_KEY": KEY}, "offline", ""),
+        ("api.wandb.ai", {}, "online", ""),
+        ("wandb.example.org", {}, "offline", ""),
+        ("wandb.example.org", {"WANDB_BASE_URL": "https://wandb.example.org"}, "online", ""),
+        ("api.wandb.ai", {"WANDB_BASE_URL": "https://wandb.example.org"}, "offline", ""),
+        ("folder", {}, "offline", "Failed to read netrc file at .*netrc: .*Is a directory"),
+        ("no UTF-8", {}, "offline", "^wandb: looking for a key: UnicodeDecodeError: "),
+        ("a loop", {}, "offline", "Failed to read netrc file at .*netrc: .*Too many levels"),
+        ("another user's", {}, "offline", "Failed to read netrc file at .*netrc: .*Permission denied"),
     ],
 )
-def test_the_mode_is_online_where_wandb_has_a_key(kind, environment, mode, monkeypatch, tmp_path):
+def test_the_mode_is_online_where_wandb_has_a_key(kind, environment, mode, reason, monkeypatch, tmp_path, capsys):
     import wandb
 
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
@@ -190,7 +271,11 @@ def test_the_mode_is_online_where_wandb_has_a_key(kind, environment, mode, monke
     netrc(tmp_path / "netrc", kind)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setattr("wandb.sdk.wandb_setup._singleton", None)  # it reads the environment once a process
-    assert wandb.__version__ and wandb_mode(config_of()) == mode
+    config = config_of()
+    with another_user(tmp_path / "netrc") if kind == "another user's" else nullcontext():
+        assert wandb.__version__ and wandb_mode(config) == mode
+    said = "".join(capsys.readouterr())
+    assert re.search(reason, said) if reason else not said
 
 
 def test_a_user_without_a_home(monkeypatch):

@@ -29,6 +29,7 @@ from partial_fc.evaluate.runs import evaluate_run
 from partial_fc.metrics import cut_back
 from partial_fc.parallel import distributed
 from partial_fc.parallel.engine import DDPEngine
+from partial_fc.parallel.watch import Place
 from partial_fc.phases import ALONE, NAMES
 from partial_fc.train import read_batches, share, the_only_one_in, train
 from tests.conftest import REPOSITORY, run_ranks
@@ -338,22 +339,37 @@ def test_checkpoints_on_a_disk_of_each_machine_are_an_error_at_the_start(tmp_pat
     assert not list((tmp_path / "one").iterdir())
     (tmp_path / "file").touch()
     messages = run_ranks(see_another_disk, 2, tmp_path, ("file", "file"))
-    assert messages[0] == messages[1] and "preparing the run failed on rank 0: [Errno 17] File exists" in messages[0]
+    assert (
+        messages[0] == messages[1]
+        and f"preparing the run failed on rank 0: {tmp_path}/file is a file, wanted a folder: give another run.dir"
+        in messages[0]
+    )
 
 
-def lose_a_step(run: Path, data: Path, *overrides: str) -> int:
-    """Trains with an infinite loss in step 3, which is number 4."""
+def lose_a_step(run: Path, data: Path, *overrides: str) -> list[tuple[str, bool]]:
+    """Trains with an infinite loss in step 3, which is number 4. What the watch is told: phase and waits."""
+    told, begin = [], Place.begin
+
+    def begin_told(place: Place, what: str, waits: bool) -> None:
+        told.append((what, waits))
+        begin(place, what, waits)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Place, "begin", begin_told)
         patch.setattr("partial_fc.train.share", lambda loss, *rest: share(loss / (step() != 3), *rest))
         counted = count()
         step = lambda: next(counted)  # noqa: E731
         train_here(run, data, *overrides)
-    return checkpoint.find_latest(run).step
+    return told
 
 
 def test_a_checkpoint_of_a_lost_step_is_made_in_the_next(glyphs_ci, tmp_path):
     options = ("run.steps=6", "checkpoint.every=4")
-    run_ranks(lose_a_step, 2, tmp_path / "run", glyphs_ci / "train", *options)
+    told, other = run_ranks(lose_a_step, 2, tmp_path / "run", glyphs_ci / "train", *options)
+    assert told == other, "the watch counts phases"
+    assert {what for what, waits in told if what in NAMES and not waits} == {"data"}
+    order = ["building the engine", "data", "save", "closing the trackers", "ending the run"]
+    assert [what for what in dict.fromkeys(what for what, _ in told) if what in order] == order
     assert [one.name for one in sorted((tmp_path / "run" / "checkpoints").glob("step_*"))] == [
         "step_00000005",
         "step_00000006",

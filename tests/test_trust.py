@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import threading
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from partial_fc import checkpoint, checkpoint_files, manifest, storage
+from partial_fc import checkpoint, checkpoint_files, commands, manifest, storage
 from partial_fc.backbone import build_seeded
 from partial_fc.build import build_losses, order_of, restore_beside, say_what_is_imported
 from partial_fc.checkpoint_files import Owner
@@ -450,6 +451,10 @@ def test_a_deleted_folder_is_locked_again_or_the_run_ends(tmp_path, capsys):
         hold()
         assert "run was deleted while this run trained" in capsys.readouterr().err
         assert (tmp_path / "run" / "lock").exists()
+    for run, where, setting in (("run/lock", "disk", "run.dir"), ("run", "run/lock", "checkpoint.dir")):
+        wanted = f"/run/lock is a file, wanted a folder: give another {setting}"
+        with pytest.raises(distributed.RunError, match=wanted), the_only_one_in(tmp_path / run, tmp_path / where):
+            pass
 
 
 @pytest.mark.slow
@@ -697,10 +702,12 @@ def test_an_evaluation_that_cannot_be_written_is_printed(trained_run, glyphs_ci,
         evaluate_run(run, CPU, sets=sets)
     assert "TAR@1e-3" in capsys.readouterr().out
     monkeypatch.setattr(os, "access", lambda *arguments: False)  # root may write everywhere
-    wanted = evaluate_run(run, CPU, sets=sets)
+    (run / "report.html").write_text("of the evaluation before")
+    commands.evaluate(Namespace(path=run, data=[f"P2={glyphs_ci}/test_unseen"], untrained=False))
     said = capsys.readouterr().out
     assert f"warning: {run} cannot be written to" in said and "TAR@1e-3" in said
-    assert wanted["step"] == 4 and not (run / "evaluation.json").exists()
+    assert not (run / "evaluation.json").exists()
+    assert (run / "report.html").read_text() == "of the evaluation before"
 
 
 # ---- code

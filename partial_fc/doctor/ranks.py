@@ -33,11 +33,7 @@ def collectives(device: torch.device) -> Found:
         latency = statistics.median(_times(torch.ones(1, device=device), ROUNDS))
         seconds = min(_times(torch.ones(LARGE_BYTES // 4, device=device), LARGE_ROUNDS))
     except RuntimeError as error:
-        raise distributed.RunError(
-            f"rank {rank} on {socket.gethostname()} does not reach the others: {error}. Check the network between the "
-            "machines, and that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where set, name an interface of all of them",
-            on_all_ranks=False,
-        ) from error
+        raise distributed.RunError(distributed.unreachable(rank, error), on_all_ranks=False) from error
     wrong = [f"rank {r}: {names}" for r, names in enumerate(distributed.gather_objects(wrong)) if names]
     latency, seconds = distributed.all_reduce_max(torch.tensor([latency, seconds], device=device)).tolist()
     if wrong:

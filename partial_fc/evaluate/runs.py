@@ -19,6 +19,7 @@ from partial_fc.evaluate.evaluation_file import FORMAT, VERSION
 from partial_fc.evaluate.protocol import evaluate_sets, format_table
 from partial_fc.files import one_line, printable, write_atomically
 from partial_fc.parallel import distributed
+from partial_fc.storage import Place
 
 
 def evaluate_run(
@@ -48,7 +49,7 @@ def evaluate_run(
             raise ValueError("there is nothing to evaluate on; give --data, or evaluate.sets in the config")
         size = found.image_size()
         indexes = open_sets(sets, size, cache_of(config.data))
-    kept = storage.remote(path) or os.access(path, os.W_OK | os.X_OK)
+    kept = can_be_kept(path)
     if not kept and distributed.rank() == 0:
         text = f"warning: {path} cannot be written to: the table is printed, and no evaluation.json written"
         print(printable(text), flush=True)
@@ -92,6 +93,11 @@ def evaluate_run(
                 beside = path if storage.remote(path) else storage.parent(found.path)
                 storage.write(f"{beside}/evaluation.json", text.encode())
     return evaluation
+
+
+def can_be_kept(path: Place) -> bool:
+    """Whether an evaluation of `path` is written there: not into a folder that cannot be written to."""
+    return storage.remote(path) or os.access(path, os.W_OK | os.X_OK)
 
 
 def _what_was_trained(config: dict) -> dict:

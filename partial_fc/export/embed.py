@@ -18,6 +18,7 @@ from partial_fc.export.images import Images, open_images
 from partial_fc.export.model import Embedder, is_run, open_model
 from partial_fc.export.rows import KINDS, write_rows
 from partial_fc.files import printable
+from partial_fc.folders import make_folder
 from partial_fc.parallel import distributed
 
 _ROWS_AT_ONCE = 1 << 16  # when the ranks' parts are joined
@@ -69,7 +70,7 @@ def embed_images(
                 raise FileExistsError(f"{file} exists: delete it, or choose another name to write to")
         net = open_model(model, found).to(device)
         images = open_images(source, net.image_size, keep_damaged=keep_damaged)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent, "name to write to")
     seen = (images.fingerprint(), net.config)
     if any(other != seen for other in distributed.gather_objects(seen)):
         raise distributed.RunError(
@@ -87,9 +88,7 @@ def embed_images(
             if not sum(counts):
                 raise ValueError(f"none of the {len(images)} images of {source} could be read, {_reasons(missing)}")
             if rank == 0:
-                if missing:
-                    files.left_out.write_text("".join(json.dumps(row) + "\n" for row in missing))
-                _join(files, [files.part(r) for r in range(world_size)], counts, net.embedding_dim)
+                _join(files, [files.part(r) for r in range(world_size)], counts, net.embedding_dim, missing)
                 if missing:
                     text = f"left out: {_reasons(missing)}, see {files.left_out}; {_some(missing)}"
                     print(printable(text), flush=True)
@@ -111,7 +110,7 @@ def _embed_part(
     count, left_out = 0, []
     bar = tqdm(
         total=len(positions),
-        desc=f"embedding {images.path.name}, this rank's part",
+        desc=f"embedding {images.source.name}, this rank's part",
         unit=" images",
         mininterval=1,
         delay=2,
@@ -134,13 +133,12 @@ def _embed_part(
     return count, left_out
 
 
-def _join(files: _Files, parts: list[_Files], counts: list[int], dim: int) -> None:
-    """The ranks' parts one after the other: the rows first, so that embeddings never stand without them."""
-    partial = files.part(0)._replace(
-        embeddings=files.embeddings.with_name(files.embeddings.name + ".partial"),
-        rows=files.rows.with_name(files.rows.name + ".partial"),
-    )
+def _join(files: _Files, parts: list[_Files], counts: list[int], dim: int, left_out: list[dict]) -> None:
+    """The ranks' parts one after the other: the embeddings last, so that they never stand without the rest."""
+    partial = _Files(*(path.with_name(f"{path.name}.partial") for path in files))
     try:
+        if left_out:
+            partial.left_out.write_text("".join(json.dumps(row) + "\n" for row in left_out))
         with open(partial.rows, "wb") as out:
             for part in parts:
                 with open(part.rows, "rb") as rows:
@@ -154,11 +152,13 @@ def _join(files: _Files, parts: list[_Files], counts: list[int], dim: int) -> No
 
         shape = (sum(counts), dim)
         write_rows(partial.embeddings, "embeddings", shape, numbers(), {"format": "pt"}, kind=files.embeddings.suffix)
+        if left_out:
+            os.replace(partial.left_out, files.left_out)
         os.replace(partial.rows, files.rows)
         os.replace(partial.embeddings, files.embeddings)
     finally:
-        partial.embeddings.unlink(missing_ok=True)
-        partial.rows.unlink(missing_ok=True)
+        for path in partial:
+            path.unlink(missing_ok=True)
 
 
 def _reasons(left_out: list[dict]) -> str:

@@ -25,7 +25,7 @@ class Read(NamedTuple):
 
 
 class Images(Protocol):
-    path: Path
+    source: Path  # what was given: a folder, or one file
     others: list[str]  # names of the files that are not named like images
 
     def __len__(self) -> int: ...
@@ -44,7 +44,7 @@ class Folder:
     """
 
     def __init__(self, path: Path, size: tuple[int, int], keep_damaged: bool = False):
-        self.path, self.size, self.keep_damaged = path, size, keep_damaged
+        self.source, self.path, self.size, self.keep_damaged = path, path, size, keep_damaged
         others: list[str] = []
         if path.is_dir():
             self.files, others = images_below(os.fspath(path))
@@ -87,7 +87,7 @@ class DataSet:
     """The samples of a prepared data set. One that is no image is an error that names it, as in an evaluation."""
 
     def __init__(self, index: Index):
-        self.path, self.index, self.classes, self.others = index.path, index, index.classes(), []
+        self.source, self.index, self.classes, self.others = index.path, index, index.classes(), []
 
     def __len__(self) -> int:
         return self.index.num_samples
@@ -137,7 +137,12 @@ def open_images(path: Path, size: tuple[int, int], *, keep_damaged: bool = False
 def some_images(images: Images, count: int) -> Tensor:
     """At most `count` (n, 3, H, W) uint8, spread evenly. Raises ValueError if fewer than two can be read."""
     positions = np.unique(np.linspace(0, len(images) - 1, count).astype(np.int64))
-    read = torch.cat([batch.images for batch in images.batches(positions, count, 0)])
+    batches = list(images.batches(positions, count, 0))
+    read = torch.cat([batch.images for batch in batches])
     if len(read) < 2:
-        raise ValueError(f"{images.path}: {len(read)} of {len(positions)} images could be read; wanted two or more")
+        bad = [f"{row['name']} is {row['reason']}" for batch in batches for row in batch.left_out]
+        named = f" ({', '.join(bad[:3])})" if bad else ""
+        raise ValueError(
+            f"{images.source}: {len(read)} of {len(positions)} images could be read{named}; wanted two or more"
+        )
     return read

@@ -15,6 +15,7 @@ from partial_fc.export.formats import CHECKED, require_packages, write_onnx, wri
 from partial_fc.export.gallery import write_gallery
 from partial_fc.export.images import open_images, some_images
 from partial_fc.export.model import Embedder, from_checkpoint, load_backbone, save_backbone
+from partial_fc.folders import make_folder
 from partial_fc.storage import Place
 
 
@@ -48,7 +49,7 @@ def export_run(
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed export left
-    partial.mkdir(parents=True)
+    make_folder(partial, "folder to export to")
     try:
         save_backbone(model, partial)
         _check_folder(partial, model)

@@ -25,6 +25,7 @@ from partial_fc.figures import (
 from partial_fc.figures.margins import TYPICAL, Named, parse_margins
 from partial_fc.figures.style import save, styled
 from partial_fc.figures.toy import Images, Toy, as_input, choose, embed_toy, train_toy
+from partial_fc.folders import make_folder
 from partial_fc.head.margin import Margin
 from partial_fc.prepare.fashion_mnist import CLASSES, fetch_fashion_mnist, load_fashion_mnist
 from partial_fc.report.runs import load_run
@@ -108,7 +109,7 @@ def draw_figures(
     if epochs < 1:
         raise ValueError(f"--epochs is {epochs}; give a positive number")
     sources = Sources(None if margins is None else parse_margins(margins), list(runs), fashion_mnist, seed, epochs)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "folder for the figures")
     drawn: dict[str, tuple[Path, str]] = {}
     failed = []
     with styled():

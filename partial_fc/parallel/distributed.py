@@ -8,6 +8,7 @@ import atexit
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -86,7 +87,11 @@ def job(timeout_seconds: float = 600.0, watch_seconds: float | None = None) -> I
                 gather_objects(None)
         _end_without_farewell()
         sys.exit(1)
-    except Exception:
+    except Exception as error:
+        if world_size() > 1 and _is_of_a_collective(error):
+            # Another rank is at fault. torchrun ends this one in that time, and blames whose record is the first, in
+            # whole seconds.
+            time.sleep(launcher.PATIENCE)
         if watch is not None and watch.found:  # a collective that failed since another rank has ended for it
             watch.end()
         _end_without_farewell()
@@ -132,16 +137,26 @@ def _join_group(device: torch.device, timeout_seconds: float, watch_seconds: flo
                 f"{timeout_seconds:.0f} s ({reason}): were all started, and is that port open between the machines?"
             )
         else:
-            text = (
-                f"rank {rank_here} on {socket.gethostname()} does not reach the others ({reason}): check the network "
-                "between the machines, and that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where set, name an "
-                "interface of this one"
-            )
+            text = unreachable(rank_here, reason)
         launcher.record(f"error: {text}")
         print(f"error: {text}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # what is half joined may wait for others as it is taken down
     return watch
+
+
+def unreachable(rank: int | str, error: object) -> str:
+    """What to say where the network carries no collective of this rank."""
+    reason = str(error).partition("\n")[0]
+    return (
+        f"rank {rank} on {socket.gethostname()} does not reach the others ({reason}): check the network between the "
+        "machines, and that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where set, name an interface of this one"
+    )
+
+
+def _is_of_a_collective(error: Exception) -> bool:
+    """Whether it came over the network: gloo's are plain RuntimeErrors that name its source."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _end_without_farewell() -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 import zlib
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from typing import NoReturn
 
 from partial_fc.files import printable
@@ -143,10 +144,18 @@ def end(message: str) -> NoReturn:
 def record(text: str) -> None:
     """Puts `text` where torchrun looks for what its summary says of this rank.
 
-    torch's `record` does so for exceptions that nobody caught, with their traceback.
+    torch's `record` does so for exceptions that nobody caught, with their traceback. Where the disk is full nothing is
+    there: torchrun would end with an error of its own at half a file.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    if not file:
+        return
+    extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    try:
         with open(file, "w") as out:
             json.dump({"message": {"message": text, "extraInfo": extra}}, out)
+    except OSError:
+        os.environ.pop("TORCHELASTIC_ERROR_FILE", None)  # torch's `record` would fail there, too, and hide the cause
+        with suppress(OSError):
+            if os.path.isfile(file):
+                os.unlink(file)

@@ -10,9 +10,10 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 PR_SET_PDEATHSIG = 1
 
@@ -70,6 +71,17 @@ def end_without_traceback_on_sigint() -> None:
     """As other programs do; a shell's background job, which ignores SIGINT, goes on ignoring it."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def handled(signals: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Lets `handler` take these signals, and gives them back at the end."""
+    before = [(number, signal.signal(number, handler)) for number in signals]
+    try:
+        yield
+    finally:
+        for number, former in before:
+            signal.signal(number, former)
 
 
 def outlive_terminal() -> None:

@@ -11,7 +11,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -73,7 +74,8 @@ class Watch:
         self.found: str | None = None  # what was wrong; the process then ends within seconds
         self._seen: dict[int, dict] = {}  # what each rank said last
         self._ended = threading.Event()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._ask, self._look)]
+        works = (self._ask, self._look)
+        self._threads = [threading.Thread(target=self._to_the_end, args=(work,), daemon=True) for work in works]
         for thread in self._threads:
             thread.start()
 
@@ -81,6 +83,17 @@ class Watch:
         self._ended.set()
         for thread in self._threads:
             thread.join(5)
+
+    def _to_the_end(self, work: Callable[[], None]) -> None:
+        """A watch that has died would leave the job to wait for a day."""
+        try:
+            work()
+        except Exception:
+            if self._ended.is_set():  # the job has ended, and the store with it
+                return
+            with suppress(OSError, ValueError):
+                traceback.print_exc()
+            self.end()
 
     def _ask(self) -> None:
         seen = self._seen
@@ -115,7 +128,8 @@ class Watch:
         self.found = text
         launcher.record(f"error: {text}")
         if speaks:
-            print(f"error: {text}", file=sys.stderr, flush=True)
+            with suppress(OSError, ValueError):
+                print(f"error: {text}", file=sys.stderr, flush=True)
         time.sleep(self._interval + 1)  # until all have heard: a rank that is gone makes the others' collectives fail
         self.end()
 

@@ -11,6 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from partial_fc.evaluate.protocol import COLUMNS, FARS, measures, missing, of_a_list
+from partial_fc.folders import make_folder
 from partial_fc.phases import NAMES as PHASES
 from partial_fc.report import plots
 from partial_fc.report.examples import example_groups
@@ -42,11 +43,19 @@ GROUPS = {  # of the phases of a step
 def write_report(runs: Sequence[Path], out: Path) -> None:
     """Write the page about the run folders `runs` to `out`. What a run does not have yet is said in a sentence.
 
-    Raises ValueError without runs, FileNotFoundError if a run's folder is missing.
+    Raises ValueError without runs, for a folder that holds nothing of one and where `out` is a folder;
+    FileNotFoundError if a run's folder is missing.
     """
+    out = Path(out)
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder, wanted a file: give another --out, as {out / 'report.html'}")
     loaded = [load_run(path) for path in runs]
     if not loaded:
         raise ValueError("got no run, wanted one run folder or more")
+    for run in loaded:
+        if not (run.config_text or run.metrics or run.evaluation):
+            raise ValueError(f"{run.path} has no config.yaml, metrics.jsonl or evaluation.json: give a run's folder")
+    make_folder(out.parent, "--out")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -66,8 +75,6 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         examples=_examples(loaded),
         differences=_differences(loaded),
     )
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
 
 

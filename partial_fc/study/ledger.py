@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from partial_fc.documents import MIB, parse_json, read_bytes
+from partial_fc.folders import make_folder
 from partial_fc.schema import Document, fits
 
 DONE, FAILED = "done", "failed"
@@ -102,7 +103,7 @@ def opened(path: Path) -> Iterator["Ledger"]:
 
     Raises ValueError if another process has it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "--ledger")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         try:

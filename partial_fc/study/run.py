@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from partial_fc.environment import environment
+from partial_fc.parallel.process import handled
 from partial_fc.study import ledger
 from partial_fc.study.choice import JUDGED_BY, ended, judge, to_do, tuned_values, untunable
 from partial_fc.study.plan import TUNING, Plan, load_plan
@@ -174,10 +175,5 @@ def asked_to_stop(hours: float | None) -> Iterator[Callable[[], str | None]]:
             return f"The {hours:g} hours are up"
         return reason
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, ask) for number in signals]
-    try:
+    with handled((signal.SIGINT, signal.SIGTERM), ask):
         yield asked
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)

@@ -1,6 +1,5 @@
 """One trial as a process of its own: launch/train.py on one core, resumable like any run."""
 
-import fcntl
 import os
 import re
 import shutil
@@ -9,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from partial_fc.config_file import read_config_yaml, save_config
@@ -17,6 +16,8 @@ from partial_fc.documents import parse_json
 from partial_fc.environment import environment, read_environment
 from partial_fc.evaluate.evaluation_file import read_evaluation
 from partial_fc.files import open_regular, write_atomically
+from partial_fc.folder_lock import FolderLock
+from partial_fc.folders import make_folder
 from partial_fc.parallel import launcher
 from partial_fc.parallel.process import signal_at_end_of_parent
 from partial_fc.progress import DIVERGED
@@ -30,12 +31,8 @@ LAUNCH = REPOSITORY / "launch" / "train.py"
 @contextmanager
 def the_only_study_in(runs: Path) -> Iterator[None]:
     """Holds the folder of run folders: two studies, of two ledgers, have the same folder for equal trials."""
-    runs.mkdir(parents=True, exist_ok=True)
-    with open(runs / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another study trains in {runs}: wait for it, or give another --runs") from None
+    make_folder(runs, "--runs")
+    with closing(FolderLock(runs, f"another study trains in {runs}: wait for it, or give another --runs")):
         yield
 
 
