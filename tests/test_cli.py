@@ -213,9 +213,9 @@ def test_an_interrupt_ends_it_without_a_traceback_and_cleans_up(monkeypatch, tmp
     (tmp_path / "partial").touch()
     monkeypatch.setattr(cli.commands, "report", interrupted)
     monkeypatch.setattr(sys, "argv", ["partial-fc", "report", str(tmp_path)])
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as end:  # the second would end pytest
         cli.main()
-    assert end.value.code == 130 and not list(tmp_path.iterdir())
+    assert getattr(end.value, "code", None) == 130 and not list(tmp_path.iterdir())
 
 
 U = "s3://bucket/x"
