@@ -74,9 +74,22 @@ class Affine(Section):
     """Magnification is exp(u), u uniform in +- this: 0.1 is between 0.90 and 1.11."""
 
 
+class TrainingSet(Section):
+    data: Location
+    """Folder of shards, or its URL."""
+    weight: float = Field(1.0, gt=0, le=1000)
+    """How often an epoch holds each sample: 2 is twice, 0.5 every second one, and the others in the next epoch."""
+    name: str | None = Field(None, min_length=1)
+    """Of its classes the part before the slash; unset: the folder's."""
+
+
 class Data(Section):
-    train: Location
-    """Folder of training shards with their index, as `partial-fc prepare` writes it, or its URL."""
+    train: Location | Annotated[list[TrainingSet], Field(min_length=1)]
+    """Folder of training shards with their index, or its URL; or a list of such, each with data, weight and name."""
+    drop: LocalPath | None = None
+    """Text with a class, or the source name of a sample, a line, that are left out; of several sets as SET/NAME."""
+    merge: LocalPath | None = None
+    """by_name: classes of one name in different sets are one. Or a file: a class, a tab, the name that it gets."""
     cache_dir: LocalPath | None = None
     """Where copies of shards go that lie behind a URL or are compressed; unset: $PARTIAL_FC_CACHE, or the user's."""
     cache_bytes: int | None = Field(None, ge=1)
