@@ -1,18 +1,20 @@
 """Several data sets as one: their samples, classes and weights; what is dropped and what is merged."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from partial_fc.config import Data
+from partial_fc.config_file import load_config
 from partial_fc.data.groups import build_order
 from partial_fc.data.sets import open_training_set
 from partial_fc.data.shards import Index, Sample, load_index, verify, write_shards
 from tests.conftest import run_ranks
 from tests.http_store import serving
 from tests.test_prepare_tars import image
-from tests.test_train import rows, train_here
+from tests.test_train import CONFIG, rows, train_here
 
 CLASSES = {"a": ["ann", "bob", "cid"], "b": ["bob", "dan"]}
 SAMPLES = {"a": 12, "b": 8}
@@ -103,6 +105,18 @@ def test_a_weight_is_how_often_a_sample_comes(sets):
     assert (sum(counts)[12:] == 1).all()
     alone = build_order(settings([train[0]]), load_index(sets / "a"), seed=0)
     assert alone.num_samples == 24
+
+
+def test_errors_of_a_list_name_the_set():
+    for train, said in (
+        ([{"data": "a", "wieght": 2}], "data.train.0.wieght: unknown key; did you mean data.train.0.weight"),
+        ([{"data": "a"}, {"weight": 2}], "data.train.1.data: missing"),
+        ([{"data": "a", "weight": 0}], "data.train.0.weight: got 0; Input should be greater than 0"),
+        ([], r"data.train: got \[\]"),
+        ({"a": 3}, "data.train: got .*valid string"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_config(CONFIG, [f"data.train={json.dumps(train)}"])
 
 
 def test_a_set_may_lie_behind_a_url(sets):
