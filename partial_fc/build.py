@@ -22,8 +22,8 @@ from partial_fc.data.groups import Groups, build_order
 from partial_fc.data.mixing import LEAST, mixing
 from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size
-from partial_fc.data.remote import cache_of
-from partial_fc.data.shards import Index, load_index
+from partial_fc.data.sets import open_training_set
+from partial_fc.data.shards import Index
 from partial_fc.evaluate.runs import open_sets
 from partial_fc.files import one_line, write_atomically
 from partial_fc.folders import make_folder
@@ -416,7 +416,7 @@ def check_memory(wants: list[tuple[memory.Pool, int]]) -> None:
 
 def training_data(config: Config) -> Index:
     """The data set to train on, its labels as they are trained. Raises ValueError for a list of pairs and one class."""
-    index = load_index(config.data.train, check_labels=distributed.first_of_node(), cache=cache_of(config.data))
+    index = open_training_set(config.data, check_labels=distributed.first_of_node())
     if index.pairs is not None:
         raise ValueError(
             f"data.train: {index.path} is a list of pairs, which does not say who is who: name it in evaluate.sets, "
@@ -525,8 +525,15 @@ def order_settings(config: Config, index: Index) -> dict:
         "data.samples_per_identity": None
         if config.data.samples_per_identity == 1
         else config.data.samples_per_identity,
+        "data.train weights": _weights(config),
         "data set": index.fingerprint,
     }
+
+
+def _weights(config: Config) -> list[float] | None:
+    """Of several sets; None where all are 1."""
+    weights = [one.weight for one in config.data.train] if isinstance(config.data.train, list) else []
+    return weights if set(weights) - {1.0} else None
 
 
 def check_unchanged(found: checkpoint.Checkpoint, config: Config, index: Index) -> None:

@@ -8,7 +8,17 @@ import types
 import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from partial_fc.files import one_line, shortened
@@ -35,6 +45,7 @@ def _a_place(text: str | None) -> str | None:
 
 
 LocalPath = Annotated[str, AfterValidator(_a_path)]
+ONE, SEVERAL = "<one set>", "<several sets>"  # which of a union's errors are said; no part of a key
 Location = Annotated[str, AfterValidator(_a_place)]
 
 
@@ -74,9 +85,25 @@ class Affine(Section):
     """Magnification is exp(u), u uniform in +- this: 0.1 is between 0.90 and 1.11."""
 
 
+class TrainingSet(Section):
+    data: Location
+    """Folder of shards, or its URL."""
+    weight: float = Field(1.0, gt=0, le=1000)
+    """How often an epoch holds each sample: 2 is twice, 0.5 every second one, and the others in the next epoch."""
+    name: str | None = Field(None, min_length=1)
+    """Of its classes the part before the slash; unset: the folder's."""
+
+
 class Data(Section):
-    train: Location
-    """Folder of training shards with their index, as `partial-fc prepare` writes it, or its URL."""
+    train: Annotated[
+        Annotated[Location, Tag(ONE)] | Annotated[list[TrainingSet], Field(min_length=1), Tag(SEVERAL)],
+        Discriminator(lambda value: SEVERAL if isinstance(value, list) else ONE),
+    ]
+    """Folder of training shards with their index, or its URL; or a list of such, each with data, weight and name."""
+    drop: LocalPath | None = None
+    """Text with a class, or the source name of a sample, a line, that are left out; of several sets as SET/NAME."""
+    merge: LocalPath | None = None
+    """by_name: classes of one name in different sets are one. Or a file: a class, a tab, the name that it gets."""
     cache_dir: LocalPath | None = None
     """Where copies of shards go that lie behind a URL or are compressed; unset: $PARTIAL_FC_CACHE, or the user's."""
     cache_bytes: int | None = Field(None, ge=1)
@@ -366,7 +393,7 @@ def check_config(values: dict, what: str) -> Config:
 
 
 def _explain(problem: dict) -> str:
-    location = problem["loc"]
+    location = tuple(part for part in problem["loc"] if part not in (ONE, SEVERAL))
     name = one_line(".".join(map(str, location)), 80)
     if problem["type"] == "extra_forbidden":
         nearest = _nearest(location)
@@ -399,8 +426,9 @@ def _nearest(location: tuple) -> str | None:
 
 
 def _siblings(location: tuple) -> list[str]:
-    """The names of the settings beside the one at `location`."""
-    return [str(key[-1]) for key in _keys(Config) if key[:-1] == tuple(map(str, location[:-1]))]
+    """The names of the settings beside the one at `location`; of an item of a list those of any."""
+    section = tuple(part for part in location[:-1] if not isinstance(part, int))
+    return [str(key[-1]) for key in _keys(Config) if key[:-1] == section]
 
 
 def _keys(section: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -416,6 +444,6 @@ def _keys(section: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tuple[
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, list):
         return next((found for a in typing.get_args(annotation) if (found := _section_of(a))), None)
     return None

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -177,3 +178,39 @@ def test_shards_in_order_of_identity_are_told_from_shuffled_ones():
         assert f"gives {share:.0%}, and reads " in sheet_line.text and share > 3 * found.share
     assert "data.streams=64" in sheet_line.text and "reads 50 shards of 50.0 GiB at once" in sheet_line.text
     assert mixed(order, SimpleNamespace(label=shuffled)).level == "ok"
+
+
+WEIGHTS = [("2", "1"), ("1/2", "1"), ("1/3", "5/2"), ("7/10", "1/7"), ("0.3", "2")]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_weight_says_how_often_a_sample_comes(weights):
+    """2: twice an epoch; 1/2: every second sample, the others in the next epoch. Up to what a batch cuts off."""
+    first, second = np.array([40, 0, 33]), np.array([51, 29])
+    fractions = [Fraction(weight) for weight in weights]
+    chosen = tuple(zip((3, 2), fractions, strict=True))
+    order = Order(np.concatenate([first, second]), 10, 5, 0, 8, chosen)
+    sizes = (first.sum(), second.sum())
+    assert order.num_samples == sum(int(w * int(n)) for w, n in zip(fractions, sizes, strict=True))
+    whole = replace(order, global_batch_size=1, streams=1)
+    total, epochs = np.zeros(sum(sizes), np.int64), fractions[0].denominator * fractions[1].denominator
+    for epoch in range(epochs):
+        row = whole._row(epoch)
+        counts = np.bincount(whole._samples(epoch, np.arange(row.length)), minlength=sum(sizes))
+        for w, own in zip(fractions, (counts[: sizes[0]], counts[sizes[0] :]), strict=True):
+            assert set(own.tolist()) <= {int(w), int(w) + (w.denominator > 1)}
+            assert 0 <= own.sum() - int(w * len(own)) <= 1
+        total += counts
+    wanted = np.repeat([int(w * epochs) for w in fractions], sizes)
+    np.testing.assert_array_equal(total, wanted)
+    in_turn = [order.batch(step) for step in range(3 * order.steps_per_epoch)]
+    assert all(batch.min() >= 0 and batch.max() < sum(sizes) for batch in in_turn)
+    for step in (0, order.steps_per_epoch, 2 * order.steps_per_epoch + 1):
+        again = Order(np.concatenate([first, second]), 10, 5, 0, 8, chosen)
+        np.testing.assert_array_equal(again.batch(step), in_turn[step])
+
+
+def test_weights_of_one_are_the_order_without_weights():
+    counts = np.array([5, 0, 7, 4])
+    plain, weighted = (Order(counts, 6, 3, 1, 3, w) for w in (None, ((2, Fraction(1)), (2, Fraction(1)))))
+    assert all(np.array_equal(plain.batch(step), weighted.batch(step)) for step in range(9))

@@ -239,7 +239,7 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_counte
     for name in (killed, other):
         (locks / name).write_text(str(size))
         (index.cache.folder / f"{name}.partial").write_bytes(b"begun")
-    with remote._locked(locks / other) as lock:
+    with remote.locked(locks / other) as lock:
         lock.write(str(size))
         lock.flush()
         os.close(index.open_shard(0))

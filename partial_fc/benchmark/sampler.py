@@ -11,7 +11,8 @@ from partial_fc import backbone, checkpoint
 from partial_fc.config import Config
 from partial_fc.data.groups import build_order
 from partial_fc.data.reader import image_size, loader, normalize
-from partial_fc.data.shards import Index, load_index
+from partial_fc.data.sets import open_training_set
+from partial_fc.data.shards import Index
 from partial_fc.files import one_line
 from partial_fc.head.margins import build_margin
 from partial_fc.head.partial_fc import PartialFC
@@ -150,7 +151,7 @@ def _check(random: list[float], hard: list[tuple[int, float]], batches: int) -> 
 def _open(path: Place) -> tuple[checkpoint.Checkpoint, Config, Index]:
     found = checkpoint.find_checkpoint(path)
     config = found.config()
-    index = load_index(config.data.train)
+    index = open_training_set(config.data)
     if found.classes() != index.classes() or index.num_classes < 2:
         raise ValueError(
             f"{found.path} was written with {len(found.classes())} classes, {index.path} has {index.num_classes} that "

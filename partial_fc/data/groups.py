@@ -1,6 +1,7 @@
 """Batches of K samples of each identity, for losses that compare samples with each other."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
@@ -9,6 +10,8 @@ from partial_fc.config import Data
 from partial_fc.data.order import Order
 from partial_fc.data.shards import Index
 from partial_fc.seeds import seed_for
+
+MOST_EPOCHS = 1000  # until each sample of a set has come as often as its weight says; weights are rounded to that
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +59,16 @@ class Groups:
         return np.resize(np.concatenate([[anchor], others]), self.samples_per_identity)
 
 
+def _weights(settings: Data, index: Index) -> tuple[tuple[int, Fraction], ...] | None:
+    """Shards and weight of each set; None where all are 1."""
+    if not isinstance(settings.train, list) or all(one.weight == 1 for one in settings.train):
+        return None
+    several = len(settings.train) > 1
+    shards = [one["shards"] for one in index.prepared["sets"]] if several else [len(index.shards)]
+    weights = [Fraction(one.weight).limit_denominator(MOST_EPOCHS) for one in settings.train]
+    return tuple(zip(shards, weights, strict=True))
+
+
 def build_order(settings: Data, index: Index, seed: int) -> Order | Groups:
     """The data order that a config asks for. Raises ValueError for a batch that does not fit."""
     k = settings.samples_per_identity
@@ -66,6 +79,11 @@ def build_order(settings: Data, index: Index, seed: int) -> Order | Groups:
             "data.streams"
         )
     order = Order(
-        index.samples_per_shard, settings.global_batch_size // k, settings.streams, seed, settings.shuffle_window
+        index.samples_per_shard,
+        settings.global_batch_size // k,
+        settings.streams,
+        seed,
+        settings.shuffle_window,
+        _weights(settings, index),
     )
     return order if k == 1 else Groups(order, index.label, k)

@@ -10,13 +10,29 @@ Per epoch, for N samples, batches of B and S streams:
 
 A rank takes a contiguous part of the batch: whole streams if S is a multiple of the number of ranks, so that
 most shards are read by one rank only.
+
+Sets of other weights than 1 are rows of other lengths: of weight n + f every shard stands n times in the row, and once
+more with a share f of its samples, other ones in each epoch until all have come.
 """
 
 from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
 from partial_fc.seeds import seed_for
+
+
+class _Row(NamedTuple):
+    """An epoch's row: shards laid end to end, some of them several times."""
+
+    ends: np.ndarray  # where each ends
+    shift: np.ndarray  # what turns a place in it into a sample; of a share, into a place in its set
+    rotation: int
+    length: int
+    shares: tuple[np.ndarray, ...] | None  # per shard p, q, first sample of its set; p = 0 of a whole one
+    epoch: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +41,9 @@ class Order:
 
     samples_per_shard: (number of shards,) integers, zeros included; samples are numbered shard by shard.
     shuffle_window: how many successive samples of a stream are shuffled among each other.
+    weights: of each set, in the order of the shards, its number of shards and how often an epoch holds each of its
+    samples on average; None: all once. An epoch has the same number of steps always, and N is the sum of weight x
+    samples, each rounded down.
     Raises ValueError for a batch that does not fit the samples or the streams.
     """
 
@@ -33,9 +52,10 @@ class Order:
     streams: int
     seed: int
     shuffle_window: int
+    weights: tuple[tuple[int, Fraction], ...] | None = None
     # Caches of pure functions, for a reader that is ahead and a training loop behind it: the rows of two epochs,
     # and two shuffled windows of each stream.
-    _rows: dict[int, tuple[np.ndarray, np.ndarray, int]] = field(default_factory=dict, init=False, repr=False)
+    _rows: dict[int, _Row] = field(default_factory=dict, init=False, repr=False)
     _windows: dict[tuple[int, int], tuple[tuple, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -57,7 +77,19 @@ class Order:
 
     @property
     def num_samples(self) -> int:
-        return int(np.sum(self.samples_per_shard))
+        """Of an epoch, before it is cut to whole batches."""
+        if self.weights is None:
+            return int(np.sum(self.samples_per_shard))
+        return sum(int(weight * int(counts.sum())) for counts, weight in self._sets())
+
+    def _sets(self) -> list[tuple[np.ndarray, Fraction]]:
+        """Samples of each shard, and the weight, of every set."""
+        bounds = np.cumsum([0, *(shards for shards, _ in self.weights or ())])
+        counts = np.asarray(self.samples_per_shard, dtype=np.int64)
+        return [
+            (counts[first:stop], weight)
+            for first, stop, (_, weight) in zip(bounds[:-1], bounds[1:], self.weights or (), strict=True)
+        ]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -101,19 +133,53 @@ class Order:
             while len(self._rows) > 1:
                 del self._rows[min(self._rows)]
             self._rows[epoch] = self._row(epoch)
-        ends, shift, rotation = self._rows[epoch]
-        places = (places + rotation) % self.num_samples
-        return places + shift[np.searchsorted(ends, places, side="right")]
+        row = self._rows[epoch]
+        places = (places + row.rotation) % row.length
+        shards = np.searchsorted(row.ends, places, side="right")
+        samples = places + row.shift[shards]
+        if row.shares is None:
+            return samples
+        p, q, first = (of_shard[shards] for of_shard in row.shares)
+        part = p > 0
+        samples[part] = first[part] + -(-samples[part] * q[part] // p[part]) - 1 - row.epoch
+        return samples
 
-    def _row(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Where each permuted shard ends in the row, what turns a place in it into a sample, the rotation."""
+    def _row(self, epoch: int) -> _Row:
         random = _random("order", self.seed, epoch)
-        counts = np.asarray(self.samples_per_shard, dtype=np.int64)
+        if self.weights is None:
+            counts = np.asarray(self.samples_per_shard, dtype=np.int64)
+            starts, shares = np.cumsum(counts) - counts, None
+        else:
+            counts, starts, shares = self._weighted(epoch)
         shards = random.permutation(len(counts))
         ends = np.cumsum(counts[shards])
-        shift = np.cumsum(counts)[shards] - ends
+        shift = starts[shards] + counts[shards] - ends
         # Without the rotation a single shard would leave out the same samples in every epoch.
-        return ends, shift, int(random.integers(self.num_samples))
+        rotation = int(random.integers(ends[-1]))
+        of_row = None if shares is None else tuple(values[shards] for values in shares)
+        return _Row(ends, shift, rotation, int(ends[-1]), of_row, epoch)
+
+    def _weighted(self, epoch: int) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
+        """Samples, start and share of every shard that stands in the row, those of several copies several times.
+
+        Of a set with the share f = p / q, sample u is in epoch e where floor((u + 1 + e) f) - floor((u + e) f) is 1:
+        once in 1 / f epochs. So of the k-th of a shard whose first sample is a, (u + 1 + e) f is for the first time at
+        least k + 1 + floor((a + e) f); a share's start is the right side at k = 0.
+        """
+        rows: list[tuple[np.ndarray, np.ndarray, int, int, int]] = []
+        first = 0
+        for counts, weight in self._sets():
+            own = np.cumsum(counts) - counts
+            whole, share = int(weight), weight - int(weight)
+            rows += [(counts, first + own, 0, 1, first)] * whole
+            if share:
+                p, q = share.numerator, share.denominator
+                before = (own + epoch) * p // q
+                rows.append(((own + counts + epoch) * p // q - before, before + 1, p, q, first))
+            first += int(counts.sum())
+        counts, starts = (np.concatenate([row[i] for row in rows]) for i in (0, 1))
+        shares = tuple(np.repeat([row[i] for row in rows], [len(row[0]) for row in rows]) for i in (2, 3, 4))
+        return counts, starts, shares
 
 
 def _random(*parts: int | str) -> np.random.Generator:

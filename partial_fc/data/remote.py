@@ -51,7 +51,7 @@ class Cache:
         path = self.path(shard)
         with suppress(FileNotFoundError):
             return _open(path)
-        with _locked(self._locks / shard.sha256) as lock:  # one process fetches it, others wait
+        with locked(self._locks / shard.sha256) as lock:  # one process fetches it, others wait
             with suppress(FileNotFoundError):
                 return _open(path)
             with _names(self.folder):
@@ -114,7 +114,7 @@ class Cache:
             time.sleep(POLL)  # what the others fetch is a copy then, and may go
 
     def _reserve(self, wanted: int, most: int, lock: IO[str]) -> bool:
-        with _locked(self._locks / "room"):
+        with locked(self._locks / "room"):
             total = wanted + self._reserved()
             if total > most:
                 return False
@@ -164,7 +164,7 @@ def local_index(url: str, cache: Cache) -> Path:
     folder = cache.folder / "indexes" / hashlib.sha256(data).hexdigest()
     if folder.exists():
         return folder
-    with _names(cache.folder), _locked(folder.with_suffix(".lock")):
+    with _names(cache.folder), locked(folder.with_suffix(".lock")):
         if folder.exists():
             return folder
         partial = folder.with_suffix(PARTIAL)
@@ -278,7 +278,7 @@ def _open(path: Path) -> int:
 
 
 @contextmanager
-def _locked(file: Path) -> Iterator[IO[str]]:
+def locked(file: Path) -> Iterator[IO[str]]:
     """Held by one thread of one process; ends with it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a+") as lock:

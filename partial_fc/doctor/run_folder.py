@@ -43,7 +43,9 @@ def data_set(config: Config) -> Found:
     shards = f"{len(index.shard_names)} shard{'s' * (len(index.shard_names) > 1)}"
     text = f"{index.num_samples:,} samples of {index.num_classes:,} identities in {shards} of {size_text(size)}"
     here = index.elsewhere() or "all there"
-    return Found(f"{config.data.train}: {text}, {here}, every label in range", value=index)
+    several = isinstance(config.data.train, list)
+    where = index.prepared.get("source", index.path) if several else config.data.train
+    return Found(f"{where}: {text}, {here}, every label in range", value=index)
 
 
 def images(index: Index) -> Found:

@@ -86,7 +86,9 @@ def read_evaluation(path: Place, found: Checkpoint) -> dict | None:
 def _images(found: Checkpoint, model: Embedder, images: Path | None) -> Tensor:
     """(n, 3, H, W) uint8 to check with."""
     config = found.config()
-    own = [*(chosen.data for chosen in config.evaluate.sets.values()), config.data.train]
+    train = config.data.train
+    trained = [one.data for one in train] if isinstance(train, list) else [train]
+    own = [*(chosen.data for chosen in config.evaluate.sets.values()), *trained]
     source = images or next((Path(folder) for folder in own if (Path(folder) / "index.json").exists()), None)
     if source is None:
         raise ValueError(

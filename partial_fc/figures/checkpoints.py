@@ -11,6 +11,7 @@ from partial_fc import backbone, checkpoint, storage
 from partial_fc.checkpoint import Checkpoint
 from partial_fc.config import Config
 from partial_fc.data.reader import image_size, images_in_order, normalize
+from partial_fc.data.sets import open_training_set
 from partial_fc.data.shards import Index, load_index
 from partial_fc.figures.cosines import ROWS, Counts, count_cosines, thinned
 from partial_fc.seeds import seed_for
@@ -51,7 +52,7 @@ def run_cosines(run: Place, *, images: int = 1000, seed: int = 0) -> dict[int, C
     checkpoint.keep says how many of them a run leaves. Raises ValueError without checkpoints or training data.
     """
     found = complete_checkpoints(run)
-    index = load_index(config_of(found[-1]).data.train)
+    index = open_training_set(config_of(found[-1]).data)
     if index.classes() != found[-1].classes() or index.num_classes < 2:
         raise ValueError(f"{run} was trained on other classes than {index.path} has now, or on one: give its own data")
     samples = choose_samples(index, images, seed)
@@ -71,7 +72,7 @@ def run_images(found: Checkpoint, count: int, seed: int = 0) -> np.ndarray:
     """Some images (n, H, W, 3) uint8 of a run's first evaluation set, or of its training data where it has none."""
     config = config_of(found)
     sets = list(config.evaluate.sets.values())
-    index = load_index(sets[0].data if sets else config.data.train)
+    index = load_index(sets[0].data) if sets else open_training_set(config.data)
     if image_size(index) != found.image_size():
         raise ValueError(f"{index.path} has images of {image_size(index)}, {found.path} was trained on other ones")
     batches = images_in_order(index, choose_samples(index, count, seed), BATCH, 0)
