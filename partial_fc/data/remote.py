@@ -56,9 +56,9 @@ class Cache:
                 return _open(path)
             with _names(self.folder):
                 self._make_room(shard.plain_bytes + (shard.bytes if shard.compression else 0), lock)
-                fetch(shard, source, path)
+                descriptor = fetch(shard, source, path)
                 lock.truncate(0)
-                return _open(path)
+                return descriptor
 
     def wrong(self, shard: Shard, source: Place) -> str | None:
         """What of the shard at `source` is not as the index says. One behind a URL is fetched, and not kept."""
@@ -186,10 +186,10 @@ def default_folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "partial_fc"
 
 
-def fetch(shard: Shard, source: Place, path: Path) -> None:
+def fetch(shard: Shard, source: Place, path: Path) -> int:
     """Writes the plain tar of `shard`, which lies at `source`, to `path`; checked, and there as a whole or not at all.
 
-    Raises as Cache.open does.
+    Returns a file descriptor: another process may delete the copy at once. Raises as Cache.open does.
     """
     partial, packed = path.with_suffix(PARTIAL), path.with_suffix(PACKED)
     try:
@@ -211,7 +211,9 @@ def fetch(shard: Shard, source: Place, path: Path) -> None:
                 unpacked(packed_file, shard.compression, source) as stream,
             ):
                 _copy(stream, to, shard.plain_bytes, source)
+        descriptor = os.open(partial, os.O_RDONLY)
         partial.rename(path)
+        return descriptor
     finally:
         partial.unlink(missing_ok=True)
         packed.unlink(missing_ok=True)
