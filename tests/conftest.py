@@ -149,6 +149,14 @@ def pytest_sessionfinish(session, exitstatus) -> None:
         pool.close() if pool.alive else pool.kill()
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The figures that tests of soak have recorded; what a test prints in another process is lost."""
+    for report in (*terminalreporter.stats.get("passed", ()), *terminalreporter.stats.get("failed", ())):
+        for name, value in report.user_properties if report.when == "call" else ():
+            if name == "figures":
+                terminalreporter.write_line(value)
+
+
 def pytest_addoption(parser) -> None:
     parser.addoption("--soak", metavar="PART", help="run the tests of one part of `make soak`, and no others")
 

@@ -44,7 +44,8 @@ def commit() -> str:
 def run(part: str) -> tuple[bool, str]:
     """Whether the part passed, and pytest's last line."""
     # --soak=docker, or pytest takes the folder docker/ for what it shall test
-    command = [sys.executable, "-m", "pytest", f"--soak={part}", "-n", "2", "--dist", "loadfile", "tests"]
+    dist = "load" if part == "mutated" else "loadfile"  # that is one file of tests that share nothing
+    command = [sys.executable, "-m", "pytest", f"--soak={part}", "-n", "2", "--dist", dist, "tests"]
     done = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     last = ""
     for line in done.stdout:

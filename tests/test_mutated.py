@@ -674,16 +674,12 @@ def read_named(name: str, seeds: range, folder: str, connection) -> None:
 @pytest.mark.soak("mutated")
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
-def test_many_changed_files(form, tmp_path, capsys):
+def test_many_changed_files(form, tmp_path, record_property):
     total = INPUTS * float(os.environ.get("MUTATED", 1))
     count = math.ceil(total * form.share / sum(one.share for one in FORMATS))
     said, failures = soak(form, count, tmp_path)
-    with capsys.disabled():
-        print(
-            f"\n{form.name}: {count:,} tried, {said['refused']:,} refused with words, {said['accepted']:,} accepted, "
-            f"{len(failures)} failed",
-            flush=True,
-        )
+    figures = f"{count:,} tried, {said['refused']:,} refused with words, {said['accepted']:,} accepted"
+    record_property("figures", f"{form.name}: {figures}, {len(failures)} failed")
     assert not failures, "\n\n".join(failures)
     assert said["refused"] + said["accepted"] == count
 
