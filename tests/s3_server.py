@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
@@ -69,7 +70,8 @@ def s3():
 
     files = fsspec.get_filesystem_class("s3")
     files.clear_instance_cache()  # those of another module's store
-    files().mkdir("bucket")
+    with suppress(FileExistsError):  # all stores of a process hold the same
+        files().mkdir("bucket")
     yield store
     store.stop()
     files.clear_instance_cache()

@@ -168,7 +168,7 @@ def test_all_variants_get_the_same_data():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak("benchmark"))])
 def test_table_and_json(ranks, tmp_path, capsys):
     cell = Cell(6000, 256, 16, 1.0, ranks)
     variants = ["dense", "published", "recompute", "limit", *(["cache-bf16", "limit-ours"] if ranks == 1 else [])]

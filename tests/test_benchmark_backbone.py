@@ -108,7 +108,7 @@ def test_ranks_share_one_batch():
     torch.testing.assert_close(ranks[0][1], alone, rtol=1e-4, atol=1e-5)  # smallnet has no batch norm
 
 
-@pytest.mark.slow
+@pytest.mark.soak("benchmark")
 def test_memory():
     """Kept: parameters, gradients, momentum, buffers, whatever the batch; an average has two of them once more.
 
@@ -151,7 +151,7 @@ def counted_by_torch(cell: Cell) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak("benchmark"))])
 def test_table_and_json(ranks, tmp_path, capsys):
     cell = Cell("smallnet", 8, 32, 8, ranks)
     variants = ["bf16", "channels_last+ema"] if ranks == 1 else ["bf16"]

@@ -158,7 +158,7 @@ os.close(reader)
 os.dup2(writer, 1)
 table = ["study", "table", "configs/study/table1.yaml"]
 short = ["study", "--help"]  # flushed at the end alone
-for arguments, buffered in ((table, True), (table, False), (short, True), (["report", "nowhere"], True)):
+for arguments, buffered in ((table, True), (short, False), (short, True), (["report", "nowhere"], True)):
     listening, saying = os.pipe()
     if (child := os.fork()) == 0:
         os.dup2(saying, 2)
@@ -213,8 +213,12 @@ def test_an_interrupt_ends_it_without_a_traceback_and_cleans_up(monkeypatch, tmp
     (tmp_path / "partial").touch()
     monkeypatch.setattr(cli.commands, "report", interrupted)
     monkeypatch.setattr(sys, "argv", ["partial-fc", "report", str(tmp_path)])
-    with pytest.raises((SystemExit, KeyboardInterrupt)) as end:  # the second would end pytest
-        cli.main()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as end:  # the second would end pytest
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert getattr(end.value, "code", None) == 130 and not list(tmp_path.iterdir())
 
 

@@ -455,6 +455,7 @@ def test_a_run_with_adamw_changes_engine_stage_and_ranks(glyphs_ci, tmp_path):
     changing_run(glyphs_ci / "train", tmp_path, "optim.name=adamw", "optim.lr=0.001", "head.optim.name=sgd")
 
 
+@pytest.mark.soak("deepspeed")
 def test_undecodable_samples_count_as_with_ddp(glyphs_ci, tmp_path):
     """A sixth of all, so that ranks' parts and micro-batches differ in size."""
     data = damaged(glyphs_ci / "train", tmp_path / "data", range(0, 8000, 6))
@@ -488,6 +489,7 @@ def test_head_and_backbone_skip_together(glyphs_ci, tmp_path):
     assert curve(tmp_path / "run") == pytest.approx(curve(tmp_path / "ddp"), rel=2e-3)
 
 
+@pytest.mark.soak("deepspeed")
 def test_a_loss_that_is_not_finite_skips_the_step(glyphs_ci, tmp_path):
     options = (*TRAINED, *stage(3), "optim.lr=1e30", "optim.warmup_steps=0")
     messages = run_ranks(train_and_catch, 2, tmp_path / "run", glyphs_ci / "train", *options)

@@ -325,7 +325,7 @@ def assert_both_formats(net: EmbeddingNet, images: torch.Tensor, folder: Path) -
     np.testing.assert_allclose(got, wanted[:4].numpy(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.soak("export")
 def test_every_layer_of_every_backbone(images, tmp_path, monkeypatch):
     """Untrained, in one net, as if that were larger than 2 GiB."""
     monkeypatch.setattr(formats, "_IN_ONE_FILE", 0)

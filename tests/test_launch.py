@@ -91,8 +91,8 @@ def whole(glyphs_ci, tmp_path_factory) -> dict[int, Path]:
     return Runs()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("start", [Agent, pytest.param(torchrun, marks=pytest.mark.soak("launch"))])
+@pytest.mark.soak("launch")
+@pytest.mark.parametrize("start", [Agent, torchrun])
 def test_torchrun_restarts_a_killed_worker_and_the_run_is_the_same(whole, tmp_path, start):
     """In one more attempt, without a variable in the environment."""
     run = tmp_path / "run"

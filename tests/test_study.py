@@ -575,7 +575,7 @@ def steps(run: Path) -> int:
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak("study")
 def test_a_study_that_is_stopped_and_killed_goes_on_and_runs_nothing_twice(write, tmp_path):
     """Stopped by SIGTERM as soon as a trial has started; killed while it trains, after 3 of 17 steps; finished."""
     rows = {"softmax": {"head.margin.name": "softmax"}}

@@ -123,6 +123,7 @@ def test_a_row_says_where_the_time_went(reference):
         assert row["samples_per_second"] == pytest.approx(2 * row["samples_per_second_per_device"])
 
 
+@pytest.mark.soak("train")
 def test_the_same_run_twice_is_the_same_bit_for_bit(reference, glyphs_ci, tmp_path):
     """The second with a profile and TensorBoard, which change nothing."""
     run = tmp_path / "run"

@@ -43,7 +43,7 @@ def partly_damaged(glyphs_ci, tmp_path_factory) -> Path:
     return damaged(glyphs_ci / "train", tmp_path_factory.mktemp("damaged") / "data", range(0, 8000, 40))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.soak("train")), 2])
 def test_micro_batches_equal_one_batch(partly_damaged, tmp_path, world_size):
     """48 samples in 5 pieces: no number of ranks cuts them evenly; some of them cannot be decoded."""
     options = (*SHORT, "data.max_undecodable=0.5")
@@ -136,7 +136,15 @@ def test_a_scale_that_never_fits_ends_the_run(glyphs_ci, tmp_path):
     assert "the gradients of 30 successive steps, the last one 29, were not finite" in messages[0]
 
 
-@pytest.mark.parametrize("clip", [(), ("optim.clip=0.5",), ("optim.clip=0.5", "optim.clip_jointly=true")], ids=len)
+@pytest.mark.parametrize(
+    "clip",
+    [
+        (),
+        pytest.param(("optim.clip=0.5",), marks=pytest.mark.soak("train")),
+        pytest.param(("optim.clip=0.5", "optim.clip_jointly=true"), marks=pytest.mark.soak("train")),
+    ],
+    ids=len,
+)
 def test_the_loss_scale_drops_out(glyphs_ci, tmp_path, clip):
     """From backbone and class centers: runs at two scales that fit differ by what float16 rounds away near 0."""
     net = "smallnet" if len(clip) == 2 else "tiny"
@@ -254,6 +262,7 @@ def test_what_a_cpu_does_not_have_is_one_error(glyphs_ci, tmp_path, override):
     assert messages[0] == messages[1] and override.partition("=")[0] in messages[0]
 
 
+@pytest.mark.soak("train")
 def test_a_transformer_trains_and_resumes(glyphs_ci, tmp_path):
     options = (
         *SHORT,

@@ -320,6 +320,8 @@ def together(what: str) -> Iterator[None]:
     messages = gather_objects(None if error is None else message(error))
     failed = [(r, text) for r, text in enumerate(messages) if text is not None]
     if failed:
+        if len(messages) == 1 and isinstance(error, BrokenPipeError):  # of stdout the program's end speaks
+            raise error
         failed_rank, text = failed[0]
         where = f" on rank {failed_rank}" if len(messages) > 1 else ""
         raise RunError(f"{what} failed{where}: {text}") from error
