@@ -394,7 +394,7 @@ def test_a_rank_that_does_not_come_is_named(tmp_path, rank, does, wanted):
             program.process.join()
 
 
-@pytest.mark.slow
+@pytest.mark.soak("ends")
 def test_a_stopped_rank_ends_the_training(glyphs_ci, tmp_path):
     job = begin(2, tmp_path / "run", "run.steps=5000", "run.timeout=12")
     wait_for_step(tmp_path / "run", 30, job)  # it tells where it is every 0.6 s

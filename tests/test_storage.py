@@ -335,7 +335,7 @@ def test_a_preempted_run_goes_on_with_nothing_but_the_url(s3, glyphs_ci, tmp_pat
     assert json.loads(storage.read(f"{url}/evaluation.json")) == json.loads((run / "evaluation.json").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.soak("storage")
 def test_killed_in_the_middle_of_an_upload(s3, glyphs_ci, whole, tmp_path):  # noqa: F811
     run, url = tmp_path / "run", f"{BUCKET}/killed"
     overrides = (*FIVES, f"checkpoint.dir={url}", "run.steps=10")

@@ -710,7 +710,7 @@ def test_two_studies_do_not_share_a_folder_of_runs(write, tmp_path):
     assert not run_study(write(), ledger_file=tmp_path / "l.jsonl", runs=tmp_path / "runs", hours=0)
 
 
-@pytest.mark.slow
+@pytest.mark.soak("study")
 def test_a_trial_that_diverges_at_its_end_has_failed(write, tmp_path, capsys):
     """Too late for ten steps without a finite loss: the evaluation sees it. Its checkpoints go, as of all tuning."""
     diverging = {"head.margin.name": "softmax", "optim.lr": 1e30, "optim.warmup_steps": 0}

@@ -142,7 +142,7 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(reference, glyphs_ci, tmp_pa
     assert "phase/backward" in events.Tags()["scalars"]
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [1, pytest.param(3, marks=pytest.mark.soak("train"))])
 def test_any_number_of_ranks_follows_the_same_curve(reference, glyphs_ci, tmp_path, world_size):
     run_ranks(train_here, world_size, tmp_path / "run", glyphs_ci / "train")
     assert curve(tmp_path / "run") == pytest.approx(curve(reference), rel=1e-4)
@@ -592,11 +592,19 @@ def test_readers_that_outlive_a_killed_rank_do_not_hold_the_folder(tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
-def test_two_jobs_in_one_folder_are_an_error_and_a_killed_agent_takes_its_workers_with_it(glyphs_ci, tmp_path):
-    first = start(2, tmp_path / "run", "run.steps=5000")
+def test_two_jobs_in_one_folder_are_an_error(glyphs_ci, tmp_path):
+    first = begin(1, tmp_path / "run", "run.steps=5000")
     wait_for_step(tmp_path / "run", 2, first)
     assert "another process trains in this folder" in finish(begin(1, tmp_path / "run"), code=1)
     assert first.poll() is None
+    first.kill()
+    finish(first, code=None)
+
+
+@pytest.mark.soak("train")
+def test_a_killed_agent_takes_its_workers_with_it(glyphs_ci, tmp_path):
+    first = start(2, tmp_path / "run", "run.steps=5000")
+    wait_for_step(tmp_path / "run", 2, first)
     orphans = workers(first.pid)
     assert len(orphans) == 2
     first.kill()
