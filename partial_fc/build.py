@@ -19,7 +19,7 @@ from partial_fc.checkpoint_files import Owner
 from partial_fc.config import Backbone, Config
 from partial_fc.config_file import save_config, saved_checkpoint_dir, saved_run_id
 from partial_fc.data.groups import Groups, build_order
-from partial_fc.data.mixing import LEAST, mixing
+from partial_fc.data.mixing import LEAST, mixing, too_small
 from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size
 from partial_fc.data.sets import open_training_set
@@ -613,8 +613,9 @@ def print_summary(
     )
     mixed = mixing(order, index.label)
     print(f"{mixed.said()}{'; partial-fc doctor says what helps' * (mixed.share < LEAST)}", flush=True)
-    if text := index.elsewhere():
-        print(one_line(text), flush=True)
+    for text in (index.elsewhere(), too_small(order, index.shards, index.cache)):
+        if text:
+            print(one_line(text), flush=True)
     _, reason = peak_rate(config.optim, order.global_batch_size)
     print(f"learning rate at its peak: {reason}", flush=True)
     if found is not None:

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from partial_fc.data.mixing import mixing
+from partial_fc.data.mixing import mixing, too_small
 from partial_fc.data.order import Order
+from partial_fc.data.remote import Cache
 from partial_fc.doctor.run_folder import mixed
 from partial_fc.parallel.distributed import part
 
@@ -178,6 +179,16 @@ def test_shards_in_order_of_identity_are_told_from_shuffled_ones():
         assert f"gives {share:.0%}, and reads " in sheet_line.text and share > 3 * found.share
     assert "data.streams=64" in sheet_line.text and "reads 50 shards of 50.0 GiB at once" in sheet_line.text
     assert mixed(order, SimpleNamespace(label=shuffled)).level == "ok"
+
+
+def test_a_cache_that_does_not_hold_two_windows_is_told(tmp_path):
+    order = Order(np.full(50, 2000), 64, 4, 0, 3000)  # two windows of a stream lie in 4 shards
+    shards = [SimpleNamespace(plain_bytes=1 << 20, copied=True)] * 50
+    assert too_small(order, shards, Cache(tmp_path, 16 << 20)) == ""
+    said = too_small(order, shards, Cache(tmp_path, (16 << 20) - 1))
+    assert "two shuffle windows lie in shards of 16.0 MiB" in said and "raise data.cache_bytes" in said
+    here = [SimpleNamespace(plain_bytes=1 << 20, copied=False)] * 50
+    assert too_small(order, here, Cache(tmp_path / "none")) == "" and not (tmp_path / "none").exists()
 
 
 WEIGHTS = [("2", "1"), ("1/2", "1"), ("1/3", "5/2"), ("7/10", "1/7"), ("0.3", "2")]

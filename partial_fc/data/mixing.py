@@ -1,13 +1,16 @@
 """How well a data order mixes identities: shards in order of identity give batches of few."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
+from partial_fc.data.description import Shard
 from partial_fc.data.groups import Groups
 from partial_fc.data.order import Order
+from partial_fc.data.remote import Cache
 from partial_fc.memory import size_text
 
 STEPS = 128  # successive batches
@@ -45,17 +48,38 @@ def mixing(order: Order | Groups, label: np.ndarray) -> Mixing:
     return Mixing(steps, len(np.unique(label[samples])), float((1 - left**of_class).sum()))
 
 
+def shards_at_once(order: Order, windows: int = 1) -> int:
+    """How many shards so many shuffle windows of all streams lie in, at most."""
+    per_shard = order.num_samples / len(order.samples_per_shard)
+    return min(order.streams * math.ceil(1 + windows * order.shuffle_window / per_shard), len(order.samples_per_shard))
+
+
+def too_small(order: Order | Groups, shards: Sequence[Shard], cache: Cache) -> str:
+    """What to say of a cache that copies of two windows do not fit into; empty where they do, or none is needed."""
+    order = order.anchors if isinstance(order, Groups) else order
+    copied = [shard.plain_bytes for shard in shards if shard.copied]
+    if not copied:
+        return ""
+    wanted, most_bytes = min(shards_at_once(order, windows=2), len(copied)) * max(copied), cache.limit()
+    if wanted <= most_bytes:
+        return ""
+    return (
+        f"warning: the cache may hold {size_text(most_bytes)}, and two shuffle windows lie in shards of "
+        f"{size_text(wanted)}: shards are fetched more than once an epoch; raise data.cache_bytes, or lower "
+        "data.shuffle_window or data.streams"
+    )
+
+
 def remedies(order: Order | Groups, label: np.ndarray, shard_bytes: int) -> str:
     """What would mix more, how much, and what it costs. shard_bytes: of a plain shard, on average."""
     order = order.anchors if isinstance(order, Groups) else order
-    per_shard = order.num_samples / len(order.samples_per_shard)
     ways = []
     for streams, window in (
         (order.global_batch_size, order.shuffle_window),
         (order.streams, 32 * order.shuffle_window),
     ):
-        share = mixing(replace(order, streams=streams, shuffle_window=window), label).share
-        at_once = min(streams * math.ceil(1 + window / per_shard), len(order.samples_per_shard))
+        other = replace(order, streams=streams, shuffle_window=window)
+        share, at_once = mixing(other, label).share, shards_at_once(other)
         name = f"data.streams={streams}" if streams != order.streams else f"data.shuffle_window={window}"
         size = size_text(at_once * shard_bytes)
         ways.append(f"{name} gives {min(share, 1):.0%}, and reads {at_once:,} shards of {size} at once")
