@@ -3,6 +3,7 @@
 import gzip
 import os
 import shutil
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -304,6 +305,23 @@ def test_shards_come_into_view_before_they_are_needed_and_not_too_many():
         if most == 1000:  # all that the next window needs
             later = set(shard[np.concatenate([order.batch(s)[own] for s in range(7, 7 + horizon)])].tolist())
             assert later <= set(next(upcoming(order, shard, own, steps, most)))
+
+
+def test_the_cache_of_a_user_and_of_one_without_a_home(tmp_path, monkeypatch):
+    for name in ("PARTIAL_FC_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert remote.default_folder() == Path(tempfile.gettempdir()) / "partial_fc"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert remote.default_folder() == tmp_path / ".cache" / "partial_fc"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert remote.default_folder() == tmp_path / "x" / "partial_fc"
+    monkeypatch.setenv("PARTIAL_FC_CACHE", str(tmp_path / "own"))
+    assert remote.default_folder() == tmp_path / "own"
 
 
 # ---- a data set behind a URL

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, gettempdir
 from typing import IO, Any, Literal
 
 from partial_fc import storage
@@ -181,9 +181,12 @@ def local_index(url: str, cache: Cache) -> Path:
 
 
 def default_folder() -> Path:
-    """$PARTIAL_FC_CACHE, or partial_fc in the user's cache folder."""
+    """$PARTIAL_FC_CACHE, or partial_fc in the user's cache folder; without a home where temporary files go."""
     given = os.environ.get("PARTIAL_FC_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "partial_fc"
+    if given:
+        return Path(given)
+    of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(of_user if os.path.isabs(of_user) else gettempdir()) / "partial_fc"
 
 
 def fetch(shard: Shard, source: Place, path: Path) -> int:
