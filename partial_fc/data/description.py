@@ -5,6 +5,7 @@ URL and compression. Older ones are read as they are.
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -111,7 +112,7 @@ def read_description(folder: Path) -> Description:
     Raises FileNotFoundError without one, and ValueError with file, field, what was got and what was wanted.
     """
     file = folder / "index.json"
-    if not file.is_file():
+    if not os.path.isfile(file):  # also where the name is no name: too long, with a null
         raise FileNotFoundError(f"{folder} is no data set: it has no index.json (`partial-fc prepare` makes one)")
     values = parse_json(read_bytes(file, MOST_BYTES), file)
     found = values.get("format") if isinstance(values, dict) else None
