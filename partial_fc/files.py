@@ -27,6 +27,8 @@ def open_regular(path: str | os.PathLike, *, pipes: bool = False) -> BufferedRea
 
     pipes: opens those too, as of `<(command)`. In a folder from elsewhere a pipe would block, and a device has no end.
     """
+    if "\0" in str(path):
+        raise NoFile(f"{shortened(str(path))} is no name of a file: it has a null byte")
     # a pipe that nobody writes to does not block when it is opened so
     descriptor = os.open(path, os.O_RDONLY | (0 if pipes else os.O_NONBLOCK))
     try:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,3 +298,8 @@ def test_folders_as_deep_as_it_goes(tmp_path):
 def test_what_the_repository_holds_is_read():
     for path in (REPOSITORY / "configs").rglob("*.yaml"):
         assert strict_yaml.parse(path.read_text(), path) == yaml.safe_load(path.read_text()), path
+
+
+def test_a_name_with_a_null_byte_is_named():
+    with pytest.raises(ValueError, match=r"'a\\x00b' is no name of a file: it has a null byte"):
+        read_bytes(Path("a\0b"), 100)
