@@ -88,7 +88,7 @@ class Affine(Section):
 class TrainingSet(Section):
     data: Location
     """Folder of shards, or its URL."""
-    weight: float = Field(1.0, gt=0, le=1000)
+    weight: float = Field(1.0, ge=0.001, le=1000)
     """How often an epoch holds each sample: 2 is twice, 0.5 every second one, and the others in the next epoch."""
     name: str | None = Field(None, min_length=1)
     """Of its classes the part before the slash; unset: the folder's."""

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
@@ -23,7 +24,7 @@ from partial_fc.data import remote
 from partial_fc.data.ahead import upcoming
 from partial_fc.data.groups import Groups
 from partial_fc.data.order import Order
-from partial_fc.data.reader import ReadError, images_in_order, loader
+from partial_fc.data.reader import ReadError, _Samples, images_in_order, loader
 from partial_fc.data.remote import Cache
 from partial_fc.data.shards import Index, Sample, load_index, verify, write_shards
 from partial_fc.prepare.tars import prepare_index, shard_places
@@ -267,6 +268,37 @@ def test_many_that_want_one_shard_fetch_it_once(store, tmp_path):
     assert sorted(store.asked) == ["0.tar", "1.tar"]
 
 
+def test_a_stopped_process_that_holds_a_shard_or_the_room_is_an_error(store, tars, tmp_path, monkeypatch):
+    """And one that writes on is waited for."""
+    monkeypatch.setattr(remote, "STANDSTILL", 0.3)
+    size = (tars / "0.tar").stat().st_size
+    index = remote_index(store, tmp_path, Cache(tmp_path / "cache", 2 * size))
+    locks, partial = index.cache.folder / "locks", index.cache.folder / "another.partial"
+    with remote.locked(locks / index.shards[0].sha256):
+        with pytest.raises(OSError, match=r"another process holds .*locks/\w+, and has fetched nothing for 0 s"):
+            index.open_shard(0)
+
+        def write() -> None:
+            for _ in range(12):
+                with partial.open("ab") as file:
+                    file.write(b"more")
+                time.sleep(0.08)
+
+        writing = threading.Thread(target=write)
+        began = time.monotonic()
+        writing.start()
+        with pytest.raises(OSError, match="another process holds"):
+            index.open_shard(0)
+        assert time.monotonic() - began > 0.8
+        writing.join()
+    with remote.locked(locks / "another") as lock:
+        lock.write(str(2 * size))
+        lock.flush()
+        with pytest.raises(OSError, match="another process holds .*cache, and has fetched nothing"):
+            index.open_shard(0)
+    os.close(index.open_shard(0))
+
+
 def test_a_copy_that_has_gone_bad_is_fetched_again(store, tars, tmp_path):
     wanted = batches(prepare_index(str(tars), tmp_path / "plain", workers=1))
     index = remote_index(store, tmp_path)
@@ -356,6 +388,7 @@ def test_a_data_set_behind_a_url_is_the_folder_that_was_copied_there(prepared, t
             load_index(f"{store.url}/set")
 
 
+@pytest.mark.slow
 def test_a_bucket_and_the_hub_name_their_shards(prepared, tars, tmp_path, s3, monkeypatch):  # noqa: F811
     monkeypatch.setenv("PARTIAL_FC_CACHE", str(tmp_path / "cache"))
     for folder in (tars, prepared):
@@ -367,7 +400,8 @@ def test_a_bucket_and_the_hub_name_their_shards(prepared, tars, tmp_path, s3, mo
     ways = ("tars", "tars/", "tars/*.tar", f"t*/{{0..{SHARDS - 1}}}.tar", f"tars/{{0..{SHARDS - 1}}}.tar")
     assert all(shard_places(f"{BUCKET}/{way}") == names for way in ways)
     wanted = batches(prepare_index(str(tars), tmp_path / "plain", workers=1))
-    assert_equal(batches(prepare_index(f"{BUCKET}/tars", tmp_path / "in place", workers=1)), wanted)
+    # several processes, forked from one that has spoken to the bucket
+    assert_equal(batches(prepare_index(f"{BUCKET}/tars", tmp_path / "in place", workers=2)), wanted)
 
     commit, names = "c" * 40, [f"{n}.tar" for n in range(SHARDS)]
     with serving(tars) as hub:
@@ -418,6 +452,24 @@ def test_few_samples_of_large_shards_are_read_alone(store, tars, tmp_path):
     store.asked.clear()
     list(images_in_order(index, samples, SHARDS, workers=0))
     assert store.asked == []  # the copies are there
+
+
+def test_samples_of_several_hosts_are_asked_of_each(store, tars, tmp_path):
+    with serving(tars) as other:
+        index = remote_index(store, tmp_path)
+        shards = [
+            s.model_copy(update={"url": f"{other.url}/{n}.tar"}) if n % 2 else s for n, s in enumerate(index.shards)
+        ]
+        mixed = replace(index, shards=shards)
+        order = np.arange(0, SHARDS * SAMPLES, 4)
+        found = _Samples(mixed, 0, False, None, ranges=True)._read_alone(order)
+        assert found == [index.read(sample) for sample in order.tolist()] and sorted(set(other.asked)) == [
+            "1.tar",
+            "3.tar",
+        ]
+        other.faults = {"3.tar": [404] * 9}
+        with pytest.raises(ReadError, match=f"cannot read {other.url}.*3.tar"):
+            _Samples(mixed, 0, False, None, ranges=True)._read_alone(order)
 
 
 def test_groups_read_samples_alone_where_the_cache_does_not_hold_all_shards(store, tars, tmp_path):

@@ -72,6 +72,11 @@ def test_classes_of_different_sets_stay_apart_unless_they_are_merged(sets):
     merged = open_training_set(settings(both(sets), merge=str(sets / "merge.tsv")))
     assert merged.classes() == ["a/ann", "a/bob", "cecil", "b/bob"]
     assert held(merged) == of(sets, APART | {"b/dan": "a/ann", "a/cid": "cecil"})
+    (sets / "elsewhere").mkdir()
+    (sets / "b").rename(sets / "elsewhere" / "b")  # the same content in another place
+    moved = open_training_set(settings([{"data": str(sets / "a")}, {"data": str(sets / "elsewhere" / "b")}]))
+    verify(moved)
+    (sets / "elsewhere" / "b").rename(sets / "b")
     named = open_training_set(settings([{"data": str(sets / "a"), "name": "x"}, {"data": str(sets / "b")}]))
     assert named.classes()[0] == "x/ann"
 
@@ -111,7 +116,7 @@ def test_errors_of_a_list_name_the_set():
     for train, said in (
         ([{"data": "a", "wieght": 2}], "data.train.0.wieght: unknown key; did you mean data.train.0.weight"),
         ([{"data": "a"}, {"weight": 2}], "data.train.1.data: missing"),
-        ([{"data": "a", "weight": 0}], "data.train.0.weight: got 0; Input should be greater than 0"),
+        ([{"data": "a", "weight": 0}], "data.train.0.weight: got 0; Input should be greater than or equal to 0.001"),
         ([], r"data.train: got \[\]"),
         ({"a": 3}, "data.train: got .*valid string"),
     ):
@@ -131,8 +136,9 @@ def test_a_set_may_lie_behind_a_url(sets):
     "train, more, said",
     [
         (["a", "a"], {}, "two sets are called 'a'"),
-        (["a", "large"], {}, r"large has images of \[9, 9\] pixels, .*a of \[8, 8\]"),
+        (["a", "large"], {}, r"large has images of \(9, 9\) pixels, .*a of \(8, 8\)"),
         (["a", "pairs"], {}, "pairs is a list of pairs"),
+        (["sizeless", "a"], {}, "sizeless: index.json has no prepared.image_size"),
         (["a", "b"], {"drop": "nobody"}, "data.drop: 'nobody' is neither a class nor the source name of a sample"),
         (["a", "b"], {"drop": "a/ann\na/bob\na/cid\nb/bob\nb/dan"}, "data.drop leaves no sample"),
         (["a", "b"], {"merge": "a/zoe\tx"}, "data.merge: 'a/zoe' is no class of data.train"),
@@ -142,6 +148,7 @@ def test_a_set_may_lie_behind_a_url(sets):
 def test_what_does_not_fit_is_named(sets, train, more, said):
     sample = [Sample(image(1, size=(9, 9)), "png", 0, "1")]
     write_shards(sets / "large", sample, ["a"], prepared={"image_size": [9, 9]})
+    write_shards(sets / "sizeless", [Sample(image(1), "png", 0, "1")], ["a"], prepared={})
     options = dict(prepared={"image_size": [8, 8]}, pairs=np.array([[0, 1, 0]]))
     write_shards(sets / "pairs", [Sample(image(i), "png", i, "") for i in range(2)], ["a", "b"], **options)
     files = {}

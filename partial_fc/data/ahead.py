@@ -13,7 +13,6 @@ from partial_fc.data.order import Order
 from partial_fc.data.shards import Index
 
 FETCHERS = 4  # threads of a reader; a shard each
-SHARE = 0.5  # of the cache, for shards that are not needed yet
 
 
 def upcoming(order: Order, shard: np.ndarray, own: slice, steps: range, most: int) -> Iterator[list[int]]:
@@ -68,6 +67,5 @@ class Fetcher:
 
     def _fetch(self, shards: queue.SimpleQueue) -> None:
         while (shard := shards.get()) is not None:
-            if not self.index.cache.holds(self.index.shards[shard]):
-                with suppress(OSError, ValueError):
-                    os.close(self.index.open_shard(shard))
+            with suppress(OSError, ValueError):
+                os.close(self.index.open_shard(shard))  # of one that is there: used, so that it stays

@@ -31,11 +31,12 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from partial_fc import storage
 from partial_fc.config import Affine
-from partial_fc.data.ahead import SHARE, Fetcher, upcoming
+from partial_fc.data.ahead import Fetcher, upcoming
 from partial_fc.data.augment import augment
 from partial_fc.data.groups import Groups
 from partial_fc.data.order import Order
 from partial_fc.data.pixels import decode, decode_by_opencv
+from partial_fc.data.remote import used
 from partial_fc.data.shards import Index
 from partial_fc.opencv import cv2
 from partial_fc.parallel.distributed import local_world_size, part
@@ -181,7 +182,7 @@ class _Requests:
         k = self.order.samples_per_identity if isinstance(self.order, Groups) else 1
         anchors = self.order.anchors if isinstance(self.order, Groups) else self.order
         own = slice(self.positions.start // k, -(-self.positions.stop // k))
-        most = int(SHARE * self.index.cache.limit()) // (max(copied) * local_world_size())
+        most = self.index.cache.limit() // (max(copied) * local_world_size())
         return upcoming(anchors, self.index.shard, own, self.steps, max(most, 1))
 
     def __len__(self) -> int:
@@ -235,7 +236,7 @@ class _Samples:
                 image = augment(image, rng, self.flip, self.affine)
             images[len(good)] = image.transpose(2, 0, 1)
             good.append(sample)
-        self._let_go(set(self.index.shard[request.samples].tolist()))
+        self._note_use(set(self.index.shard[request.samples].tolist()))
         labels = torch.from_numpy(self.index.label[good])
         return Batch(torch.from_numpy(images[: len(good)]), labels, request.step, planned, bad)
 
@@ -248,18 +249,23 @@ class _Samples:
 
     def _read_alone(self, samples: np.ndarray) -> list[bytes]:
         """The stored bytes of the images of a batch, no more; those that are not what they were are read once more."""
-        urls = [self.index.shard_of(sample) for sample in samples.tolist()]
-        starts, sizes = (array[samples].tolist() for array in (self.index.offset, self.index.size))
+        found: dict[int, bytes] = {}
         try:
-            found = storage.read_ranges(urls, starts, sizes)
-            for row, sample in enumerate(samples.tolist()):
-                if not self.index.intact(sample, found[row]):
-                    found[row] = storage.read_ranges(urls[row : row + 1], starts[row : row + 1], sizes[row : row + 1])[
-                        0
-                    ]
+            self._fetch_alone(samples.tolist(), found)
+            self._fetch_alone([one for one, data in found.items() if not self.index.intact(one, data)], found)
         except (OSError, ValueError) as error:
             raise ReadError(f"{error}. Once the file can be read the same command goes on") from error
-        return found
+        return [found[sample] for sample in samples.tolist()]
+
+    def _fetch_alone(self, samples: list[int], found: dict[int, bytes]) -> None:
+        """Adds the bytes of these samples, asked of each host side by side."""
+        of_host: dict[str, list[int]] = {}
+        for sample in samples:
+            of_host.setdefault("/".join(self.index.shard_of(sample).split("/")[:3]), []).append(sample)
+        for some in of_host.values():
+            urls = [self.index.shard_of(sample) for sample in some]
+            starts, sizes = (array[some].tolist() for array in (self.index.offset, self.index.size))
+            found |= dict(zip(some, storage.read_ranges(urls, starts, sizes), strict=True))
 
     def _read(self, sample: int) -> bytes:
         """The stored bytes of an image, read once more if they have changed. Raises ReadError if all tries failed."""
@@ -301,10 +307,12 @@ class _Samples:
         self._open.move_to_end(shard)
         return self._open[shard]
 
-    def _let_go(self, in_use: Iterable[int]) -> None:
-        """Closes copies that the cache has deleted and this batch did not need: the disk keeps them until then."""
+    def _note_use(self, in_use: set[int]) -> None:
+        """Tells the cache which copies this batch needed. Closes others that it has deleted: the disk keeps them."""
         for shard in [shard for shard in self._open if self.index.shards[shard].copied]:
-            if os.fstat(self._open[shard]).st_nlink == 0 and shard not in in_use:
+            if shard in in_use:
+                used(self._open[shard])
+            elif os.fstat(self._open[shard]).st_nlink == 0:
                 self._close(shard)
 
     def _close(self, shard: int) -> None:

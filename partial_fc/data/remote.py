@@ -2,7 +2,7 @@
 
 A copy is named after the SHA-256 of the shard as it lies there. So runs, data sets, ranks and readers of one machine
 share the folder: what one has fetched is there for all, and a changed shard is another copy. A copy appears when it is
-whole; what a killed process left is removed by the next that fetches. The copies opened longest ago are deleted where
+whole; what a killed process left is removed by the next that fetches. The copies used longest ago are deleted where
 the limit asks for room; a reader that has one open reads on.
 """
 
@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ SUFFIXES: dict[str, Literal["gzip", "zstd"]] = {".gz": "gzip", ".tgz": "gzip", "
 PARTIAL, PACKED = ".partial", ".packed"  # a copy that is being written, and what it is unpacked from
 TRIES = 2  # of a download that is not what the index says
 POLL = 0.1  # seconds
+STANDSTILL = 300.0  # seconds without a byte of those that a process waits for: longer than a download takes to give up
 KEPT_FREE = 0.1  # of the file system, without a limit of one's own
 _AT_ONCE = 1 << 20  # bytes
 
@@ -51,7 +52,7 @@ class Cache:
         path = self.path(shard)
         with suppress(FileNotFoundError):
             return _open(path)
-        with locked(self._locks / shard.sha256) as lock:  # one process fetches it, others wait
+        with locked(self._locks / shard.sha256, self._written) as lock:  # one process fetches it, others wait
             with suppress(FileNotFoundError):
                 return _open(path)
             with _names(self.folder):
@@ -89,7 +90,7 @@ class Cache:
         return max(usage.free - int(KEPT_FREE * usage.total), 0) + sum(size for _, size, _ in self._copies())
 
     def _copies(self) -> list[tuple[int, int, Path]]:
-        """(last opened, bytes, path) of each, oldest first."""
+        """(last used, bytes, path) of each, oldest first."""
         found = []
         for path in self.folder.glob("*.tar"):
             with suppress(FileNotFoundError):
@@ -110,8 +111,12 @@ class Cache:
                 f"the cache {self.folder} may hold {most:,} bytes, and one shard takes {wanted:,}: raise "
                 "data.cache_bytes, or give a data.cache_dir with more room"
             )
-        while not self._reserve(wanted, most, lock):
-            time.sleep(POLL)  # what the others fetch is a copy then, and may go
+        # what the others fetch is a copy then, and may go
+        _wait(lambda: self._reserve(wanted, most, lock), self._written, self.folder)
+
+    def _written(self) -> list[tuple[str, int]]:
+        """What is being fetched, and how far it has come."""
+        return [one for suffix in (PARTIAL, PACKED) for one in sizes(self.folder, f"*{suffix}")]
 
     def _reserve(self, wanted: int, most: int, lock: IO[str]) -> bool:
         with locked(self._locks / "room"):
@@ -164,10 +169,10 @@ def local_index(url: str, cache: Cache) -> Path:
     folder = cache.folder / "indexes" / hashlib.sha256(data).hexdigest()
     if folder.exists():
         return folder
-    with _names(cache.folder), locked(folder.with_suffix(".lock")):
+    partial = folder.with_suffix(PARTIAL)
+    with _names(cache.folder), locked(folder.with_suffix(".lock"), lambda: sizes(partial, "**/*")):
         if folder.exists():
             return folder
-        partial = folder.with_suffix(PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)  # of a killed process
         (partial / "index").mkdir(parents=True)
         (partial / "index.json").write_bytes(data)
@@ -278,18 +283,57 @@ def _zstandard() -> Any:
 
 def _open(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY)
-    os.utime(descriptor)  # the order in which copies go
+    used(descriptor)
     return descriptor
 
 
+def used(descriptor: int) -> None:
+    """Notes that a copy is in use now: those used longest ago are deleted first."""
+    os.utime(descriptor)
+
+
 @contextmanager
-def locked(file: Path) -> Iterator[IO[str]]:
-    """Held by one thread of one process; ends with it."""
+def locked(file: Path, progress: Callable[[], object] | None = None) -> Iterator[IO[str]]:
+    """Held by one thread of one process; ends with it.
+
+    progress: what changes while the holder works. Raises OSError where nothing has changed for STANDSTILL seconds.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _wait(lambda: _taken(lock), progress or (lambda: None), file)
         lock.truncate(0)
         yield lock
+
+
+def sizes(folder: Path, pattern: str) -> list[tuple[str, int]]:
+    """Path and bytes of the files that there are now: they change where another process writes them."""
+    found = []
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):
+            found.append((str(path), path.stat().st_size))
+    return sorted(found)
+
+
+def _taken(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _wait(attempt: Callable[[], bool], progress: Callable[[], object], what: Path) -> None:
+    """Until the attempt succeeds. Raises OSError where `progress` has given the same for STANDSTILL seconds."""
+    before, since = progress(), time.monotonic()
+    while not attempt():
+        if (now := progress()) != before:
+            before, since = now, time.monotonic()
+        elif time.monotonic() - since > STANDSTILL:
+            raise OSError(
+                f"another process holds {what}, and has fetched nothing for {STANDSTILL:.0f} s: is it stopped? End it, "
+                "or give this run another data.cache_dir"
+            )
+        time.sleep(POLL)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ import numpy as np
 
 from partial_fc import storage
 from partial_fc.config import Data, TrainingSet
-from partial_fc.data.remote import PARTIAL, cache_of, locked
+from partial_fc.data.reader import image_size
+from partial_fc.data.remote import PARTIAL, cache_of, locked, sizes
 from partial_fc.data.shards import Index, load_index, write_index
 from partial_fc.documents import read_text
 from partial_fc.files import one_line, plain_name, shortened
@@ -40,11 +41,13 @@ def open_training_set(settings: Data, *, check_labels: bool = True) -> Index:
     drop = [] if settings.drop is None else _lines(Path(settings.drop))
     merge = settings.merge
     pairs = [] if merge in (None, BY_NAME) else _pairs(Path(str(merge)))
-    recipe = [[index.fingerprint for index in indexes], names, sorted(drop), merge == BY_NAME, sorted(pairs)]
+    # the folders too: a set that has moved needs other links
+    sets = [[index.fingerprint, str(index.path.resolve())] for index in indexes]
+    recipe = [sets, names, sorted(drop), merge == BY_NAME, sorted(pairs)]
     folder = cache.folder / "indexes" / hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
-    with locked(folder.with_suffix(".lock")):  # one rank of a machine makes it
+    partial = folder.with_suffix(PARTIAL)
+    with locked(folder.with_suffix(".lock"), lambda: sizes(partial, "**/*")):  # one rank of a machine makes it
         if not folder.exists():
-            partial = folder.with_suffix(PARTIAL)
             shutil.rmtree(partial, ignore_errors=True)  # of a killed process
             partial.mkdir(parents=True)
             _write(partial, indexes, names, drop, merge == BY_NAME, dict(pairs))
@@ -70,10 +73,10 @@ def _check(indexes: list[Index]) -> None:
                 f"data.train: {index.path} has index version {index.version}, which has no source names: prepare it "
                 "again"
             )
-        if index.prepared.get("image_size") != first.prepared.get("image_size"):
+        if image_size(index) != image_size(first):
             raise ValueError(
-                f"data.train: {index.path} has images of {index.prepared.get('image_size')} pixels, {first.path} of "
-                f"{first.prepared.get('image_size')}: wanted one size (height, width)"
+                f"data.train: {index.path} has images of {image_size(index)} pixels, {first.path} of "
+                f"{image_size(first)}: wanted one size (height, width)"
             )
 
 
