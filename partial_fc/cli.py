@@ -260,11 +260,11 @@ def _parser() -> argparse.ArgumentParser:
     stream = parts.add_parser("stream", help="how long a reader of remote shards waits at a bandwidth, and fetches")
     for name, value, unit in (
         ("samples", 60_000, "images of noise, 112 x 112, about 11 kB each in a shard"),
-        ("shard-mb", 16.0, "MB of a shard"),
+        ("shard-mb", 8.0, "MB of a shard"),
         ("mb-per-second", 20.0, "bandwidth of the server"),
         ("latency", 0.05, "seconds before each answer"),
         ("use", 0.8, "share of the bandwidth that the consumer wants"),
-        ("cache-mb", 300.0, "MB that copies take at most"),
+        ("cache-mb", 400.0, "MB that copies take at most"),
     ):
         stream.add_argument(f"--{name}", type=type(value), default=value, metavar="N", help=f"{unit}; {value:g}")
     stream.set_defaults(run=commands.benchmark_stream)

@@ -326,9 +326,12 @@ def test_shards_come_into_view_before_they_are_needed_and_not_too_many():
     shard = np.repeat(np.arange(40), 50)
     order = Order(counts, 40, 4, 3, 100)
     own, steps = slice(10, 30), range(7, 120)
-    for most in (4, 9, 1000):
+    asked = {}
+    for most, behind in ((4, 0), (9, 0), (1000, 0), (1000, 30)):
         view: dict[int, int] = {}
-        for step, new in zip(steps, upcoming(order, shard, own, steps, most), strict=True):
+        asked[most, behind] = 0
+        for step, new in zip(steps, upcoming(order, shard, own, steps, most, behind), strict=True):
+            asked[most, behind] += len(new)
             needed = set(shard[order.batch(step)[own]].tolist())
             view |= dict.fromkeys(new, step)
             assert needed <= view.keys()
@@ -337,6 +340,7 @@ def test_shards_come_into_view_before_they_are_needed_and_not_too_many():
         if most == 1000:  # all that the next window needs
             later = set(shard[np.concatenate([order.batch(s)[own] for s in range(7, 7 + horizon)])].tolist())
             assert later <= set(next(upcoming(order, shard, own, steps, most)))
+    assert asked[1000, 30] < asked[1000, 0]  # what readers may still need stays in view
 
 
 def test_the_cache_of_a_user_and_of_one_without_a_home(tmp_path, monkeypatch):

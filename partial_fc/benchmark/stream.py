@@ -33,11 +33,11 @@ _PIECE = 1 << 16  # bytes sent at once
 def benchmark_stream(
     *,
     samples: int = 60_000,
-    shard_mb: float = 16,
+    shard_mb: float = 8,
     mb_per_second: float = 20,
     latency: float = 0.05,
     use: float = 0.8,
-    cache_mb: float = 300,
+    cache_mb: float = 400,
     batch: int = 128,
     streams: int = 8,
     window: int = 512,

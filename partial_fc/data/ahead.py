@@ -15,11 +15,14 @@ from partial_fc.data.shards import Index
 FETCHERS = 4  # threads of a reader; a shard each
 
 
-def upcoming(order: Order, shard: np.ndarray, own: slice, steps: range, most: int) -> Iterator[list[int]]:
+def upcoming(
+    order: Order, shard: np.ndarray, own: slice, steps: range, most: int, behind: int = 0
+) -> Iterator[list[int]]:
     """For each step the shards that come into view with it, in the order in which they are needed.
 
     In view is what the steps up to one shuffle window ahead need, since a stream opens the shards of its next window
-    all at once; and at most `most` shards. shard: (N,) of each sample; own: this rank's part of a global batch.
+    all at once; what the last `behind` steps needed, which may not be read yet; and at most `most` shards. shard: (N,)
+    of each sample; own: this rank's part of a global batch.
     """
     later = replace(order)  # which keeps its own windows
     horizon = -(-order.shuffle_window * order.streams // order.global_batch_size)
@@ -28,7 +31,7 @@ def upcoming(order: Order, shard: np.ndarray, own: slice, steps: range, most: in
     for step in steps:
         new = []
         while seen < min(step + horizon + 1, steps.stop):
-            needed = {one: last for one, last in needed.items() if last >= step}
+            needed = {one: last for one, last in needed.items() if last >= step - behind}
             found = dict.fromkeys(shard[later.batch(seen)[own]].tolist())
             if needed and len(needed.keys() | found.keys()) > most:
                 break

@@ -95,7 +95,7 @@ def loader(
         )
     steps = range(start_step, stop_step)
     ranges = _few_of(index, order, steps)
-    requests = _Requests(order, positions, steps, None if ranges else index)
+    requests = _Requests(order, positions, steps, None if ranges else index, max(workers, 1) * prefetch)
     return _loader(_Samples(index, seed, flip, affine, ranges), requests, workers, prefetch, pin_memory)
 
 
@@ -168,6 +168,8 @@ class _Requests:
     steps: range
     index: Index | None
     """Whose shards are fetched ahead; None: none are."""
+    behind: int
+    """Steps that readers may be behind the one that is asked for."""
 
     def __iter__(self) -> Iterator[_Request]:
         own = slice(self.positions.start, self.positions.stop)
@@ -183,7 +185,7 @@ class _Requests:
         anchors = self.order.anchors if isinstance(self.order, Groups) else self.order
         own = slice(self.positions.start // k, -(-self.positions.stop // k))
         most = self.index.cache.limit() // (max(copied) * local_world_size())
-        return upcoming(anchors, self.index.shard, own, self.steps, max(most, 1))
+        return upcoming(anchors, self.index.shard, own, self.steps, max(most, 1), self.behind)
 
     def __len__(self) -> int:
         return len(self.steps)
