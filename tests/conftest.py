@@ -170,6 +170,8 @@ def pytest_collection_modifyitems(config, items) -> None:
         if parts - PARTS.keys() or ("soak" in item.keywords and not parts):
             raise pytest.UsageError(f"{item.nodeid} is of soak part {parts}; give one of tests/soak.py: {[*PARTS]}")
         (chosen if (part in parts if part else not parts) else left_out).append(item)
+        if set(getattr(item.module, "SLOW_FIXTURES", ())) & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
         if hasattr(item, "callspec") and item.callspec.params.get("world_size", 1) != 1:
             item.add_marker(pytest.mark.slow)
         if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -123,6 +123,7 @@ def test_mobilefacenet_is_as_large_as_published():
     assert list(dict.fromkeys(shapes)) == table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_models_by_name(name):
     """At 112 pixels, whatever timm's default is; the same for a seed, whatever torch drew before."""

@@ -32,6 +32,9 @@ RUNS = {
 }
 
 
+SLOW_FIXTURES = ("runs",)  # tests that use one are slow
+
+
 @pytest.fixture(scope="module")
 def runs(glyphs_ci, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")

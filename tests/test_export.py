@@ -46,6 +46,9 @@ CPU = torch.device("cpu")
 NORMALIZATION = {"mean": (120.0, 127.5, 135.0), "std": (127.5, 64.0, 100.0)}
 
 
+SLOW_FIXTURES = ("run", "exported")  # tests that use one are slow
+
+
 @pytest.fixture(scope="module")
 def run(glyphs_ci, tmp_path_factory) -> Path:
     """A run of two ranks whose classes were sampled, whose channels are normalized differently, with a moving average,

@@ -452,6 +452,7 @@ def test_all_margins_can_be_drawn(draw, saved):
     saved(draw(parse_margins("cosface:margin=1.5")))
 
 
+@pytest.mark.slow
 def test_gradients_can_be_drawn(saved):
     saved(gradient.draw_gradient(parse_margins("softmax;cosface"), classes=10))
 

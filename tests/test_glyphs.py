@@ -32,6 +32,9 @@ LATIN = ((0x41, 0x5A), (0x61, 0x7A))
 SIZE = 32
 
 
+SLOW_FIXTURES = ("letters",)  # tests that use one are slow
+
+
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory) -> dict[str, Index]:
     return prepare_glyphs("letters", tmp_path_factory.mktemp("glyphs") / "letters", size=SIZE, workers=2)

@@ -35,7 +35,7 @@ def sums(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 3000, 10**9])
+@pytest.mark.parametrize("chunk_bytes", [pytest.param(1, marks=pytest.mark.slow), 3000, 10**9])
 def test_the_same_samples_in_random_order(ordered, tmp_path, monkeypatch, chunk_bytes):
     monkeypatch.setenv("PARTIAL_FC_CACHE", str(tmp_path / "cache"))
     before = load_index(ordered)

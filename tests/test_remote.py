@@ -143,7 +143,8 @@ def test_shards_behind_urls_are_read_as_files_are(store, tars, tmp_path):
         shard_places("ftp://host/a.tar")
 
 
-FAULTS = [500, "reset", "short", "stall", "wrong", "page", (429, 0.01), (503, 0)]
+STALL = pytest.param("stall", marks=pytest.mark.slow)  # waits for nothing to come
+FAULTS = [500, "reset", "short", STALL, "wrong", "page", (429, 0.01), (503, 0)]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
@@ -167,7 +168,7 @@ def test_what_a_server_does_once_is_made_good(store, tars, tmp_path, monkeypatch
     [
         (500, "tried 4 times: ClientResponseError: 500"),
         ("short", "tried 4 times: ClientPayloadError"),
-        ("stall", "tried 4 times: .*Timeout"),
+        pytest.param("stall", "tried 4 times: .*Timeout", marks=pytest.mark.slow),
         ("wrong", "damaged or has changed: its sha256 is .*, the index says .* at each of 2 downloads"),
         ("page", "damaged or has changed: it has 23 bytes, the index says"),
         (404, "cannot read http.*0.tar"),
@@ -268,6 +269,7 @@ def test_many_that_want_one_shard_fetch_it_once(store, tmp_path):
     assert sorted(store.asked) == ["0.tar", "1.tar"]
 
 
+@pytest.mark.slow
 def test_a_stopped_process_that_holds_a_shard_or_the_room_is_an_error(store, tars, tmp_path, monkeypatch):
     """And one that writes on is waited for."""
     monkeypatch.setattr(remote, "STANDSTILL", 0.3)
@@ -476,6 +478,7 @@ def test_samples_of_several_hosts_are_asked_of_each(store, tars, tmp_path):
             _Samples(mixed, 0, False, None, ranges=True)._read_alone(order)
 
 
+@pytest.mark.slow
 def test_groups_read_samples_alone_where_the_cache_does_not_hold_all_shards(store, tars, tmp_path):
     plain = prepare_index(str(tars), tmp_path / "plain", workers=1)
     size = (tars / "0.tar").stat().st_size
