@@ -213,7 +213,7 @@ def test_a_cache_smaller_than_an_epoch_holds_its_limit_and_changes_nothing(store
     size = (tars / "0.tar").stat().st_size
     index = remote_index(store, tmp_path, Cache(tmp_path / "cache", 2 * size))
     assert_equal(batches(index), wanted)
-    assert sum(path.stat().st_size for path in index.cache.folder.glob("*.tar")) <= 2 * size
+    assert sum(count for _, count in remote.sizes(index.cache.folder, "*.tar")) <= 2 * size  # others still come and go
     assert len(store.asked) > SHARDS
 
 
