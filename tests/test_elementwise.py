@@ -33,7 +33,9 @@ def soaked(*values: object) -> object:
 @needs_compiler
 @pairwise("compiled", margin=MARGINS, rate=[1.0, 0.3])
 def test_compiled_equals_dense(margin, rate):
-    assert_equals_dense(Case(margin, sample_rate=rate, sizes=(6,), head=COMPILED))
+    """torch compiles anew for a last chunk of one row: in chunks of 4, for one margin here; in `make soak` for all."""
+    chunk = 4 if margin == "biased" else 3
+    assert_equals_dense(Case(margin, sample_rate=rate, sizes=(6,), chunk=chunk, head=COMPILED))
 
 
 # Two ranks run the same compiled parts; each new graph costs both of them 3 to 6 s.
@@ -50,7 +52,8 @@ def test_compiled_equals_dense_on_two_ranks(margin, rate):
 @pytest.mark.parametrize("sizes", [(6,), soaked((3, 1))])
 @pytest.mark.parametrize("margin", ["curricularface-filtered", soaked("subcenterarcface")])
 def test_compiled_negatives_equal_dense(margin, sizes):
-    assert_equals_dense(Case(margin, sample_rate=0.3, sizes=sizes, head=COMPILED))
+    chunk = 3 if len(sizes) == 1 else 4
+    assert_equals_dense(Case(margin, sample_rate=0.3, sizes=sizes, chunk=chunk, head=COMPILED))
 
 
 @needs_compiler

@@ -189,7 +189,11 @@ class Mine(CosFace):
     "override, wanted",
     [
         ("optim.lrr=3", "traceback : error: .* is no valid config:\n +optim.lrr: unknown key"),
-        ("data.train=nowhere", "traceback : error: preparing the run failed on rank 0: .*nowhere is no data set"),
+        pytest.param(
+            "data.train=nowhere",
+            "traceback : error: preparing the run failed on rank 0: .*nowhere is no data set",
+            marks=pytest.mark.soak("launch"),
+        ),
         ("head.margin={name: mine.Mine}", 'KeyError: "of one\'s own"'),
     ],
 )
@@ -329,10 +333,10 @@ from partial_fc.parallel import distributed
 from partial_fc.parallel.watch import here, leave_time_to_compile, unlimited
 
 def slow(graph, inputs):
-    time.sleep(6 * rank)
+    time.sleep(4 * rank)
     return graph.forward
 
-with distributed.job(watch_seconds=4):
+with distributed.job(watch_seconds=2.5):
     rank = distributed.rank()
     leave_time_to_compile()
     here.begin("forward", waits=True)
@@ -340,7 +344,7 @@ with distributed.job(watch_seconds=4):
     here.begin("gather", waits=True)
     distributed.barrier()
     with unlimited("save"):
-        time.sleep(6 * rank)
+        time.sleep(4 * rank)
         distributed.barrier()
     print("exempt", flush=True)
     here.step = 7

@@ -424,6 +424,7 @@ def test_batch_norm_is_not_left_with_one_sample(glyphs_ci, tmp_path):
     assert last["undecodable"] > 0 and last["skipped_steps"] == 0
 
 
+@pytest.mark.soak("train")  # test_reader has the tries, test_launcher the one message
 def test_shards_that_vanish_during_a_run_end_it_with_one_message(glyphs_ci, tmp_path):
     shutil.copytree(glyphs_ci / "train", tmp_path / "data")
     process = begin(2, tmp_path / "run", f"data.train={tmp_path}/data", "run.steps=5000", "data.workers=1")
