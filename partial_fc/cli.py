@@ -52,21 +52,22 @@ def _parser() -> argparse.ArgumentParser:
     prepare = subcommands.add_parser("prepare", help="turn images or fonts into shards")
     kinds = prepare.add_subparsers(required=True, metavar="KIND")
 
-    pair = "a text with a pair a line: two image files, relative to its folder, and 1 for one identity or 0"
+    pair = "a text with a pair a line: two image files, relative to its folder, and 1 for one identity or 0; or shards"
     for name, kind, what, source in (
         ("folder", prepare_folder, "a folder of images per identity", "SOURCE/<identity>/<images>"),
         (
             "recordio",
             prepare_recordio,
             "InsightFace's data sets, without MXNet",
-            "a .rec file or a folder with train.rec",
+            "a .rec file or a folder with train.rec; or its URL",
         ),
         ("list", prepare_list, "images named in a text", "a text with a line an image: file, identity"),
-        ("bin", prepare_bin, "InsightFace's verification sets", "lfw.bin and its like"),
+        ("bin", prepare_bin, "InsightFace's verification sets", "lfw.bin and its like; or its URL"),
         ("pairs", prepare_pairs, "a list of pairs, for verification", pair),
     ):
         images = kinds.add_parser(name, help=what)
-        images.add_argument("source", type=_path, help=source)
+        anywhere = {"recordio": place, "bin": place, "pairs": str}
+        images.add_argument("source", type=anywhere.get(name, _path), help=source)
         images.add_argument("out", type=_path, help="new folder for the shards")
         images.add_argument(
             "--size", type=_size, metavar="HxW", help="112 or 112x96; unset: all images have one size already"
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
                 help=f"what the columns hold; other names are skipped; unset: {held}, or what the first line says",
             )
         images.set_defaults(
-            run=commands.prepare_images,
+            run=commands.prepare_pairs if kind is prepare_pairs else commands.prepare_images,
             kind=kind,
             options=["size", "keep_damaged"] + ["min_samples", "seed"] * of_identities + ["columns"] * of_columns,
         )

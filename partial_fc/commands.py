@@ -19,6 +19,8 @@ from partial_fc.export.embed import embed_images
 from partial_fc.export.run import export_run
 from partial_fc.parallel import distributed
 from partial_fc.prepare import glyphs, shuffle, tars
+from partial_fc.prepare.pairs import prepare_pair_tars
+from partial_fc.prepare.tar_places import ENDINGS
 from partial_fc.storage import local_path
 from partial_fc.study import table
 from partial_fc.study.run import default_ledger, run_study
@@ -27,6 +29,17 @@ from partial_fc.study.run import default_ledger, run_study
 def prepare_images(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in arguments.options}
     arguments.kind(arguments.source, arguments.out, **options)
+
+
+def prepare_pairs(arguments: argparse.Namespace) -> None:
+    source = arguments.source
+    if not ("://" in source or source.lower().endswith(ENDINGS) or Path(source).is_dir()):
+        arguments.source = Path(source)
+        return prepare_images(arguments)
+    if arguments.columns:
+        raise ValueError(f"got --columns for the shards {source}, wanted none: a text has columns")
+    options = {name: getattr(arguments, name) for name in ("size", "keep_damaged")}
+    prepare_pair_tars(source, arguments.out, **options)
 
 
 def prepare_index(arguments: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.config import Config
+from partial_fc.data.remote import Fetches
 from partial_fc.documents import parse_json
 from partial_fc.files import open_regular, write_atomically
 from partial_fc.parallel import distributed
@@ -31,19 +32,36 @@ class RankTimes(NamedTuple):
     seconds: Tensor  # (W, len(NAMES)) in each phase
     data_wait: float  # seconds that rank 0's program waited for batches
     memory: int  # bytes at the peak, of the rank that has most
+    first_wait: float  # seconds until the first batch of the run's start, of the rank that waited longest
+    fetches: Fetches  # of all ranks' readers
 
     @classmethod
-    def gather(cls, phases: Phases) -> "RankTimes":
+    def gather(cls, phases: Phases, fetches: Fetches) -> "RankTimes":
         """A collective: one of a few numbers."""
-        mine = torch.cat([phases.read(), torch.tensor([phases.data_wait(), float(_memory())], dtype=torch.float64)])
+        seconds = phases.read()
+        others = [phases.data_wait(), float(_memory()), phases.first_wait or 0.0, *map(float, fetches)]
+        mine = torch.cat([seconds, torch.tensor(others, dtype=torch.float64)])
         everyone = distributed.all_gather(mine.to(phases.device)).cpu()
-        return cls(everyone[:, :-2], everyone[0, -2].item(), int(everyone[:, -1].max()))
+        times, wait, memory, first_wait, asked = everyone.split([len(seconds), 1, 1, 1, len(fetches)], dim=1)
+        total = Fetches(*(int(count) for count in asked.sum(dim=0)))
+        return cls(times, wait[0].item(), int(memory.max()), first_wait.max().item(), total)
 
 
 class Metrics:
     """Writes a row of numbers every few steps. Close it at the end of the run."""
 
-    def __init__(self, config: Config, run: Path, *, start_step: int, total_steps: int, steps_per_epoch: int):
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        *,
+        start_step: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        streamed: bool = False,
+    ):
+        """streamed: shards are read from copies in the cache, which rows then tell of."""
+        self.streamed = streamed
         self.run, self.total_steps, self.steps_per_epoch = run, total_steps, steps_per_epoch
         self.global_batch_size = config.data.global_batch_size
         cut_back(run / "metrics.jsonl", start_step)
@@ -71,6 +89,7 @@ class Metrics:
 
         A disk that is full costs rows, not the run.
         """
+        first = self.last_step == self.first_step
         steps, self.last_step = step - self.last_step, step
         seconds = ranks.seconds.mean(dim=0) / steps
         step_time = seconds.sum().item()
@@ -85,6 +104,8 @@ class Metrics:
             "samples_per_second_per_device": samples_per_second / len(ranks.seconds),
             "step_time": step_time,
             "data_wait": ranks.data_wait / steps,
+            **({"first_batch": ranks.first_wait} if first else {}),
+            **(_streaming(ranks.fetches) if self.streamed else {}),
             **{f"phase.{name}": value for name, value in zip(NAMES, seconds.tolist(), strict=True)},
             **({"slowest_rank": slowest, "slowest_lag": lag, "slowest_phase": phase} if len(ranks.seconds) > 1 else {}),
             **{name: _finite(value) for name, value in batch.items()},
@@ -132,6 +153,16 @@ class Metrics:
             setattr(self, tracker, None)
 
 
+def _streaming(fetches: Fetches) -> dict[str, float | None]:
+    """Of the steps since the last row, over all ranks."""
+    asked = fetches.found + fetches.fetched
+    return {
+        "data.fetched_bytes": fetches.bytes,
+        "data.fetched_shards": fetches.fetched,
+        "data.cache_hits": fetches.found / asked if asked else None,  # share of the shards that readers asked for
+    }
+
+
 def console_line(row: dict, total_steps: int, seconds_left: float) -> str:
     """One line that people read while they wait."""
     waiting = row["data_wait"] / row["step_time"]
@@ -146,6 +177,10 @@ def console_line(row: dict, total_steps: int, seconds_left: float) -> str:
         f"{row['memory'] / 2**30:.2f} GiB",
         f"{_clock(seconds_left)} left",
     ]
+    if "first_batch" in row:
+        fields.append(f"first batch after {row['first_batch']:.1f} s")
+    if row.get("data.fetched_bytes"):
+        fields.append(f"{row['data.fetched_bytes'] / 1e6:,.0f} MB fetched")
     if row.get("slowest_lag", 0) > NOTABLE * row["step_time"]:
         fields.append(f"rank {row['slowest_rank']} last by {row['slowest_lag'] * 1000:.0f} ms ({row['slowest_phase']})")
     fields += [f"{name} {row[key]}" for name, key in (("skipped", "skipped_steps"), ("undecodable",) * 2) if row[key]]

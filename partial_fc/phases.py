@@ -30,12 +30,15 @@ class Phases:
         self._range = nullcontext()
         self._waiting_since: float | None = None
         self._waited = 0.0
+        self.first_wait: float | None = None  # seconds that the program waited for its first batch
 
     def begin(self, name: str) -> None:
         """Ends the phase before, if there is one, and begins phase `name` of NAMES."""
         self._marks.append((name, self._now()))
         if self._waiting_since is not None:
-            self._waited += time.perf_counter() - self._waiting_since
+            waited = time.perf_counter() - self._waiting_since
+            self._waited += waited
+            self.first_wait = waited if self.first_wait is None else self.first_wait
         self._waiting_since = time.perf_counter() if name == "data" else None
         if not self._cuda or len(self._marks) > _SOME:
             self._count()

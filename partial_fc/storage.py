@@ -8,12 +8,13 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fsspec.callbacks import NoOpCallback, TqdmCallback
 from fsspec.core import url_to_fs
 from typing_extensions import TypeIs  # torch brings it
 
@@ -131,9 +132,35 @@ def upload(path: Path, url: str) -> None:
     _try("write", url, put)
 
 
-def download(url: str, path: Path) -> None:
-    """Raises FileNotFoundError where there is none, and OSError with an errno where the disk at `path` refuses."""
-    _try("read", url, lambda files, of: files.get_file(of, str(path)))
+def download(url: str, path: Path, *, bar: bool = False) -> None:
+    """Raises FileNotFoundError where there is none, and OSError with an errno where the disk at `path` refuses.
+
+    bar: shows how far it is.
+    """
+
+    def get(files: Any, of: str) -> None:
+        shown = {"desc": "downloading", "unit": "B", "unit_scale": True, "mininterval": 1}
+        with TqdmCallback(tqdm_kwargs=shown) if bar else NoOpCallback() as callback:
+            files.get_file(of, str(path), callback=callback)
+
+    _try("read", url, get)
+
+
+@contextmanager
+def local_copy(where: Place, path: Path, *, bar: bool = False) -> Iterator[Path]:
+    """A file here as it is; one behind a URL as a copy at `path`, which is there as long as the block lasts.
+
+    Raises as `download` does.
+    """
+    if not remote(where):
+        yield where
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        download(where, path, bar=bar)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def read_ranges(urls: Sequence[str], starts: Sequence[int], sizes: Sequence[int]) -> list[bytes]:

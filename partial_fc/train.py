@@ -14,6 +14,7 @@ from partial_fc import checkpoint, storage
 from partial_fc.build import Parts, build, checkpoints_of, has_batch_norm, micro_batch_size, settings
 from partial_fc.config import Config
 from partial_fc.data.reader import Batch, loader, normalize
+from partial_fc.data.remote import Fetches
 from partial_fc.folder_lock import FolderLock
 from partial_fc.folders import make_folder
 from partial_fc.head.side_stream import upload
@@ -52,7 +53,7 @@ def _train(config: Config, device: torch.device, run: Path, hold: Callable[[], N
     accumulate, progress = config.data.accumulate, parts.progress
     at_least = 2 if has_batch_norm(engine.backbone) else 1
     done = saved = parts.start_step
-    preempted = owed = False
+    preempted, owed, fetches = False, False, Fetches()
     with distributed.together("opening the data"):
         batches = read_batches(config, parts)
 
@@ -75,6 +76,7 @@ def _train(config: Config, device: torch.device, run: Path, hold: Callable[[], N
             profiler.begin_step(step)
             phase("data")
             batch = next_batch(batches)
+            fetches = fetches.plus(batch.fetches)
             phase("forward")
             torch.manual_seed(seed_for("step", config.run.seed, step, rank))
 
@@ -117,7 +119,8 @@ def _train(config: Config, device: torch.device, run: Path, hold: Callable[[], N
             done = step + 1
             last = done == parts.total_steps
             if done % config.track.log_every == 0 or last:
-                loss_of_row, ranks = progress.mean_loss(), RankTimes.gather(phases)
+                loss_of_row, ranks = progress.mean_loss(), RankTimes.gather(phases, fetches)
+                fetches = Fetches()
                 if metrics is not None:
                     metrics.row(
                         done,
@@ -250,6 +253,7 @@ def metrics_of(config: Config, run: Path, parts: Parts) -> Iterator[Metrics | No
                 start_step=parts.start_step,
                 total_steps=parts.total_steps,
                 steps_per_epoch=parts.order.steps_per_epoch,
+                streamed=any(shard.copied for shard in parts.index.shards),
             )
     try:
         yield metrics

@@ -36,7 +36,7 @@ FLOORS = [
 ]
 DOORS = {
     "torch.distributed": {"parallel/distributed.py"},
-    "webdataset": {"data/shards.py", "prepare/tars.py"},
+    "webdataset": {"data/shards.py", "prepare/tar_members.py"},
     "wandb": {"trackers.py"},
     "torch.utils.tensorboard": {"trackers.py"},
     "fsspec": {"storage.py"},

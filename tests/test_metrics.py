@@ -10,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from partial_fc.config_file import load_config
+from partial_fc.data.remote import Fetches
 from partial_fc.head.margins import CosFace
 from partial_fc.head.observed import Observed
 from partial_fc.head.partial_fc import PartialFC
@@ -153,7 +154,7 @@ def write_row(metrics: Metrics) -> None:
     phases = Phases(torch.device("cpu"))
     phases.begin("data")
     numbers = dict(loss=1.0, lr=0.1, batch={"target_cosine": 0.1}, head={"t": math.nan}, engine={}, progress=Progress())
-    metrics.row(10, ranks=RankTimes.gather(phases), **numbers)
+    metrics.row(10, ranks=RankTimes.gather(phases, Fetches()), **numbers)
 
 
 @pytest.mark.slow

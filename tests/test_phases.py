@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from partial_fc.data.remote import Fetches
 from partial_fc.head.margins import CosFace
 from partial_fc.head.partial_fc import PartialFC
 from partial_fc.metrics import RankTimes
@@ -59,7 +60,7 @@ def slow_rank(which: int, phase: str) -> tuple[int, float, str]:
         head(torch.randn(3, 8, requires_grad=True), torch.arange(3)).backward()
         head.step(0.1)
     phases.begin("log")
-    return slowest_rank(RankTimes.gather(phases).seconds / 4)
+    return slowest_rank(RankTimes.gather(phases, Fetches()).seconds / 4)
 
 
 @pytest.mark.slow
@@ -79,7 +80,7 @@ def test_memory_is_that_of_the_rank_with_most():
 def gathered():
     phases = Phases(torch.device("cpu"))
     phases.begin("data")
-    found = RankTimes.gather(phases)
+    found = RankTimes.gather(phases, Fetches())
     return list(found.seconds.shape), found.memory
 
 

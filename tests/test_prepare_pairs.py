@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import webdataset
 
 from partial_fc import cli
 from partial_fc.config import EvaluationSet
@@ -21,8 +22,9 @@ from partial_fc.evaluate.protocol import evaluate_set, format_table
 from partial_fc.evaluate.runs import evaluate_run, open_sets
 from partial_fc.figures import verification
 from partial_fc.prepare.bin_file import read_bin
-from partial_fc.prepare.pairs import prepare_bin, prepare_pairs
+from partial_fc.prepare.pairs import prepare_bin, prepare_pair_tars, prepare_pairs
 from tests.conftest import run_ranks
+from tests.http_store import serving
 from tests.test_embed import OPTIONS, backbone
 from tests.test_figures import result_of, run_of, saved
 from tests.test_prepare_folder import put
@@ -68,6 +70,63 @@ def forms(images: list[bytes], same: list[bool]):
         wide = [np.int64(one) for one in same]
         yield f"wide numbers, protocol {protocol}", pickle.dumps((images, wide), protocol=protocol)
         yield f"a wide array, protocol {protocol}", pickle.dumps((images, np.array(wide)), protocol=protocol)
+
+
+def write_pairs(file: Path, samples: list[dict]) -> str:
+    with webdataset.TarWriter(str(file)) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return str(file)
+
+
+@pytest.mark.parametrize("form", ["img1", "img1.jpg", "jpg"])
+def test_pairs_of_shards_are_those_of_the_bin_file(tmp_path, form, monkeypatch):
+    """Both from behind a URL, by the command."""
+    images = encoded(tmp_path, 10)
+    names = {"img1": ("img1", "img2"), "img1.jpg": ("img1.jpg", "img2.png"), "jpg": ("jpg", "png")}[form]
+    rows = []
+    for i, same in enumerate(SAME):
+        key = f"{('impostor', 'genuine')[same]}/{i:04d}"
+        label = {} if form == "jpg" else {"cls": str(int(same))}
+        rows.append({"__key__": key, **label, names[0]: images[2 * i], names[1]: images[2 * i + 1]})
+    write_pairs(tmp_path / "pairs-0.tar", rows[:3])
+    write_pairs(tmp_path / "pairs-1.tar.gz", rows[3:])
+    (tmp_path / "lfw.bin").write_bytes(pickle.dumps((images, SAME)))
+    with serving(tmp_path) as store:
+        pairs = f"{store.url}/pairs-{{0.tar,1.tar.gz}}"
+        for kind, source, out in (("pairs", pairs, "of_tars"), ("bin", f"{store.url}/lfw.bin", "of_bin")):
+            monkeypatch.setattr("sys.argv", ["partial-fc", "prepare", kind, source, str(tmp_path / out)])
+            cli.main()
+    of_tars, of_bin = load_index(tmp_path / "of_tars"), load_index(tmp_path / "of_bin")
+    assert bytes_of(of_tars) == bytes_of(of_bin) == images
+    assert of_tars.pairs.tolist() == of_bin.pairs.tolist()
+    assert of_tars.prepared["source"] == pairs and of_bin.prepared["source"] == f"{store.url}/lfw.bin"
+    assert not list(tmp_path.glob("*fetched*"))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"img2": None}, "a.tar: the sample 1 has 1.cls, 1.img1: wanted two images of at most 256 MiB"),
+        ({"cls": b"2"}, r"a.tar: the sample 1 has .cls \['2'\]: wanted 1 for one identity or 0 in .cls"),
+        ({"cls": None}, "a.tar: the sample 1 has no .cls, and no folder genuine or impostor in the key"),
+        ({"__key__": "genuine/impostor/1", "cls": None}, "a.tar: the sample genuine/impostor/1 has no .cls"),
+        ({"png": b"third"}, "wanted two images"),
+    ],
+)
+def test_what_is_no_pair_is_named(tmp_path, change, said):
+    images = encoded(tmp_path, 2)
+    row = {"__key__": "1", "cls": b"1", "img1": images[0], "img2": images[1]} | change
+    source = write_pairs(tmp_path / "a.tar", [{key: value for key, value in row.items() if value is not None}])
+    with pytest.raises(ValueError, match=said):
+        prepare_pair_tars(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_columns_are_of_a_text_alone(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["partial-fc", "prepare", "pairs", "a.tar", "out", "--columns", "same,image,image"])
+    with pytest.raises(SystemExit, match="error: got --columns for the shards a.tar, wanted none"):
+        cli.main()
 
 
 def test_every_form_of_the_file(tmp_path):

@@ -14,6 +14,7 @@ from partial_fc.data.reader import images_in_order
 from partial_fc.data.shards import verify
 from partial_fc.prepare.images import LeftOut, Source, examine_all
 from partial_fc.prepare.recordio import MAGIC, REASONS, RecordFile, _images, prepare_recordio
+from tests.http_store import serving
 from tests.test_prepare_folder import dropped, put, stored
 
 REC = Path(__file__).parent / "insightface.rec"
@@ -66,6 +67,22 @@ def test_a_folder_with_its_train_rec(tmp_path):
     ]
     assert indexes[0].fingerprint == indexes[1].fingerprint != indexes[2].fingerprint
     assert hashes(indexes[2]) == IMAGES
+
+
+@pytest.mark.parametrize("source", ["faces/train.rec", "faces"])
+def test_behind_a_url(tmp_path, source):
+    (tmp_path / "faces").mkdir()
+    (tmp_path / "faces" / "train.rec").write_bytes(REC.read_bytes())
+    with serving(tmp_path) as store:
+        store.faults["faces/train.rec"] = ["short"]
+        index = prepare_recordio(f"{store.url}/{source}", tmp_path / "out")
+        assert hashes(index) == IMAGES and index.prepared["source"] == f"{store.url}/faces/train.rec"
+        (tmp_path / "faces" / "train.rec").write_bytes(REC.read_bytes()[:-5])
+        with pytest.raises(ValueError, match=rf"{store.url}/faces/train.rec ends at byte \d+, in the record at byte"):
+            prepare_recordio(f"{store.url}/faces", tmp_path / "cut")
+        with pytest.raises(FileNotFoundError, match=f"cannot read {store.url}/none/train.rec"):
+            prepare_recordio(f"{store.url}/none", tmp_path / "none")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["faces", "out"]
 
 
 def test_an_image_that_begins_with_the_magic_word_is_one(tmp_path):

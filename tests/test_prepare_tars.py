@@ -16,7 +16,9 @@ from webdataset import ShardWriter, WebDataset
 from partial_fc import cli
 from partial_fc.data.shards import Index, load_index, verify
 from partial_fc.prepare import tars
-from partial_fc.prepare.tars import prepare_index, shard_places, split_key
+from partial_fc.prepare.tar_members import split_key
+from partial_fc.prepare.tar_places import shard_places
+from partial_fc.prepare.tars import prepare_index
 
 
 def image(seed: int, extension: str = "png", size: tuple[int, int] = (8, 8)) -> bytes:

@@ -2,10 +2,12 @@
 
 import gzip
 import os
+import re
 import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
@@ -24,15 +26,17 @@ from partial_fc.data import remote
 from partial_fc.data.ahead import upcoming
 from partial_fc.data.groups import Groups
 from partial_fc.data.order import Order
-from partial_fc.data.reader import ReadError, _Samples, images_in_order, loader
-from partial_fc.data.remote import Cache
+from partial_fc.data.reader import Batch, ReadError, _Samples, images_in_order, loader
+from partial_fc.data.remote import Cache, Fetches
 from partial_fc.data.shards import Index, Sample, load_index, verify, write_shards
-from partial_fc.prepare.tars import prepare_index, shard_places
+from partial_fc.doctor.speed import stores
+from partial_fc.prepare.tar_places import shard_places
+from partial_fc.prepare.tars import prepare_index
 from tests.conftest import run_ranks
 from tests.http_store import Store, serving
 from tests.s3_server import BUCKET, s3  # noqa: F401 - a fixture
 from tests.test_prepare_tars import image, write
-from tests.test_train import begin, curve, finish, train_here, wait_for, wait_for_step
+from tests.test_train import begin, curve, finish, rows, train_here, wait_for, wait_for_step
 
 SHARDS, SAMPLES = 5, 6  # of each
 
@@ -60,11 +64,14 @@ def cached(folder: Path, shards: int | None = None, bytes_each: int = 0) -> Cach
     return Cache(folder, None if shards is None else shards * bytes_each)
 
 
-def batches(index: Index, workers: int = 0, steps: int = 9) -> list[tuple]:
+def read(index: Index, workers: int = 0, steps: int = 9) -> Iterable[Batch]:
     order = Order(index.samples_per_shard, 6, 2, 0, 6)
     options = dict(rank=0, world_size=1, seed=0, start_step=0, stop_step=steps, prefetch=2, flip=True, affine=None)
-    read = loader(index, order, workers=workers, **options)
-    return [(batch.images, batch.labels, batch.step, batch.bad) for batch in read]
+    return loader(index, order, workers=workers, **options)
+
+
+def batches(index: Index, workers: int = 0, steps: int = 9) -> list[tuple]:
+    return [(batch.images, batch.labels, batch.step, batch.bad) for batch in read(index, workers, steps)]
 
 
 def assert_equal(found: list[tuple], wanted: list[tuple]) -> None:
@@ -528,7 +535,41 @@ def test_a_run_is_the_same_from_a_folder_and_from_behind_a_url(glyphs_ci, tmp_pa
         run_ranks(train_here, 1, tmp_path / "there", f"{store.url}/set", *there, *options)
     run_ranks(train_here, 1, tmp_path / "here", tmp_path / "set", *options)
     assert curve(tmp_path / "there") == curve(tmp_path / "here")
+    row, *others = rows(tmp_path / "there")[-14:]  # of the resumed run
+    assert row["step"] == 11 and row["first_batch"] > 0 and all("first_batch" not in other for other in others)
+    fetched = sum(one["data.fetched_shards"] for one in (row, *others))
+    assert 0 < fetched * 500_000 < sum(one["data.fetched_bytes"] for one in (row, *others))
+    assert {"data.cache_hits", "data.fetched_bytes"} <= row.keys() - rows(tmp_path / "here")[-1].keys()
     assert curve(tmp_path / "there")[:10] == curve(tmp_path / "whole")[:10]
+
+
+def test_readers_tell_what_they_asked_the_cache_for(store, tars, tmp_path):
+    index = remote_index(store, tmp_path)
+    sizes = [(tars / f"{n}.tar").stat().st_size for n in range(SHARDS)]
+    for n in (0, 1, 1):
+        os.close(index.open_shard(n))
+    assert index.cache.asked() == Fetches(found=1, fetched=2, bytes=sizes[0] + sizes[1])
+    assert index.cache.asked() == Fetches()
+    total = Fetches()
+    for batch in read(index):
+        total = total.plus(batch.fetches)
+    assert total.fetched == SHARDS - 2 and total.found >= 2 and total.bytes == sum(sizes[2:])
+
+
+def test_the_doctor_measures_the_stores(store, tars, tmp_path):
+    index = remote_index(store, tmp_path)
+    found = stores(index)
+    assert found.level == "ok" and re.fullmatch(
+        rf"{store.url}: \d+ ms a request, [\d,.]+ MB/s in {min(SHARDS, 4)} at once; the .* that are not in the cache "
+        r"take \d+\.\d minutes",
+        found.text,
+    )
+    for n in range(SHARDS):
+        os.close(index.open_shard(n))
+    assert stores(index).text.endswith("at once")
+    store.faults["0.tar"] = ["whole"] * 50
+    found = stores(index)
+    assert found.level == "warning" and "does the server send ranges?" in found.text
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ from partial_fc.data.augment import augment
 from partial_fc.data.groups import Groups
 from partial_fc.data.order import Order
 from partial_fc.data.pixels import decode, decode_by_opencv
-from partial_fc.data.remote import used
+from partial_fc.data.remote import Fetches, used
 from partial_fc.data.shards import Index
 from partial_fc.opencv import cv2
 from partial_fc.parallel.distributed import local_world_size, part
@@ -64,6 +64,8 @@ class Batch(NamedTuple):
     """Samples of the global batch that are this rank's."""
     bad: list[str]
     """Of each sample that was left out the key, its source name, and what is wrong with it."""
+    fetches: Fetches = Fetches()
+    """What its reader has asked the cache for since its last batch."""
 
 
 def loader(
@@ -205,6 +207,7 @@ class _Samples:
 
     def __post_init__(self) -> None:
         self._fetcher = Fetcher(self.index)
+        self.index.cache.asked()  # before: not by this reader, nor by each that is forked from here
 
     def __getitem__(self, request: _Request) -> Batch | ReadError:
         """The batch, or the error that ends the run: torch would put a raised one into a traceback's text."""
@@ -240,7 +243,8 @@ class _Samples:
             good.append(sample)
         self._note_use(set(self.index.shard[request.samples].tolist()))
         labels = torch.from_numpy(self.index.label[good])
-        return Batch(torch.from_numpy(images[: len(good)]), labels, request.step, planned, bad)
+        fetches = self.index.cache.asked()
+        return Batch(torch.from_numpy(images[: len(good)]), labels, request.step, planned, bad, fetches)
 
     def _fault(self, sample: int, data: bytes) -> str:
         """Which sample it is, and why it cannot be used."""
@@ -268,6 +272,7 @@ class _Samples:
             urls = [self.index.shard_of(sample) for sample in some]
             starts, sizes = (array[some].tolist() for array in (self.index.offset, self.index.size))
             found |= dict(zip(some, storage.read_ranges(urls, starts, sizes), strict=True))
+            self.index.cache.note(Fetches(bytes=sum(sizes)))
 
     def _read(self, sample: int) -> bytes:
         """The stored bytes of an image, read once more if they have changed. Raises ReadError if all tries failed."""

@@ -13,12 +13,13 @@ import os
 import shutil
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile, gettempdir
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 from partial_fc import storage
 from partial_fc.config import Data
@@ -36,12 +37,34 @@ KEPT_FREE = 0.1  # of the file system, without a limit of one's own
 _AT_ONCE = 1 << 20  # bytes
 
 
+class Fetches(NamedTuple):
+    """What readers asked the cache for."""
+
+    found: int = 0  # shards that were there
+    fetched: int = 0  # shards that were not
+    bytes: int = 0  # that came for these, and for samples that were read alone
+
+    def plus(self, other: "Fetches") -> "Fetches":
+        return Fetches(*(one + more for one, more in zip(self, other, strict=True)))
+
+
 @dataclass(frozen=True)
 class Cache:
     """Copies in `folder`, which together have at most `most_bytes`; None: as much as leaves KEPT_FREE of the disk."""
 
     folder: Path
     most_bytes: int | None = None
+    _asked: deque[Fetches] = field(default_factory=deque, compare=False)  # of threads, too
+
+    def asked(self) -> Fetches:
+        """What this process has asked for since it was last told."""
+        total = Fetches()
+        while self._asked:
+            total = total.plus(self._asked.popleft())
+        return total
+
+    def note(self, fetches: Fetches) -> None:
+        self._asked.append(fetches)
 
     def open(self, shard: Shard, source: Place) -> int:
         """A file descriptor of the plain tar; it is fetched from `source` where it is not there.
@@ -51,14 +74,15 @@ class Cache:
         """
         path = self.path(shard)
         with suppress(FileNotFoundError):
-            return _open(path)
+            return self._found(path)
         with locked(self._locks / shard.sha256, self._written) as lock:  # one process fetches it, others wait
             with suppress(FileNotFoundError):
-                return _open(path)
+                return self._found(path)
             with _names(self.folder):
                 self._make_room(shard.plain_bytes + (shard.bytes if shard.compression else 0), lock)
                 descriptor = fetch(shard, source, path)
                 lock.truncate(0)
+                self.note(Fetches(fetched=1, bytes=shard.bytes))
                 return descriptor
 
     def wrong(self, shard: Shard, source: Place) -> str | None:
@@ -69,6 +93,11 @@ class Cache:
         with _names(self.folder), NamedTemporaryFile(dir=self.folder) as file:
             storage.download(source, Path(file.name))
             return _wrong(shard, Path(file.name))
+
+    def _found(self, path: Path) -> int:
+        descriptor = _open(path)
+        self.note(Fetches(found=1))
+        return descriptor
 
     def path(self, shard: Shard) -> Path:
         """Where the copy is, if it is there."""

@@ -113,12 +113,16 @@ class Index:
         found = self.shards[shard]
         return self.cache.open(found, self.source(shard)) if found.copied else os.open(self.source(shard), os.O_RDONLY)
 
+    def hosts(self) -> list[str]:
+        """Those that shards lie behind: protocol and host, or bucket."""
+        return sorted({"/".join(shard.url.split("/")[:3]) for shard in self.shards if shard.url})
+
     def elsewhere(self) -> str:
         """How many shards are read from copies, where they lie, and how many of these there are; empty for none."""
         copied = [shard for shard in self.shards if shard.copied]
         if not copied:
             return ""
-        hosts = sorted({"/".join(shard.url.split("/")[:3]) for shard in copied if shard.url})
+        hosts = self.hosts()
         kinds = [f"behind {', '.join(hosts[:3])}{', …' * (len(hosts) > 3)}"] * bool(hosts)
         kinds += ["compressed"] * any(shard.compression for shard in copied)
         there = sum(map(self.cache.holds, copied))

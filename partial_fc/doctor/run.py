@@ -77,6 +77,8 @@ def _run(
     """What is to be known of a run once its data set is open."""
     sheet.check("engine", _engine, config, device)
     sheet.check("images", run_folder.images, index)
+    if index.hosts():
+        sheet.check("stores", speed.stores, index, first_rank_only=True)
     order = sheet.check("batches", run_folder.batches, config, index, trust_code)
     if order is not None:
         sheet.check("mixing", run_folder.mixed, order.value, index, first_rank_only=True)

@@ -5,9 +5,10 @@ import time
 
 import torch
 
-from partial_fc import backbone
+from partial_fc import backbone, storage
 from partial_fc.build import check_batch_norm, micro_batch_size
 from partial_fc.config import Config
+from partial_fc.data.ahead import FETCHERS
 from partial_fc.data.groups import Groups
 from partial_fc.data.order import Order
 from partial_fc.data.reader import image_size, loader, normalize
@@ -15,10 +16,14 @@ from partial_fc.data.shards import Index
 from partial_fc.doctor.machine import cores
 from partial_fc.doctor.ranks import timed
 from partial_fc.doctor.sheet import Found
+from partial_fc.memory import size_text
 from partial_fc.optim import build_optimizer
 from partial_fc.parallel import distributed
 from partial_fc.parallel.base_engine import BaseEngine
 
+HOSTS = 3  # that are asked
+REQUESTS = 5  # of a byte: the shortest is the latency
+SAMPLE_BYTES = 8 << 20  # of each of as many shards as a reader fetches at once
 PROBED = 2  # images of the first step, which sets things up
 LONG = 7 * 86400  # seconds
 STRAGGLER = 0.7  # of the ranks' median speed
@@ -84,6 +89,33 @@ def backbone_speed(config: Config, engine: BaseEngine, size: tuple[int, int], se
     )
 
 
+def stores(index: Index) -> Found:
+    """Latency and bandwidth of the hosts that shards lie behind, asked as a reader asks."""
+    said, failed = [], False
+    for host in index.hosts()[:HOSTS]:
+        shards = [shard for shard in index.shards if (shard.url or "").startswith(f"{host}/")]
+        urls = [str(shard.url) for shard in shards[:FETCHERS]]
+        sizes = [min(shard.bytes, SAMPLE_BYTES) for shard in shards[:FETCHERS]]
+        try:
+            latency = min(_seconds(urls[:1], [1]) for _ in range(REQUESTS))
+            rate = sum(sizes) / _seconds(urls, sizes)
+        except (OSError, ValueError) as error:
+            said.append(str(error))
+            failed = True
+            continue
+        missing = sum(shard.bytes for shard in shards if not index.cache.holds(shard))
+        text = f"{host}: {latency * 1000:.0f} ms a request, {rate / 1e6:,.1f} MB/s in {len(urls)} at once"
+        wait = f"; the {size_text(missing)} that are not in the cache take {_long(missing / rate)}" if missing else ""
+        said.append(text + wait)
+    return Found("; ".join(said), "warning" if failed else "ok")
+
+
+def _seconds(urls: list[str], sizes: list[int]) -> float:
+    start = time.perf_counter()
+    storage.read_ranges(urls, [0] * len(urls), sizes)
+    return time.perf_counter() - start
+
+
 def reader_speed(config: Config, index: Index, order: Order | Groups, seconds: float) -> Found:
     """Samples/s of this rank's reader, counted after the first batch of each of its processes."""
     settings = config.data
@@ -143,16 +175,16 @@ def verdict(reader: list[float], of_backbone: list[float], config: Config, spare
 
 def duration(seconds: float, steps: int) -> Found:
     """How long the run takes at least: the head, evaluation and waiting are not in it."""
-    if seconds < 3600:
-        text = f"{seconds / 60:.1f} minutes"
-    elif seconds < 48 * 3600:
-        text = f"{seconds / 3600:.1f} hours"
-    else:
-        text = f"{seconds / 86400:.1f} days"
-    text = f"{steps:,} steps take {text} at this speed, without the head"
+    text = f"{steps:,} steps take {_long(seconds)} at this speed, without the head"
     if seconds > LONG:
         return Found(f"{text}: more ranks, a smaller backbone.name or fewer run.epochs take less", "warning")
     return Found(text)
+
+
+def _long(seconds: float) -> str:
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def spare_cores(config: Config, ranks_here: int) -> int:

@@ -29,14 +29,15 @@ class _Call:
     found: bytes | None = None  # what `_bytes` found in it: a call may be named many times
 
 
-def read_bin(path: Path) -> tuple[list[bytes], list[bool]]:
+def read_bin(file: Path, called: object = None) -> tuple[list[bytes], list[bool]]:
     """The encoded images, two for each pair, and whether a pair is of one identity. All of it is in memory.
 
     Written by Python 2 or 3, protocol 2 or later; images as bytes or as arrays of them. Raises ValueError for another
-    or a damaged file.
+    or a damaged file, which they call `called`.
     """
+    path = file if called is None else called
     try:
-        value = _value(path.read_bytes())
+        value = _value(file.read_bytes())
         if not (isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], list)):
             raise ValueError("it does not hold a list of images and one of truth values")
         images = [_bytes(image) for image in value[0]]

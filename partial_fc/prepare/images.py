@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -12,12 +13,14 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from partial_fc import storage
 from partial_fc.data.pixels import damaged, decode, decode_pixels
 from partial_fc.data.shards import LEFT_OUT, Index, Sample, write_shards
 from partial_fc.documents import MIB
 from partial_fc.files import one_line, printable
 from partial_fc.opencv import MAX_PIXELS, cv2
 from partial_fc.seeds import seed_for
+from partial_fc.storage import Place
 
 _STARTS = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"BM": "bmp", b"RIFF": "webp", b"GIF8": "gif", b"II*\0": "tif"}
 _STARTS |= {b"MM\0*": "tif", b"\0\0\0\x0cjP": "jp2"}
@@ -137,7 +140,7 @@ def write_images(
     left_out: LeftOut,
     *,
     kind: str,
-    place: Path,
+    place: Place,
     wanted: str,
     size: tuple[int, int] | None,
     min_samples: int,
@@ -195,6 +198,18 @@ def write_images(
     if len(identities) == 1:
         print(printable(f"warning: {out} has one identity, {index.classes()[0]}; training wants two or more"))
     return index
+
+
+@contextmanager
+def fetched(source: Place, out: Path) -> Iterator[tuple[Path, Place]]:
+    """The file `source`, for a URL fetched beside `out` meanwhile, and its place: of the Hugging Face hub's its commit.
+
+    Raises FileNotFoundError without the file, and OSError for one that cannot be fetched.
+    """
+    if storage.remote(source):
+        source = storage.pinned(source)
+    with storage.local_copy(source, out.with_name(out.name + ".fetched"), bar=True) as file:
+        yield file, source
 
 
 def read_file(path: str | os.PathLike) -> bytes | str:

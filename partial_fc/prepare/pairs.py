@@ -1,4 +1,4 @@
-"""A verification set from a list of pairs: InsightFace's .bin files, or a text of one's own.
+"""A verification set from a list of pairs: InsightFace's .bin files, WebDataset shards, or a text of one's own.
 
 The text has a pair a line, two image files and 1 for one identity or 0 for two, as `prepare.columns` reads it. An image
 that is in several pairs, with the same bytes in a .bin, the same name in a text, is stored once. Samples are in the
@@ -22,6 +22,7 @@ from partial_fc.prepare.images import (
     as_utf8,
     check_options,
     examine_all,
+    fetched,
     in_threads,
     kind_of,
     made_of,
@@ -29,25 +30,47 @@ from partial_fc.prepare.images import (
     read_file,
     stored,
 )
+from partial_fc.prepare.pair_tars import read_pair_tars
+from partial_fc.prepare.tar_places import base_name, shard_places
+from partial_fc.storage import Place, place, remote
 
 _SHOWN = 10  # images that an error names
 
 
 def prepare_bin(
-    source: Path, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95, keep_damaged: bool = False
+    source: Place, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95, keep_damaged: bool = False
 ) -> Index:
     """Write the pairs of InsightFace's file `source` to the new data set `out`; size and quality as `prepare_folder`'s.
 
-    Raises FileNotFoundError without the file, FileExistsError if `out` exists, and ValueError for a damaged file, an
-    image that cannot be decoded, if sizes differ, if there are not both kinds of pairs, or an option is out of range.
+    source: a path or a URL. Raises FileNotFoundError without the file, OSError for one that cannot be fetched,
+    FileExistsError if `out` exists, and ValueError for a damaged file, an image that cannot be decoded, if sizes
+    differ, if there are not both kinds of pairs, or an option is out of range.
     """
-    source, out = Path(source), Path(out)
-    if not source.is_file():
+    source, out = place(source), Path(out)
+    if not remote(source) and not source.is_file():
         raise FileNotFoundError(f"{source} is no file; give a verification set of InsightFace's, as lfw.bin")
     require_new(out)
-    images, same = read_bin(source)
-    where = Source(lambda data: data, lambda _, data: kind_of(data), lambda _: source.name)
-    return _write(out, source, where, images, same, "bin", size, quality, keep_damaged)
+    with fetched(source, out) as (file, source):
+        images, same = read_bin(file, source)
+    return _write(out, source, _in_memory(base_name(source)), images, same, "bin", size, quality, keep_damaged)
+
+
+def prepare_pair_tars(
+    source: str, out: Path, *, size: tuple[int, int] | None = None, quality: int = 95, keep_damaged: bool = False
+) -> Index:
+    """Write the pairs of the WebDataset shards that `source` names to the new data set `out`.
+
+    source: as `prepare_index`'s, of samples with two images, as .img1 and .img2, and 1 for one identity or 0 in .cls,
+    or a folder `genuine` or `impostor` in the key. Raises as `prepare_bin` does, and ValueError for other samples.
+    """
+    out = Path(out)
+    require_new(out)
+    images, same = read_pair_tars(shard_places(source), out.with_name(out.name + ".fetched"))
+    return _write(out, source, _in_memory("a pair"), images, same, "pairs", size, quality, keep_damaged)
+
+
+def _in_memory(name: str) -> Source:
+    return Source(lambda data: data, lambda _, data: kind_of(data), lambda _: name)
 
 
 def prepare_pairs(
@@ -81,7 +104,7 @@ def prepare_pairs(
 
 def _write(
     out: Path,
-    place: Path,
+    where: Place,
     source: Source,
     keys: Sequence[str | bytes],
     same: list[bool],
@@ -94,7 +117,7 @@ def _write(
     check_options(1, quality, size)
     if all(same) or not any(same):
         raise ValueError(
-            f"{place} has {sum(same)} pairs of one identity and {len(same) - sum(same)} of two, wanted some of both"
+            f"{where} has {sum(same)} pairs of one identity and {len(same) - sum(same)} of two, wanted some of both"
         )
     sample: dict[str | bytes, int] = {}
     samples = [sample.setdefault(key, len(sample)) for key in keys]
@@ -110,7 +133,7 @@ def _write(
         said = [f"{name} ({row['reason']})" for name, row in zip(missing, left_out.rows, strict=True)]
         counts = ", ".join(f"{count} {why}" for why, count in left_out.counts.items())
         raise ValueError(
-            f"{place}: {', '.join(said[:_SHOWN])}{', …' * (len(said) > _SHOWN)} cannot be used; in all {counts}. Mend "
+            f"{where}: {', '.join(said[:_SHOWN])}{', …' * (len(said) > _SHOWN)} cannot be used; in all {counts}. Mend "
             "them, or take their pairs out of the list: left out here, the result would be one over other pairs"
         )
     size = size or only_size(images)
@@ -124,7 +147,7 @@ def _write(
         pairs=np.column_stack([np.reshape(samples, (-1, 2)), same]),
         prepared={
             "kind": kind,
-            "source": as_utf8(str(place)),
+            "source": as_utf8(str(where)),
             "image_size": list(size),
             **made_of(images, size, quality, keep_damaged),
         },

@@ -28,9 +28,12 @@ from partial_fc.prepare.images import (
     Source,
     check_options,
     examine_all,
+    fetched,
     kind_of,
     write_images,
 )
+from partial_fc.prepare.tar_places import base_name
+from partial_fc.storage import Place, join, place, remote
 
 REASONS = ("not_an_image", "undecodable", "damaged", "too_few_samples")
 MAGIC = struct.pack("<I", 0xCED7230A)
@@ -42,7 +45,7 @@ _HEADER = struct.Struct("<IfQQ")
 
 
 def prepare_recordio(
-    source: Path,
+    source: Place,
     out: Path,
     *,
     size: tuple[int, int] | None = None,
@@ -53,22 +56,24 @@ def prepare_recordio(
 ) -> Index:
     """Write the images of a RecordIO file to the new data set `out`, in a random order drawn from `seed`.
 
-    source: the .rec file, or a folder with a train.rec. Class ids follow the labels, which name the classes: equal to
-    them where images of 0 to C - 1 are left. size and quality: as for `prepare_folder`; None keeps all bytes.
+    source: the .rec file, or a folder with a train.rec; a path or a URL, of which a copy lies beside `out` meanwhile.
+    Class ids follow the labels, which name the classes: equal to them where images of 0 to C - 1 are left. size and
+    quality: as for `prepare_folder`; None keeps all bytes.
 
     Raises FileNotFoundError without a file, FileExistsError if `out` exists, and ValueError for a damaged file, labels
     that are no class numbers, if no image is left, if sizes differ or an option is out of range.
     """
-    source, out = Path(source), Path(out)
-    if source.is_dir():
-        source = source / "train.rec"
-    if not source.is_file():
+    source, out = place(source), Path(out)
+    if not source.endswith(".rec") if remote(source) else source.is_dir():
+        source = join(source, "train.rec")
+    if not remote(source) and not source.is_file():
         raise FileNotFoundError(f"{source} is no file; give the .rec file, or a folder with a train.rec")
     require_new(out)
     check_options(min_samples, quality, size)
     left_out = LeftOut(REASONS)
-    with RecordFile(source) as file:
-        where = Source(file.image, lambda _, data: kind_of(data), lambda offset: f"{source.name}@{offset}")
+    with fetched(source, out) as (local, source), RecordFile(local, source) as file:
+        name = base_name(source)
+        where = Source(file.image, lambda _, data: kind_of(data), lambda offset: f"{name}@{offset}")
         files = list(_images(file, where, left_out))
         return write_images(
             out,
@@ -104,11 +109,11 @@ def _images(file: "RecordFile", where: Source, left_out: LeftOut) -> Iterator[Fi
 
 
 class RecordFile:
-    """An open .rec file. Threads may share it."""
+    """An open .rec file, which errors call `called`. Threads may share it."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.file = path.open("rb")
+    def __init__(self, file: Path, called: Place | None = None):
+        self.path = called or file
+        self.file = file.open("rb")
         self.end = os.fstat(self.file.fileno()).st_size
 
     def __enter__(self) -> "RecordFile":

@@ -21,36 +21,32 @@ read is not read again. What is left out is counted and named in left_out.jsonl:
     link, sparse           a link, which webdataset skips, or a sparse file, which is not stored as it is
 """
 
-import glob
 import hashlib
 import json
 import os
 import shutil
-import tarfile
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
-from braceexpand import braceexpand
 from tqdm import tqdm
-from webdataset.tariterators import base_plus_ext
 
 from partial_fc import storage
-from partial_fc.data.description import SCHEMES
 from partial_fc.data.pixels import decode
-from partial_fc.data.remote import compression_of, unpacked
+from partial_fc.data.remote import compression_of
 from partial_fc.data.shards import LEFT_OUT, Index, load_index, require_new, write_index
-from partial_fc.documents import MIB, parse_json, read_bytes
-from partial_fc.files import one_line, plain_name, printable, shortened
+from partial_fc.documents import MIB
+from partial_fc.files import plain_name, printable
 from partial_fc.prepare.images import MOST_IMAGE_BYTES, LeftOut, as_utf8
+from partial_fc.prepare.tar_members import Member, Members
+from partial_fc.prepare.tar_places import ENDINGS, base_name, shard_places
 from partial_fc.storage import Place
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -69,12 +65,7 @@ REASONS = (
 )
 MOST_LABEL_BYTES = MIB  # of a .cls, .json or .txt
 MOST_DIGITS = 18  # of a class index
-MOST_MEMBERS = 2_000_000  # of a shard
-MOST_UNPACKED = 200  # times the bytes of a compressed shard, beside 64 MiB: more is no shard of images
 EMPTY_SHARE = 0.5  # of the classes: more without a sample are no class indices
-_LIST_BYTES = 64 * MIB
-_AT_ONCE = 1 << 20  # bytes read for the checksum of what is behind the last member
-_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 
 
 class Options(NamedTuple):
@@ -136,7 +127,7 @@ def prepare_index(
     crc32, names, name_offset = array("I"), bytearray(), array("q", [0])
     label_of: dict[str, int] = {}  # in the order in which they come
     for number, (place, file) in enumerate(zip(places, scans, strict=True)):
-        scan, called = _read(file), _base(place)
+        scan, called = _read(file), base_name(place)
         shards.append(_described(place, scan))
         for row in scan.left_out:
             left_out.add(row["name"], row["reason"], shard=called)
@@ -195,67 +186,6 @@ def prepare_index(
     return load_index(out)
 
 
-def shard_places(source: str) -> list[Place]:
-    """The paths and URLs that `source` names, as `prepare_index` says, each once, in that order."""
-    places: list[Place] = []
-    for pattern in source.split("::"):
-        for name in braceexpand(pattern):
-            found = _behind_url(name) if "://" in name else _of_path(name)
-            if not found:
-                raise FileNotFoundError(f"{one_line(name)} names no shard: give .tar files, or a folder of them")
-            places += found
-    strange = [place for place in places if isinstance(place, str) and place.partition("://")[0] not in SCHEMES]
-    if strange:
-        raise ValueError(f"got the shard {one_line(strange[0])}, wanted a path, or a URL of {', '.join(SCHEMES)}")
-    files = [place for place in places if isinstance(place, Path)]
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{missing[0]} is no file, as {len(missing)} of {len(places)} shards that {source} names"
-        )
-    return list({place.resolve() if isinstance(place, Path) else place: place for place in places}.values())
-
-
-def _of_path(name: str) -> list[Place]:
-    path = Path(name)
-    if path.is_dir():
-        return [file for file in sorted(path.iterdir()) if file.name.lower().endswith(_ENDINGS)]
-    if path.suffix == ".json":
-        urls = _of_a_list(read_bytes(path, _LIST_BYTES), path)
-        return [url if "://" in url else path.parent / url for url in urls]
-    if any(sign in name for sign in "*?["):
-        return [Path(one) for one in sorted(glob.glob(name, recursive=True))]
-    return [path]
-
-
-def _behind_url(url: str) -> list[Place]:
-    scheme, path = url.partition("://")[0], urlsplit(url).path
-    if path.endswith(".json"):
-        data = storage.read(url, _LIST_BYTES)
-        where = url.rpartition("/")[0]
-        return [storage.pinned(one if "://" in one else f"{where}/{one}") for one in _of_a_list(data, url)]
-    if scheme in ("http", "https"):
-        return [url]
-    if path.lower().endswith(_ENDINGS) and not any(sign in url for sign in "*?["):
-        return [storage.pinned(url)]
-    parts = url.rstrip("/").split("/")
-    first = next((i for i, part in enumerate(parts) if any(sign in part for sign in "*?[")), len(parts))
-    found = storage.glob("/".join(parts[:first]), "/".join(parts[first:]) or "*")
-    return [storage.pinned(str(one)) for one in found if str(one).lower().endswith(_ENDINGS)]
-
-
-def _of_a_list(data: bytes, name: object) -> list[str]:
-    """The shards of a list of wids: {"shardlist": [{"url": …}, …]}."""
-    values = parse_json(data, name)
-    rows = values.get("shardlist") if isinstance(values, dict) else None
-    urls = [row.get("url") if isinstance(row, dict) else None for row in rows] if isinstance(rows, list) else []
-    if not urls or not all(isinstance(url, str) for url in urls):
-        raise ValueError(
-            f'{name}: got {shortened(rows)}, wanted a list of shards of wids: {{"shardlist": [{{"url": …}}]}}'
-        )
-    return [str(url) for url in urls]
-
-
 def number_labels(labels: list[str], close_gaps: bool, source: str) -> tuple[np.ndarray, list[str]]:
     """The class (n,) int64 of each of n different labels, and the names of all classes.
 
@@ -296,26 +226,21 @@ def _sizes_and_labels(scans: list[Path], source: str) -> tuple[tuple[int, int], 
     return size, labelled
 
 
-def _base(place: Place) -> str:
-    """The shard's own name, of a URL without its query."""
-    return place.name if isinstance(place, Path) else unquote(urlsplit(place).path.rpartition("/")[2])
-
-
 def _described(place: Place, scan: Scan) -> dict[str, Any]:
     """What index.json says of a shard, but for its name."""
     described: dict[str, Any] = {"name": "", "bytes": scan.bytes, "sha256": scan.sha256}
     if isinstance(place, str):
         described["url"] = place
     if scan.unpacked_bytes is not None:
-        described |= {"compression": compression_of(_base(place)), "unpacked_bytes": scan.unpacked_bytes}
+        described |= {"compression": compression_of(base_name(place)), "unpacked_bytes": scan.unpacked_bytes}
     return described
 
 
 def _names(places: list[Place]) -> list[str]:
     """Their own, where these differ and nothing else in the folder is called so; else a number."""
-    own = [_base(place) for place in places]
+    own = [base_name(place) for place in places]
     with suppress(ValueError):
-        if len(set(own)) == len(own) and all(plain_name(name, "", "").endswith(_ENDINGS) for name in own):
+        if len(set(own)) == len(own) and all(plain_name(name, "", "").endswith(ENDINGS) for name in own):
             return own
     return [f"shard-{i:06d}.tar" for i in range(len(own))]
 
@@ -366,131 +291,30 @@ def _digest(place: Place, options: Options) -> str:
 
 
 def _scan_into(place: Place, to: Path, options: Options) -> None:
-    fetched, temporary = to.with_suffix(".fetched"), to.with_suffix(".partial")
-    try:
-        if isinstance(place, str):
-            storage.download(place, fetched)
-        scan = scan_shard(fetched if isinstance(place, str) else place, options, place)
-    finally:
-        fetched.unlink(missing_ok=True)
+    temporary = to.with_suffix(".partial")
+    with storage.local_copy(place, to.with_suffix(".fetched")) as file:
+        scan = scan_shard(file, options, place)
     temporary.write_text(json.dumps(vars(scan)), encoding="utf-8")
     temporary.rename(to)
-
-
-class _Hashed:
-    """A stream that is read from its beginning to its end, and hashed meanwhile."""
-
-    def __init__(self, stream: Any):
-        self.stream, self.sha256, self.bytes = stream, hashlib.sha256(), 0
-
-    def read(self, count: int) -> bytes:
-        data = self.stream.read(count)
-        self.sha256.update(data)
-        self.bytes += len(data)
-        return data
-
-
-class _Counted:
-    """A plain stream that is read from its beginning to its end, and remembers what it gave last."""
-
-    def __init__(self, stream: Any, most: int):
-        self.stream, self.most, self.bytes, self.last = stream, most, 0, b""
-
-    def read(self, count: int) -> bytes:
-        self.last = self.stream.read(count)
-        self.bytes += len(self.last)
-        if self.bytes > self.most:
-            raise tarfile.ReadError(f"it unpacks to more than {self.most:,} bytes, {MOST_UNPACKED} times its own")
-        return self.last
-
-    def ends_at(self, offset: int) -> bool:
-        """Whether the block there, at or behind the beginning of what was read last, is one of zeros."""
-        last, begins = self.last, self.bytes - len(self.last)
-        return (last + self.read(tarfile.BLOCKSIZE))[offset - begins :][: tarfile.BLOCKSIZE] == bytes(tarfile.BLOCKSIZE)
-
-
-class _Member(NamedTuple):
-    name: str
-    extension: str
-    offset: int
-    data: bytes | None  # None: of no use, or too large
 
 
 def scan_shard(file: Path, options: Options, place: Place) -> Scan:
     """Reads a shard once, from its beginning to its end. Raises ValueError, which names `place`, for no whole tar."""
     scan = Scan()
-    compression = compression_of(_base(place))
-    with file.open("rb") as stream:
-        most = MOST_UNPACKED * os.fstat(stream.fileno()).st_size + 64 * MIB
-        hashed = _Hashed(stream)
-        try:
-            with unpacked(hashed, compression, "it") as opened:
-                plain = _Counted(opened, most)
-                with tarfile.open(fileobj=plain, mode="r|", encoding="utf-8", errors="surrogateescape") as tar:
-                    for key, members in _samples(tar, options, scan):
-                        _add(scan, key, members, options)
-                    end = tar.offset  # tarfile takes a damaged header, and the end of the file, for the archive's end
-                if not plain.ends_at(end):
-                    raise tarfile.ReadError(f"damaged or cut off at byte {end:,}")
-                while plain.read(_AT_ONCE):
-                    pass
-        except (tarfile.TarError, EOFError, ValueError) as error:
-            stream.seek(0)
-            page = "; it begins like a page of HTML" * stream.read(64).lstrip().startswith(b"<")
-            raise ValueError(
-                f"{place} is no whole tar: {one_line(error)} after {len(scan.name)} samples{page}: copy it again, or "
-                "leave it out"
-            ) from None
-        while hashed.read(_AT_ONCE):
-            pass
-        scan.bytes, scan.sha256 = hashed.bytes, hashed.sha256.hexdigest()
-        scan.unpacked_bytes = plain.bytes if compression else None
+    members = Members(file, place, options.last_dot, scan.left_out)
+    for key, sample in members.samples(_most_bytes):
+        _add(scan, key, sample, options)
+    scan.bytes, scan.sha256, scan.unpacked_bytes = members.bytes, members.sha256, members.unpacked_bytes
     return scan
 
 
-def _samples(tar: tarfile.TarFile, options: Options, scan: Scan) -> Iterator[tuple[str, list[_Member]]]:
-    """Successive members of one key, as webdataset groups them."""
-    key: str | None = None
-    members: list[_Member] = []
-    for number, member in enumerate(tar):
-        tar.members = []  # tarfile keeps them all
-        if number >= MOST_MEMBERS:
-            raise tarfile.ReadError(f"it has more than {MOST_MEMBERS:,} members")
-        if member.isdir():
-            continue
-        name = as_utf8(member.name)
-        if not member.isreg() or member.issparse():
-            scan.left_out.append({"name": name, "reason": "sparse" if member.issparse() else "link"})
-            continue
-        own, extension = split_key(name, options.last_dot)
-        if own is None or name.startswith("__") and name.split("/")[0].endswith("__"):
-            if own is None:
-                scan.left_out.append({"name": name, "reason": "no_key"})
-            continue
-        if own != key and members:
-            yield key or "", members
-            members = []
-        key = own
-        limit = MOST_IMAGE_BYTES if extension in EXTENSIONS else MOST_LABEL_BYTES
-        data = None
-        if extension in (*EXTENSIONS, "cls", "json", "txt") and member.size <= limit:
-            stream = tar.extractfile(member)
-            data = b"" if stream is None else stream.read()
-        members.append(_Member(name, extension, member.offset_data, data))
-    if members:
-        yield key or "", members
+def _most_bytes(extension: str) -> int | None:
+    if extension in EXTENSIONS:
+        return MOST_IMAGE_BYTES
+    return MOST_LABEL_BYTES if extension in ("cls", "json", "txt") else None
 
 
-def split_key(name: str, last_dot: bool) -> tuple[str | None, str]:
-    """Key and extension, in lower case, of a member's name; no key where there is none, as for webdataset."""
-    if not last_dot:
-        key, extension = base_plus_ext(name)
-        return key, (extension or "").lower()
-    stem, extension = os.path.splitext(name)
-    return (stem, extension[1:].lower()) if extension else (None, "")
-
-
-def _add(scan: Scan, key: str, members: list[_Member], options: Options) -> None:
+def _add(scan: Scan, key: str, members: list[Member], options: Options) -> None:
     """Adds a sample, or why it is left out."""
     by_extension = {member.extension: member for member in members}
     images = [member for member in members if member.extension in EXTENSIONS]
@@ -519,7 +343,7 @@ def _add(scan: Scan, key: str, members: list[_Member], options: Options) -> None
     scan.name.append(images[0].name)
 
 
-def _label(members: dict[str, _Member], wanted: str | None) -> tuple[str | None, str]:
+def _label(members: dict[str, Member], wanted: str | None) -> tuple[str | None, str]:
     """The label, None where it may be the folder, and why there is none."""
     if wanted == "folder":
         return None, ""
