@@ -36,7 +36,7 @@ from tests.conftest import run_ranks
 from tests.http_store import Store, serving
 from tests.s3_server import BUCKET, s3  # noqa: F401 - a fixture
 from tests.test_prepare_tars import image, write
-from tests.test_train import begin, curve, finish, rows, train_here, wait_for, wait_for_step
+from tests.test_train import begin, checksums, curve, finish, rows, train_here, wait_for, wait_for_step
 
 SHARDS, SAMPLES = 5, 6  # of each
 
@@ -593,3 +593,35 @@ def test_a_large_index_is_opened_and_drawn_from(capsys):
 def first_step(index: Index, shard: int, *, batch: int, window: int) -> int:
     order = Order(index.samples_per_shard, batch, 2, 0, window)
     return next(step for step in count() if shard in index.shard[order.batch(step)])
+
+
+def train_there(environment: dict[str, str], *arguments: object) -> bool:
+    os.environ.update(environment)  # of the rank's process, which may have begun before
+    return train_here(*arguments)
+
+
+@pytest.mark.soak("storage")
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_set_its_copy_on_s3_and_its_tars_indexed_in_place_are_one_run(glyphs_ci, tmp_path, s3, world_size):  # noqa: F811
+    """The demo's letters, in shards: losses, batches and checkpoints are equal bit for bit; the S3 run is resumed."""
+    made = load_index(glyphs_ci / "train")
+    samples = (Sample(made.read(i), "png", int(made.label[i])) for i in range(made.num_samples))
+    write_shards(tmp_path / "set", samples, made.classes(), prepared=made.prepared, shard_bytes=1_000_000)
+    for file in filter(Path.is_file, (tmp_path / "set").rglob("*")):
+        storage.upload(file, f"{BUCKET}/set{world_size}/{file.relative_to(tmp_path / 'set')}")
+    prepare_index(f"{BUCKET}/set{world_size}/*.tar", tmp_path / "in place", workers=2)
+    to_s3 = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    sources = {"folder": tmp_path / "set", "s3": f"{BUCKET}/set{world_size}", "place": tmp_path / "in place"}
+    for name, source in sources.items():
+        cache = (f"data.cache_dir={tmp_path}/cache of {name}", "data.cache_bytes=6000000")  # of 17 MB
+        for steps in (100, 200) if name == "s3" else (200,):
+            options = (*cache, "data.streams=4", "data.shuffle_window=512", "evaluate.sets={}", f"run.steps={steps}")
+            run_ranks(train_there, world_size, to_s3, tmp_path / name, source, *options, "optim.schedule=constant")
+    wanted = curve(tmp_path / "folder")
+    assert len(wanted) == 200 and curve(tmp_path / "s3") == curve(tmp_path / "place") == wanted
+    states = {name: checksums(tmp_path / name) for name in sources}
+    assert states["s3"] == states["folder"]
+    assert states["place"].pop("classes.txt") != states["folder"].pop("classes.txt")  # its names are the labels
+    assert states["place"] == states["folder"]
+    fetched = [row["data.fetched_shards"] for row in rows(tmp_path / "place")]
+    assert sum(fetched[100:]) > 0, "the cache holds all"
