@@ -21,7 +21,7 @@ PARTS = {
     "train": "runs killed at random moments, many ranks, options resumed",
     "ends": "200 finished jobs beside two busy loops, all of which end with 0; whom torchrun blames",
     "launch": "two nodes, lost nodes, preempted pods",
-    "storage": "object stores: preempted with nothing but the URL, what a save costs",
+    "storage": "object stores: preempted with nothing but the URL, what a save costs; one set here, on S3, in place",
     "study": "a study killed, stopped and finished",
     "export": "every backbone through every format",
     "benchmark": "the benchmarks' own tables",
