@@ -107,7 +107,12 @@ def _parser() -> argparse.ArgumentParser:
 
     shuffled = kinds.add_parser("shuffle", help="a prepared data set again, its samples in random order")
     shuffled.add_argument("source", type=place, help="folder of shards with their index, or its URL; it stays as it is")
-    shuffled.add_argument("out", type=_path, help="new folder; OUT.scratch takes as much as the images meanwhile")
+    shuffled.add_argument(
+        "out", type=place, help="new folder, or its URL; OUT.scratch takes as much as the images meanwhile"
+    )
+    shuffled.add_argument(
+        "--scratch", type=_path, metavar="DIR", help="where OUT is a URL: takes twice as much; unset: the cache"
+    )
     shuffled.add_argument("--seed", type=int, default=0, help="the order is a function of it; 0")
     shuffled.set_defaults(run=commands.prepare_shuffled)
 

@@ -48,7 +48,7 @@ def prepare_index(arguments: argparse.Namespace) -> None:
 
 
 def prepare_shuffled(arguments: argparse.Namespace) -> None:
-    made = shuffle.prepare_shuffled(arguments.source, arguments.out, seed=arguments.seed)
+    made = shuffle.prepare_shuffled(arguments.source, arguments.out, seed=arguments.seed, scratch=arguments.scratch)
     print(f"{arguments.out}: {made.num_samples:,} samples of {made.num_classes:,} identities in random order")
 
 

@@ -30,6 +30,7 @@ from partial_fc.data.reader import Batch, ReadError, _Samples, images_in_order, 
 from partial_fc.data.remote import Cache, Fetches
 from partial_fc.data.shards import Index, Sample, load_index, verify, write_shards
 from partial_fc.doctor.speed import stores
+from partial_fc.prepare.shuffle import prepare_shuffled
 from partial_fc.prepare.tar_places import shard_places
 from partial_fc.prepare.tars import prepare_index
 from tests.conftest import run_ranks
@@ -432,6 +433,35 @@ def test_a_bucket_and_the_hub_name_their_shards(prepared, tars, tmp_path, s3, mo
         index = prepare_index("hf://datasets/a/faces", tmp_path / "hub", workers=1)
         assert [shard.url for shard in index.shards] == [f"hf://datasets/a/faces@{commit}/{n}" for n in names]
         assert_equal(batches(index), wanted)
+
+
+def test_a_set_is_shuffled_from_bucket_to_bucket(prepared, tmp_path, s3, monkeypatch):  # noqa: F811
+    """Killed in the middle of its upload, it goes on at the file where it was."""
+    monkeypatch.setenv("PARTIAL_FC_CACHE", str(tmp_path / "cache"))
+    for file in filter(Path.is_file, prepared.rglob("*")):
+        storage.upload(file, f"{BUCKET}/ordered/{file.relative_to(prepared)}")
+    wanted = prepare_shuffled(prepared, tmp_path / "here", seed=5, shard_bytes=4000)
+    options = dict(seed=5, shard_bytes=4000, scratch=tmp_path / "scratch")
+    sent, upload = [], storage.upload
+
+    def killed_at_the_third(path: Path, url: str) -> None:
+        sent.append(url)
+        if len(sent) == 3:
+            raise KeyboardInterrupt
+        upload(path, url)
+
+    monkeypatch.setattr(storage, "upload", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_shuffled(f"{BUCKET}/ordered", f"{BUCKET}/shuffled", **options)
+    with pytest.raises((OSError, ValueError), match="shuffled"):
+        load_index(f"{BUCKET}/shuffled")
+    made = prepare_shuffled(f"{BUCKET}/ordered", f"{BUCKET}/shuffled", **options)
+    assert len(sent) == len(set(sent)) + 1 and sent[-1].endswith("index.json")
+    assert [shard.sha256 for shard in made.shards] == [shard.sha256 for shard in wanted.shards] and len(made.shards) > 1
+    assert made.prepared["source"] == f"{BUCKET}/ordered" and not list((tmp_path / "scratch").iterdir())
+    assert_equal(batches(made, steps=3), batches(wanted, steps=3))
+    with pytest.raises(FileExistsError, match="shuffled exists: delete it, or choose another URL"):
+        prepare_shuffled(f"{BUCKET}/ordered", f"{BUCKET}/shuffled", **options)
 
 
 # ---- samples alone, by ranges

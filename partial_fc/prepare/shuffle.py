@@ -7,8 +7,11 @@ Two passes, so that a disk or a bucket is read from its beginning to its end, an
 
 A chunk is a run of successive samples of the new order. What is where in a scratch file follows from the index, so
 nothing else is kept: the same command goes on at the shard where it was killed, and begins the second pass anew.
+
+What goes to a bucket is written to a local folder first, and then uploaded, its index.json last.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,34 +20,67 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from partial_fc import storage
+from partial_fc.data.remote import default_folder
 from partial_fc.data.shards import SHARD_BYTES, Index, Sample, load_index, require_new, write_shards
 from partial_fc.files import one_line
 from partial_fc.prepare.images import kind_of
 from partial_fc.seeds import seed_for
-from partial_fc.storage import Place
+from partial_fc.storage import Place, remote
 
+INDEX = "index.json"
 CHUNK_BYTES = 256 * 2**20  # of images, which memory holds
 
 
 def prepare_shuffled(
     source: Place,
-    out: Path,
+    out: Place,
     *,
     seed: int = 0,
+    scratch: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Index:
-    """Write the samples of the data set `source` (a folder or its URL) to the new folder `out`, in random order.
+    """Write the samples of the data set `source` to the new one `out`, in random order; both a folder or its URL.
 
     Images stay as they are, byte for byte, and so do classes, labels and names. The order is a function of the seed.
-    The scratch files, in `out` + ".scratch", take as much as the images.
+    The scratch files, in `out` + ".scratch", take as much as the images. For a URL they are in the folder `scratch`,
+    and so are the shards until they are uploaded: twice as much; None: in the cache's folder.
 
     Raises FileExistsError if `out` exists, FileNotFoundError without a data set, OSError for a shard that cannot be
-    read, ValueError for a list of pairs and for a sample that has changed.
+    read or uploaded, ValueError for a list of pairs and for a sample that has changed.
     """
+    if remote(out):
+        return _into_bucket(source, out, seed, scratch or default_folder(), shard_bytes, chunk_bytes)
     out = Path(out)
     require_new(out)
+    return _shuffled(load_index(source), source, out, seed, shard_bytes, chunk_bytes)
+
+
+def _into_bucket(source: Place, out: str, seed: int, scratch: Path, shard_bytes: int, chunk_bytes: int) -> Index:
+    if storage.exists(f"{out}/{INDEX}"):
+        raise FileExistsError(f"{out} exists: delete it, or choose another URL to write to")
+    storage.check_writable(out, ".partial_fc")  # not after hours
     index = load_index(source)
+    which = hashlib.sha256(repr((index.fingerprint, out, seed, shard_bytes)).encode()).hexdigest()[:16]
+    here, uploaded = scratch / f"shuffled_{which}", scratch / f"shuffled_{which}.uploaded"
+    if not here.exists():  # else a killed run has written it
+        uploaded.unlink(missing_ok=True)
+        _shuffled(index, source, here, seed, shard_bytes, chunk_bytes)
+    names = sorted(str(path.relative_to(here)) for path in here.rglob("*") if path.is_file())
+    names.sort(key=lambda name: name == INDEX)  # without it there is no data set
+    done = set(uploaded.read_text().splitlines() if uploaded.exists() else [])
+    for name in tqdm(names, desc="uploading", unit=" files", mininterval=1):
+        if name not in done:
+            storage.upload(here / name, f"{out}/{name}")
+            with uploaded.open("a") as file:
+                file.write(f"{name}\n")
+    shutil.rmtree(here)
+    uploaded.unlink()
+    return load_index(out)
+
+
+def _shuffled(index: Index, source: Place, out: Path, seed: int, shard_bytes: int, chunk_bytes: int) -> Index:
     if index.pairs is not None:
         raise ValueError(f"{source} is a list of pairs, which is not trained on: its order is no matter")
     order = np.random.Generator(np.random.Philox(seed_for("shuffle", seed))).permutation(index.num_samples)
