@@ -53,7 +53,7 @@ _RESERVED = (*_DTYPES, *OF_SAMPLES, "pairs")
 _BLOCK = tarfile.BLOCKSIZE  # 512: a header's length, and what a payload is padded to
 _HEADER_BYTES = 10_000  # numpy's own limit of an .npy file's header
 _SHOWN = 5  # damaged samples of a shard that an error names
-_CHECKED_AT_ONCE = 2**20  # samples: keeps the temporaries of load_index at a few MiB
+_CHECKED_AT_ONCE = 2**16  # samples: keeps the temporaries of load_index in a core's own cache
 
 
 class Sample(NamedTuple):
@@ -512,32 +512,31 @@ def _open_pairs(path: Path, num_samples: int) -> np.ndarray:
 def _check_samples(index: Index, shard_bytes: np.ndarray) -> None:
     """Every label is a class, every image lies inside its shard, and the samples are in order."""
 
-    def first(start: int, wrong: np.ndarray) -> int | None:
-        return start + int(np.argmax(wrong)) if wrong.any() else None
-
     last_shard, last_end = 0, 0
     for start in range(0, index.num_samples, _CHECKED_AT_ONCE):
         rows = slice(start, start + _CHECKED_AT_ONCE)
         shard, offset, label = index.shard[rows], index.offset[rows], index.label[rows]
         end = offset + index.size[rows]
-        sample = first(start, (shard < 0) | (shard >= len(shard_bytes)))
-        if sample is not None:
+        if shard.min() < 0 or shard.max() >= len(shard_bytes):
+            sample = start + int(np.argmax((shard < 0) | (shard >= len(shard_bytes))))
             raise ValueError(
                 f"{index.path}: sample {sample} is in shard number {index.shard[sample]}, "
                 f"there are {len(shard_bytes)} shards: {AGAIN}"
             )
-        before_shard = np.concatenate(([last_shard], shard[:-1]))
-        before_end = np.concatenate(([last_end], end[:-1]))
+        before_shard, before_end = np.empty_like(shard), np.empty_like(end)
+        before_shard[0], before_shard[1:] = last_shard, shard[:-1]
+        before_end[0], before_end[1:] = last_end, end[:-1]
         unordered = (shard < before_shard) | ((shard == before_shard) & (offset < before_end))
-        sample = first(start, unordered | (end < offset) | (offset < _BLOCK) | (end > shard_bytes[shard]))
-        if sample is not None:
+        wrong = unordered | (end < offset) | (offset < _BLOCK) | (end > shard_bytes[shard])
+        if wrong.any():
+            sample = start + int(np.argmax(wrong))
             raise ValueError(
                 f"{index.path}: got {index.size[sample]} bytes at {index.offset[sample]} of "
                 f"{index.shard_of(sample)} for sample {sample}, which is outside that file or before "
                 f"the end of sample {sample - 1}: {AGAIN}"
             )
-        sample = first(start, (label < 0) | (label >= index.num_classes))
-        if sample is not None:
+        if label.min() < 0 or label.max() >= index.num_classes:
+            sample = start + int(np.argmax((label < 0) | (label >= index.num_classes)))
             message = _bad_label(index.described(sample), int(index.label[sample]), index.num_classes)
             raise ValueError(f"{index.path}: {message}")
         last_shard, last_end = int(shard[-1]), int(end[-1])
