@@ -63,7 +63,7 @@ def folder(glyphs_ci, tmp_path, monkeypatch) -> Path:
 def run(glyphs_ci, tmp_path_factory) -> Path:
     """A run with a checkpoint at step 3."""
     run = tmp_path_factory.mktemp("doctor") / "run"
-    run_ranks(train_here, 1, run, glyphs_ci / "train", "run.steps=3", "evaluate.sets={}")
+    run_ranks(train_here, 1, run, glyphs_ci / "train", "run.steps=3", "evaluate.sets={}", "data.global_batch_size=48")
     return run
 
 

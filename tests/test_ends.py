@@ -188,7 +188,9 @@ def test_little_shared_memory_ends_all_ranks_with_a_line(glyphs_ci, tmp_path, ra
     """A few batches fit, as into the 64 MB of a container."""
     (tmp_path / "little.py").write_text(LITTLE)
     began = time.monotonic()
-    job = Job(ranks, *words(tmp_path / "run", "data.prefetch=20"), script=tmp_path / "little.py")
+    job = Job(
+        ranks, *words(tmp_path / "run", "data.prefetch=20", "data.global_batch_size=48"), script=tmp_path / "little.py"
+    )
     output, _ = job.communicate(60)
     if any(rank.returncode == 77 for rank in job.ranks):
         pytest.skip(f"not run: {output}")

@@ -134,7 +134,7 @@ def test_an_evaluation_of_another_step_is_not_in_the_card(run, tmp_path, capsys)
     export_run(run / "checkpoints" / "step_00000010", tmp_path / "out")
     assert "evaluation.json is of step 12, not of 10" in capsys.readouterr().out
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "None was made of this checkpoint" in card and "10 steps of 48 images" in card
+    assert "None was made of this checkpoint" in card and "10 steps of 24 images" in card
     assert not (tmp_path / "out" / "model.onnx").exists() and load_backbone(tmp_path / "out").config["step"] == 10
 
 

@@ -66,6 +66,7 @@ def test_what_a_config_asks_for(glyphs_ci):
 TRIPLETS = (
     "data.samples_per_identity=4",
     "data.streams=4",
+    "data.global_batch_size=48",
     "run.steps=8",
     "checkpoint.every=4",
     "head.embedding_losses={triplet: {weight: 0.1}, contrastive: {weight: 0.1}}",

@@ -544,7 +544,8 @@ def test_a_run_is_the_same_from_a_folder_and_from_behind_a_url(glyphs_ci, tmp_pa
     write_shards(tmp_path / "set", samples, made.classes(), prepared=made.prepared, shard_bytes=600_000)
     here = load_index(tmp_path / "set")
     assert len(here.shards) > 6
-    options = ("data.shuffle_window=96", "data.streams=2", "evaluate.sets={}", "run.steps=24")
+    short = ("evaluate.sets={}", "run.steps=24")
+    options = ("data.shuffle_window=96", "data.streams=2", "data.global_batch_size=48", *short)
     run_ranks(train_here, 2, tmp_path / "whole", tmp_path / "set", *options)
 
     late = next(  # a shard that is first needed at steps 13 to 16

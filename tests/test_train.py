@@ -42,6 +42,7 @@ QUICK = (
     "run.epochs=null",
     "run.steps=30",
     "data.workers=0",
+    "data.global_batch_size=24",  # a step is mostly its images
     "checkpoint.every=10",
     "checkpoint.keep=9",
     "track.log_every=1",
@@ -107,7 +108,7 @@ def test_the_loss_falls_and_the_row_is_complete(reference):
     losses = curve(reference)
     assert len(losses) == 30 and sum(losses[-5:]) < 0.95 * sum(losses[:5])
     last = rows(reference)[-1]
-    assert last["step"] == 30 and last["epoch"] == pytest.approx(30 / (8535 // 48), rel=0.02)
+    assert last["step"] == 30 and last["epoch"] == pytest.approx(30 / (8535 // 24), rel=0.02)
     for name in ("lr", "samples_per_second", "data_wait", "step_time", "memory"):
         assert last[name] > 0, name
     assert -1 <= last["target_cosine"] <= 1 and last["skipped_steps"] == last["undecodable"] == 0
@@ -240,7 +241,7 @@ def train_and_catch(run: Path, data: Path, *overrides: str) -> str:
     [
         ("run.seed=1", "run.seed was 0, now 1.*data.restart=true"),
         ("data.streams=6", "data.streams was 4, now 6"),
-        ("data.global_batch_size=96", "data.global_batch_size was 48, now 96"),
+        ("data.global_batch_size=96", "data.global_batch_size was 24, now 96"),
         ("backbone.embedding_dim=32", "embedding_dim 64, .* this run has smallnet, embedding_dim 32"),
         ("backbone.name=spherenet20", "was written with smallnet, .* this run has spherenet20"),
         ("evaluate.sets.P1.data=data/nope", "data/nope"),
@@ -408,7 +409,7 @@ def test_undecodable_samples_shorten_their_batch_and_are_counted(glyphs_ci, tmp_
     steps = 25
     run_ranks(train_here, 2, tmp_path / "run", data, f"run.steps={steps}", "data.max_undecodable=0.01")
     index = load_index(data)
-    order = Order(index.samples_per_shard, 48, 4, 0, 8192)
+    order = Order(index.samples_per_shard, 24, 4, 0, 8192)
     seen = {int(sample) for step in range(steps) for sample in order.batch(step)}
     last = rows(tmp_path / "run")[-1]
     assert last["undecodable"] == len(seen & set(broken)) > 0

@@ -89,8 +89,8 @@ def test_weights_of_micro_batches_are_their_shares():
 
 
 def test_micro_batches_must_not_be_empty(glyphs_ci, tmp_path):
-    messages = run_ranks(train_and_catch, 2, tmp_path / "run", glyphs_ci / "train", "data.accumulate=25")
-    assert "data.accumulate 25 leaves micro-batches empty: a rank has 24 samples of a step" in messages[0]
+    messages = run_ranks(train_and_catch, 2, tmp_path / "run", glyphs_ci / "train", "data.accumulate=13")
+    assert "data.accumulate 13 leaves micro-batches empty: a rank has 12 samples of a step" in messages[0]
     assert messages[0] == messages[1]
 
 
@@ -222,12 +222,12 @@ def test_clipping_shortens_the_steps(glyphs_ci, tmp_path, plain):
 
 
 def test_the_stated_batch_scales_both_rates(glyphs_ci, tmp_path, capfd):
-    options = ("optim.lr=0.04", "optim.lr_batch=96", "head.optim.lr=0.04")
+    options = ("optim.lr=0.04", "optim.lr_batch=48", "head.optim.lr=0.04")
     train_here(tmp_path / "run", glyphs_ci / "train", *SHORT, *options)
     train_here(tmp_path / "plain", glyphs_ci / "train", *SHORT)
     assert curve(tmp_path / "run", "lr") == curve(tmp_path / "plain", "lr")
     assert_same_bits(tmp_path / "run", tmp_path / "plain")
-    wanted = "learning rate at its peak: 0.02 = optim.lr 0.04, stated for batches of 96, x 48 / 96"
+    wanted = "learning rate at its peak: 0.02 = optim.lr 0.04, stated for batches of 48, x 24 / 48"
     assert wanted in capfd.readouterr().out
 
 
