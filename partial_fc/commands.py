@@ -33,7 +33,8 @@ def prepare_images(arguments: argparse.Namespace) -> None:
 
 def prepare_pairs(arguments: argparse.Namespace) -> None:
     source = arguments.source
-    if not ("://" in source or source.lower().endswith(ENDINGS) or Path(source).is_dir()):
+    of_shards = "://" in source or source.lower().endswith((*ENDINGS, ".json")) or any(sign in source for sign in "*{[")
+    if not (of_shards or Path(source).is_dir()):
         arguments.source = Path(source)
         return prepare_images(arguments)
     if arguments.columns:

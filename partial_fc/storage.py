@@ -101,6 +101,8 @@ def glob(where: Place, pattern: str) -> list[Place]:
     if not remote(where):
         return sorted(where.glob(pattern))
     check_url(where)
+    if "**" in pattern:
+        raise ValueError(f"got the pattern {pattern} in {where}, wanted one without **: name each folder")
     found = _try("list", where, lambda files, path: files.glob(f"{path}/{pattern}"))
     depth = pattern.count("/") + 1
     return sorted(join(where, "/".join(path.rstrip("/").split("/")[-depth:])) for path in found)

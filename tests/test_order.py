@@ -225,3 +225,11 @@ def test_weights_of_one_are_the_order_without_weights():
     counts = np.array([5, 0, 7, 4])
     plain, weighted = (Order(counts, 6, 3, 1, 3, w) for w in (None, ((2, Fraction(1)), (2, Fraction(1)))))
     assert all(np.array_equal(plain.batch(step), weighted.batch(step)) for step in range(9))
+
+
+def test_sets_of_other_weights_are_compared_with_shuffled_samples_of_these_weights():
+    """10 identities a hundred times, 10,000 a hundredth of a time: few of the second are there, in random order too."""
+    rng = np.random.default_rng(0)
+    label = np.concatenate([rng.permutation(np.arange(1000) % 10), 10 + rng.permutation(np.arange(20_000) % 10_000)])
+    order = Order(np.array([1000, 20_000]), 64, 8, 0, 512, weights=((1, Fraction(100)), (1, Fraction(1, 100))))
+    assert mixing(order, label).share == pytest.approx(1, abs=0.3)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import tarfile
 import time
 import tracemalloc
 from pathlib import Path
@@ -121,6 +122,20 @@ def test_what_is_no_pair_is_named(tmp_path, change, said):
     with pytest.raises(ValueError, match=said):
         prepare_pair_tars(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pair_of_links_is_named_and_not_left_out(tmp_path, monkeypatch):
+    images = encoded(tmp_path, 2)
+    write_pairs(tmp_path / "a.tar", [{"__key__": "1", "cls": b"1", "img1": images[0], "img2": images[1]}])
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        link = tarfile.TarInfo("2.img1")
+        link.type, link.linkname = tarfile.LNKTYPE, "1.img1"
+        tar.addfile(link)
+    (tmp_path / "list.json").write_text('{"shardlist": [{"url": "a.tar"}]}')
+    command = ["partial-fc", "prepare", "pairs", str(tmp_path / "list.json"), str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match=r"a.tar: 1 members belong to no pair, the first is 2.img1 \(link\)"):
+        cli.main()
 
 
 def test_columns_are_of_a_text_alone(monkeypatch):

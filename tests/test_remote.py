@@ -574,6 +574,37 @@ def test_a_run_is_the_same_from_a_folder_and_from_behind_a_url(glyphs_ci, tmp_pa
     assert curve(tmp_path / "there")[:10] == curve(tmp_path / "whole")[:10]
 
 
+def test_a_copy_that_was_cut_short_is_fetched_again(store, tars, tmp_path):
+    """As by a power loss: it would end every run of this machine."""
+    wanted = batches(load_index(prepare_index(str(tars), tmp_path / "plain", workers=1).path))
+    index = remote_index(store, tmp_path)
+    assert_equal(batches(index), wanted)
+    for shard in index.shards[1:3]:
+        os.truncate(index.cache.path(shard), 100)
+    assert_equal(batches(load_index(index.path, cache=index.cache)), wanted)
+
+
+def test_a_lock_ends_with_its_block_whatever_was_forked_meanwhile(tmp_path):
+    with remote.locked(tmp_path / "lock") as lock:
+        other = os.dup(lock.fileno())  # as a forked process has it
+    with remote.locked(tmp_path / "lock"):
+        pass
+    os.close(other)
+
+
+def test_verify_names_a_damaged_shard_and_one_that_is_gone(store, tars, tmp_path):
+    index = remote_index(store, tmp_path)
+    (tars / "0.tar").write_bytes(b"changed")
+    (tars / "1.tar").unlink()
+    with pytest.raises(ValueError, match=r"(?s)0.tar is damaged: it has 7 bytes.*cannot read .*1.tar"):
+        verify(index)
+
+
+def test_a_pattern_of_any_depth_is_refused_in_a_store():
+    with pytest.raises(ValueError, match="wanted one without \\*\\*: name each folder"):
+        shard_places("memory://bucket/**/a.tar")
+
+
 def test_readers_tell_what_they_asked_the_cache_for(store, tars, tmp_path):
     index = remote_index(store, tmp_path)
     sizes = [(tars / f"{n}.tar").stat().st_size for n in range(SHARDS)]

@@ -142,6 +142,7 @@ def test_a_set_may_lie_behind_a_url(sets):
         (["a", "b"], {"drop": "nobody"}, "data.drop: 'nobody' is neither a class nor the source name of a sample"),
         (["a", "b"], {"drop": "a/ann\na/bob\na/cid\nb/bob\nb/dan"}, "data.drop leaves no sample"),
         (["a", "b"], {"merge": "a/zoe\tx"}, "data.merge: 'a/zoe' is no class of data.train"),
+        (["a", "b"], {"merge": "a/ann\tx\na/ann\ty"}, "line 2: got 'a/ann' as 'y', before as 'x': wanted one"),
         (["a", "b"], {"merge": "a/ann b/bob"}, "line 1: got .*wanted a class as classes.txt names it, a tab"),
     ],
 )

@@ -42,7 +42,7 @@ def mixing(order: Order | Groups, label: np.ndarray) -> Mixing:
     steps = min(STEPS, order.steps_per_epoch)
     first = (order.steps_per_epoch - steps) // 2
     samples = np.concatenate([order.batch(step) for step in range(first, first + steps)])
-    of_class = np.bincount(label)
+    of_class = np.bincount(label, order.weight_of_samples())
     of_class = of_class[of_class > 0]
     left = 1 - len(samples) / order.num_samples  # the chance that one sample is not among them
     return Mixing(steps, len(np.unique(label[samples])), float((1 - left**of_class).sum()))

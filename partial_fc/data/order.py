@@ -91,6 +91,13 @@ class Order:
             for first, stop, (_, weight) in zip(bounds[:-1], bounds[1:], self.weights or (), strict=True)
         ]
 
+    def weight_of_samples(self) -> np.ndarray | None:
+        """(number of samples,) how often an epoch holds each; None: once."""
+        if self.weights is None:
+            return None
+        counts, weights = zip(*((int(counts.sum()), float(weight)) for counts, weight in self._sets()), strict=True)
+        return np.repeat(weights, counts)
+
     @property
     def steps_per_epoch(self) -> int:
         return self.num_samples // self.global_batch_size

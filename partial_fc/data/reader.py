@@ -282,8 +282,8 @@ class _Samples:
             tries += 1
             try:
                 data = os.pread(self._descriptor(shard), size, offset)
-                if len(data) == size and not self.index.intact(sample, data):
-                    self._anew(shard)
+                if len(data) != size or not self.index.intact(sample, data):
+                    self._anew(shard)  # a copy may have been cut short by a power loss
                     data = os.pread(self._descriptor(shard), size, offset)
                 if len(data) == size:
                     return data

@@ -116,7 +116,10 @@ class Cache:
             return self.most_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
         usage = shutil.disk_usage(self.folder)
-        return max(usage.free - int(KEPT_FREE * usage.total), 0) + sum(size for _, size, _ in self._copies())
+        ours = sum(size for _, size, _ in self._copies()) + sum(
+            size for _, size in self._written()
+        )  # not free, but ours
+        return max(usage.free - int(KEPT_FREE * usage.total), 0) + ours
 
     def _copies(self) -> list[tuple[int, int, Path]]:
         """(last used, bytes, path) of each, oldest first."""
@@ -318,7 +321,8 @@ def _open(path: Path) -> int:
 
 def used(descriptor: int) -> None:
     """Notes that a copy is in use now: those used longest ago are deleted first."""
-    os.utime(descriptor)
+    with suppress(PermissionError):  # another user's
+        os.utime(descriptor)
 
 
 @contextmanager
@@ -331,7 +335,10 @@ def locked(file: Path, progress: Callable[[], object] | None = None) -> Iterator
     with open(file, "a+") as lock:
         _wait(lambda: _taken(lock), progress or (lambda: None), file)
         lock.truncate(0)
-        yield lock
+        try:
+            yield lock
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a process forked meanwhile holds the file open, too
 
 
 def sizes(folder: Path, pattern: str) -> list[tuple[str, int]]:

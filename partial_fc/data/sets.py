@@ -93,6 +93,10 @@ def _pairs(file: Path) -> list[tuple[str, str]]:
                 f"{file}, line {number}: got {shortened(row)}, wanted a class as classes.txt names it, a tab, and the "
                 "name that it gets; classes of one name are one"
             )
+    renamed: dict[str, str] = {}
+    for number, (one, name) in enumerate(rows, 1):
+        if renamed.setdefault(one, name) != name:
+            raise ValueError(f"{file}, line {number}: got {one!r} as {name!r}, before as {renamed[one]!r}: wanted one")
     return [(row[0], row[1]) for row in rows]
 
 

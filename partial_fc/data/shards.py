@@ -370,7 +370,11 @@ def verify(index: Index) -> None:
             if got != wanted:
                 damaged.append(f"{index.path / name} is damaged: its sha256 is {got}, the index says {wanted}")
         for number, shard in enumerate(index.shards):
-            wrong = index.cache.wrong(shard, index.source(number))
+            try:
+                wrong = index.cache.wrong(shard, index.source(number))
+            except OSError as error:
+                damaged.append(str(error))
+                continue
             bar.update(shard.bytes)
             if wrong is not None:
                 samples = "" if shard.copied else _changed(index, number)

@@ -28,12 +28,22 @@ def read_pair_tars(places: Sequence[Place], copy: Path) -> tuple[list[bytes], li
             left_out: list[dict[str, str]] = []
             for key, members in Members(file, place, False, left_out).samples(_most_bytes):
                 pair = [member for member in members if _is_image(member.extension)]
-                if len(pair) != 2 or any(member.data is None for member in pair):
+                if (
+                    len(pair) != 2
+                    or pair[0].extension == pair[1].extension
+                    or any(member.data is None for member in pair)
+                ):
                     found = ", ".join(member.name for member in members)
                     wanted = f"two images of at most {MOST_IMAGE_BYTES >> 20} MiB, as .img1 and .img2"
                     raise ValueError(f"{place}: the sample {key} has {found}: wanted {wanted}")
                 images += [member.data or b"" for member in sorted(pair, key=lambda member: member.extension)]
                 same.append(_label(place, key, members))
+            if left_out:  # the result would be one over other pairs
+                first = f"{left_out[0]['name']} ({left_out[0]['reason']})"
+                raise ValueError(
+                    f"{place}: {len(left_out)} members belong to no pair, the first is {first}: wanted files that are "
+                    "called KEY.img1, KEY.img2, KEY.cls"
+                )
     return images, same
 
 

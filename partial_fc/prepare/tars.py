@@ -30,6 +30,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,7 @@ def prepare_index(
         for row in scan.left_out:
             left_out.add(row["name"], row["reason"], shard=called)
         for row, name in enumerate(scan.name):
-            own = os.path.dirname(name) if of_folder else scan.label[row]
+            own = os.path.dirname(name).removeprefix("./") if of_folder else scan.label[row]
             if not own or (scan.height[row], scan.width[row]) != size:
                 left_out.add(name, "other_size" if own else "no_label", shard=called)
                 continue
@@ -272,8 +273,14 @@ def _scan_all(places: list[Place], partial: Path, options: Options, workers: int
             pool = stack.enter_context(ProcessPoolExecutor(workers))
             stack.callback(pool.shutdown, cancel_futures=True)  # what is wrong is said at once
             done = (future.result() for future in as_completed([pool.submit(_scan_into, *job) for job in jobs]))
-        for _ in done:
-            bar.update()
+        try:
+            for _ in done:
+                bar.update()
+        except BrokenProcessPool:
+            raise OSError(
+                "a process that reads shards was killed, as where memory runs out: lower --workers, now "
+                f"{workers}. The same command goes on"
+            ) from None
     return [scans[place] for place in places]
 
 
