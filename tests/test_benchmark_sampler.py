@@ -113,7 +113,7 @@ def test_the_command_prints_one_table(runs, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["partial-fc", "benchmark", "sampler", str(checkpoint), *arguments])
     cli.main()
     where, meaning, head, *lines = capsys.readouterr().out.splitlines()
-    assert where.startswith(f"{checkpoint}: ") and where.endswith("2 batches of 48")
+    assert where.startswith(f"{checkpoint}: ") and where.endswith("2 batches of 24")
     assert head.split() == ["rows", "of", "all", "mass", "hardest"]
     assert [line.split()[:2] for line in lines] == [["random", "0.1"], ["random", "1"], ["hard", "3:0.02"]]
     assert lines[1].split()[3:] == ["1.000", "1.000", "1.000"]

@@ -170,7 +170,7 @@ def test_a_run_trains_on_several_sets_and_does_not_go_on_with_other_weights(glyp
     options = ("run.steps=4", "evaluate.sets={}", "checkpoint.every=2", "data.merge=by_name")
     run_ranks(train_here, 1, tmp_path / "run", sets, *options)
     assert [row["epoch"] for row in rows(tmp_path / "run")] == pytest.approx(
-        [48 * s / 350 for s in range(1, 5)], rel=0.1
+        [24 * s / 350 for s in range(1, 5)], rel=0.1
     )
     with pytest.raises(AssertionError, match="data.train weights"):
         run_ranks(train_here, 1, tmp_path / "run", sets.replace("0.5", "2"), "run.steps=6", *options[1:])

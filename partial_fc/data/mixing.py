@@ -42,10 +42,15 @@ def mixing(order: Order | Groups, label: np.ndarray) -> Mixing:
     steps = min(STEPS, order.steps_per_epoch)
     first = (order.steps_per_epoch - steps) // 2
     samples = np.concatenate([order.batch(step) for step in range(first, first + steps)])
-    of_class = np.bincount(label, order.weight_of_samples())
-    of_class = of_class[of_class > 0]
-    left = 1 - len(samples) / order.num_samples  # the chance that one sample is not among them
-    return Mixing(steps, len(np.unique(label[samples])), float((1 - left**of_class).sum()))
+    # the chance that a sample is not among them: of weight n + f it is n times in an epoch, and once more with chance f
+    left = max(1 - len(samples) / order.num_samples, 1e-300)
+    missing, first = np.zeros(int(label.max()) + 1), 0  # of each class, the chance's logarithm
+    for count, weight in order.weight_of_sets():
+        times, once_more = divmod(float(weight), 1)
+        of_class = np.bincount(label[first : first + count], minlength=len(missing))
+        missing += of_class * (times * math.log(left) + math.log1p(-once_more * (1 - left)))
+        first += count
+    return Mixing(steps, len(np.unique(label[samples])), float(-np.expm1(missing).sum()))
 
 
 def shards_at_once(order: Order, windows: int = 1) -> int:

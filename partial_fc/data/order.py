@@ -91,12 +91,11 @@ class Order:
             for first, stop, (_, weight) in zip(bounds[:-1], bounds[1:], self.weights or (), strict=True)
         ]
 
-    def weight_of_samples(self) -> np.ndarray | None:
-        """(number of samples,) how often an epoch holds each; None: once."""
+    def weight_of_sets(self) -> list[tuple[int, Fraction]]:
+        """Number of samples, and how often an epoch holds each, of every set; without weights all are of one."""
         if self.weights is None:
-            return None
-        counts, weights = zip(*((int(counts.sum()), float(weight)) for counts, weight in self._sets()), strict=True)
-        return np.repeat(weights, counts)
+            return [(self.num_samples, Fraction(1))]
+        return [(int(counts.sum()), weight) for counts, weight in self._sets()]
 
     @property
     def steps_per_epoch(self) -> int:
