@@ -20,7 +20,7 @@ from partial_fc.export.run import export_run
 from partial_fc.parallel import distributed
 from partial_fc.prepare import glyphs, shuffle, tars
 from partial_fc.prepare.pairs import prepare_pair_tars
-from partial_fc.prepare.tar_places import ENDINGS
+from partial_fc.prepare.tar_places import names_shards
 from partial_fc.storage import local_path
 from partial_fc.study import table
 from partial_fc.study.run import default_ledger, run_study
@@ -33,8 +33,7 @@ def prepare_images(arguments: argparse.Namespace) -> None:
 
 def prepare_pairs(arguments: argparse.Namespace) -> None:
     source = arguments.source
-    of_shards = "://" in source or source.lower().endswith((*ENDINGS, ".json")) or any(sign in source for sign in "*{[")
-    if not (of_shards or Path(source).is_dir()):
+    if not names_shards(source):
         arguments.source = Path(source)
         return prepare_images(arguments)
     if arguments.columns:

@@ -73,6 +73,11 @@ def last_name(where: Place) -> str:
     return where.rpartition("/")[2] if remote(where) else where.resolve().name
 
 
+def host(url: str) -> str:
+    """Protocol and host, or bucket: https://host, s3://bucket."""
+    return "/".join(url.split("/")[:3])
+
+
 def read(where: Place, most: int | None = None) -> bytes:
     """The file's bytes; of one larger than `most` the first most + 1.
 

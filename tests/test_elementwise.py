@@ -38,6 +38,12 @@ def test_compiled_equals_dense(margin, rate):
     assert_equals_dense(Case(margin, sample_rate=rate, sizes=(6,), chunk=chunk, head=COMPILED))
 
 
+@needs_compiler
+@pytest.mark.parametrize("margin", [soaked(one) for one in (*MARGINS, "curricularface-filtered", "subcenterarcface")])
+def test_compiled_equals_dense_with_a_last_chunk_of_one_row(margin):
+    assert_equals_dense(Case(margin, sample_rate=0.3, sizes=(6,), chunk=4, head=COMPILED))
+
+
 # Two ranks run the same compiled parts; each new graph costs both of them 3 to 6 s.
 ON_TWO_RANKS = [(margin, rate) for margin in MARGINS for rate in (1.0, 0.3)]
 

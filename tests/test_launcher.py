@@ -333,10 +333,10 @@ from partial_fc.parallel import distributed
 from partial_fc.parallel.watch import here, leave_time_to_compile, unlimited
 
 def slow(graph, inputs):
-    time.sleep(4 * rank)
+    time.sleep(6 * rank)
     return graph.forward
 
-with distributed.job(watch_seconds=2.5):
+with distributed.job(watch_seconds=4):
     rank = distributed.rank()
     leave_time_to_compile()
     here.begin("forward", waits=True)
@@ -344,7 +344,7 @@ with distributed.job(watch_seconds=2.5):
     here.begin("gather", waits=True)
     distributed.barrier()
     with unlimited("save"):
-        time.sleep(4 * rank)
+        time.sleep(6 * rank)
         distributed.barrier()
     print("exempt", flush=True)
     here.step = 7

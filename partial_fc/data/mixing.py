@@ -40,11 +40,11 @@ def mixing(order: Order | Groups, label: np.ndarray) -> Mixing:
     """Counts them. label: (N,) class of every sample. Reads no shard."""
     order = order.anchors if isinstance(order, Groups) else order
     steps = min(STEPS, order.steps_per_epoch)
-    first = (order.steps_per_epoch - steps) // 2
-    samples = np.concatenate([order.batch(step) for step in range(first, first + steps)])
-    # the chance that a sample is not among them: of weight n + f it is n times in an epoch, and once more with chance f
+    middle = (order.steps_per_epoch - steps) // 2
+    samples = np.concatenate([order.batch(step) for step in range(middle, middle + steps)])
+    # A sample of weight n + f is n times in an epoch, and once more with chance f.
     left = max(1 - len(samples) / order.num_samples, 1e-300)
-    missing, first = np.zeros(int(label.max()) + 1), 0  # of each class, the chance's logarithm
+    missing, first = np.zeros(int(label.max()) + 1), 0  # of each class, log of the chance that none of it is there
     for count, weight in order.weight_of_sets():
         times, once_more = divmod(float(weight), 1)
         of_class = np.bincount(label[first : first + count], minlength=len(missing))

@@ -267,7 +267,7 @@ class _Samples:
         """Adds the bytes of these samples, asked of each host side by side."""
         of_host: dict[str, list[int]] = {}
         for sample in samples:
-            of_host.setdefault("/".join(self.index.shard_of(sample).split("/")[:3]), []).append(sample)
+            of_host.setdefault(storage.host(self.index.shard_of(sample)), []).append(sample)
         for some in of_host.values():
             urls = [self.index.shard_of(sample) for sample in some]
             starts, sizes = (array[some].tolist() for array in (self.index.offset, self.index.size))

@@ -116,10 +116,9 @@ class Cache:
             return self.most_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
         usage = shutil.disk_usage(self.folder)
-        ours = sum(size for _, size, _ in self._copies()) + sum(
-            size for _, size in self._written()
-        )  # not free, but ours
-        return max(usage.free - int(KEPT_FREE * usage.total), 0) + ours
+        copies = sum(size for _, size, _ in self._copies())
+        written = sum(size for _, size in self._written())  # what is reserved holds these bytes, too
+        return max(usage.free - int(KEPT_FREE * usage.total), 0) + copies + written
 
     def _copies(self) -> list[tuple[int, int, Path]]:
         """(last used, bytes, path) of each, oldest first."""

@@ -115,7 +115,7 @@ class Index:
 
     def hosts(self) -> list[str]:
         """Those that shards lie behind: protocol and host, or bucket."""
-        return sorted({"/".join(shard.url.split("/")[:3]) for shard in self.shards if shard.url})
+        return sorted({storage.host(shard.url) for shard in self.shards if shard.url})
 
     def elsewhere(self) -> str:
         """How many shards are read from copies, where they lie, and how many of these there are; empty for none."""

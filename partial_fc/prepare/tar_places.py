@@ -77,6 +77,14 @@ def _of_a_list(data: bytes, name: object) -> list[str]:
     return [str(url) for url in urls]
 
 
+def names_shards(source: str) -> bool:
+    """Whether it is for `shard_places`, and no text."""
+    path = Path(source)
+    if path.is_file():
+        return path.name.lower().endswith((*ENDINGS, ".json"))
+    return "://" in source or path.is_dir() or path.name.lower().endswith(ENDINGS) or bool(set(source) & set("*{["))
+
+
 def base_name(place: Place) -> str:
     """The shard's own name, of a URL without its query."""
     return place.name if isinstance(place, Path) else unquote(urlsplit(place).path.rpartition("/")[2])
